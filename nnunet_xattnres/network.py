@@ -1,0 +1,208 @@
+"""XAttnResUNet: the encoder/decoder that nnU-Net planned, its stages reading from their common history pool."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from dynamic_network_architectures.building_blocks.plain_conv_encoder import PlainConvEncoder
+from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import Tensor, nn
+
+from nnunet_xattnres.attention import Candidate, attention_backend
+from nnunet_xattnres.config import XAttnResConfig
+from nnunet_xattnres.errors import XAttnResError
+
+
+class HistoryAttention(nn.Module):
+    """What one stage reads: its input x and the history pool h_0, h_1, ... become the stage's new input.
+
+    replace:   out = sum_k a_k v_k, k over the pool and x
+    residual:  out = x + gamma * sum_k a_k v_k, k over the pool alone
+
+    channels: C_t, those of x. source_channels: C_k of every source in the pool, in order of computation.
+    At initialisation w = 0 (all weights equal), g = 1, gamma = 0, and the projections preserve variance. They are
+    plain parameters rather than convolutions, which nnU-Net's `initialize` would draw anew.
+    """
+
+    def __init__(self, channels: int, source_channels: Sequence[int], config: XAttnResConfig) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(channels))  # w_t
+        self.norm_scale = nn.Parameter(torch.ones(channels))  # g_t
+        self.projections = nn.ParameterList(torch.empty(channels, source) for source in source_channels)
+        self.gamma = nn.Parameter(torch.zeros(channels)) if config.fusion == "residual" else None
+        self.attend = attention_backend(config.backend)
+        for projection in self.projections:
+            nn.init.kaiming_normal_(projection, nonlinearity="linear")
+
+    def forward(self, x: Tensor, pool: Sequence[Tensor]) -> Tensor:
+        """x (B, C_t, *size), pool of (B, C_k, *size_k) -> (B, C_t, *size)"""
+        sources = [Candidate(h, projection) for h, projection in zip(pool, self.projections, strict=True)]
+        size = tuple(x.shape[2:])
+        if self.gamma is None:
+            return self.attend(self.query, self.norm_scale, [*sources, Candidate(x, None)], size)
+        mixture = self.attend(self.query, self.norm_scale, sources, size)
+        return x + self.gamma.view(-1, *(1,) * len(size)) * mixture
+
+
+class XAttnResUNet(AbstractDynamicNetworkArchitectures):
+    """A planned U-Net whose stages read from the global feature history pool (XAttnRes, arXiv 2604.03297).
+
+    planned: the network that nnU-Net planned, initialised; it is taken over and, without skip connections, changed.
+    `encoder.*` and `decoder.*` keep nnU-Net's state-dict names, what is added lives under `xattnres.*`.
+
+    forward: image (B, channels, *size), every axis divisible by the product of its strides, -> logits
+    (B, classes, *size), or with `decoder.deep_supervision` a list of them, the highest resolution first.
+
+    Raises `XAttnResError` if `planned` is not an encoder/decoder U-Net, and in forward for an indivisible image size.
+    """
+
+    encoder: PlainConvEncoder | ResidualEncoder
+    decoder: UNetDecoder
+
+    def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResConfig) -> None:
+        super().__init__()
+        _check_supported(planned)
+        self.config = config
+        self.encoder = planned.encoder
+        self.decoder = planned.decoder
+        self.key_to_encoder = planned.key_to_encoder
+        self.key_to_stem = planned.key_to_stem
+        self.keys_to_in_proj = planned.keys_to_in_proj
+        self.initialize: Callable[[nn.Module], None] = planned.initialize
+        self.strides = [prod(per_axis) for per_axis in zip(*self.encoder.strides, strict=True)]
+
+        encoder_channels = list(self.encoder.output_channels)
+        decoder_channels = encoder_channels[-2::-1]
+        self.xattnres = nn.ModuleDict()  # by the stage that reads: E0, E1, ... and D0, D1, ...
+        if config.read_in_encoder:
+            for i in range(2, len(encoder_channels)):
+                pool = encoder_channels[: i - 1]
+                self.xattnres[f"E{i}"] = HistoryAttention(encoder_channels[i - 1], pool, config)
+        if config.read_in_decoder:
+            for d, channels in enumerate(decoder_channels):
+                pool = encoder_channels + decoder_channels[:d]
+                self.xattnres[f"D{d}"] = HistoryAttention(channels, pool, config)
+
+        if not config.skip_connections:
+            for stage in self.decoder.stages:
+                _drop_skip_channels(stage).apply(self.initialize)
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        self._check_divisible(image.shape[2:])
+        stem = getattr(self.encoder, "stem", None)
+        x = image if stem is None else stem(image)
+        pool: list[Tensor] = []  # the history pool H, in the order of computation
+        for i, stage in enumerate(self.encoder.stages):
+            x = stage(self._read(f"E{i}", x, pool[:-1]))
+            pool.append(x)
+        skips = pool[-2::-1]
+
+        logits = []
+        for d, stage in enumerate(self.decoder.stages):
+            x = self._read(f"D{d}", self.decoder.transpconvs[d](x), pool)
+            if self.config.skip_connections:
+                x = torch.cat((x, skips[d]), dim=1)
+            x = stage(x)
+            pool.append(x)
+            if self.decoder.deep_supervision:
+                logits.append(self.decoder.seg_layers[d](x))
+        if self.decoder.deep_supervision:
+            return logits[::-1]
+        return self.decoder.seg_layers[-1](x)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """How many numbers all convolutions put out for one image of `input_size`, as nnU-Net's networks count it.
+
+        Counts the planned network's convolutions and our projections, each at the coarser of its two resolutions.
+        """
+        positions = []
+        size = list(input_size)
+        for strides in self.encoder.strides:
+            size = [extent // stride for extent, stride in zip(size, strides, strict=True)]
+            positions.append(prod(size))
+
+        total = self.encoder.compute_conv_feature_map_size(input_size)
+        total += self.decoder.compute_conv_feature_map_size(input_size)
+        pool = positions + positions[-2::-1]
+        for stage, attention in self.xattnres.items():
+            assert isinstance(attention, HistoryAttention)
+            target = positions[int(stage[1:]) - 1] if stage.startswith("E") else positions[-2 - int(stage[1:])]
+            sources = pool[: len(attention.projections)]
+            total += len(attention.query) * sum(min(source, target) for source in sources)
+        return int(total)
+
+    def _read(self, stage: str, x: Tensor, pool: Sequence[Tensor]) -> Tensor:
+        """The input of a stage: what it reads from the pool if it reads, else x."""
+        return self.xattnres[stage](x, pool) if stage in self.xattnres else x
+
+    def _check_divisible(self, size: Sequence[int]) -> None:
+        if any(extent % stride for extent, stride in zip(size, self.strides, strict=True)):
+            raise XAttnResError(
+                f"an image of size {tuple(size)} does not fit this network: every axis must be divisible by the "
+                f"product of its strides, {tuple(self.strides)}; pad or crop the image"
+            )
+
+
+def build_network_from_plans(
+    configuration: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    config: XAttnResConfig | None = None,
+    deep_supervision: bool = True,
+) -> nn.Module:
+    """Build the network of a planned configuration, with XAttnRes.
+
+    configuration: `PlansManager("nnUNetPlans.json").get_configuration("3d_fullres")`, from nnU-Net.
+    config: the arrangement, by default `XAttnResConfig()`; where it changes nothing, the planned network is returned.
+
+    Raises `XAttnResError` if the planned architecture is not an encoder/decoder U-Net.
+    """
+    planned = get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        num_input_channels,
+        num_output_channels,
+        deep_supervision=deep_supervision,
+    )
+    return add_xattnres(planned, config or XAttnResConfig())
+
+
+def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResConfig) -> nn.Module:
+    """Let the planned network read from its history pool as `config` says; where that is nowhere, it is returned."""
+    return planned if config.is_planned_network else XAttnResUNet(planned, config)
+
+
+def _check_supported(planned: nn.Module) -> None:
+    encoder, decoder = getattr(planned, "encoder", None), getattr(planned, "decoder", None)
+    if not isinstance(encoder, PlainConvEncoder | ResidualEncoder) or not isinstance(decoder, UNetDecoder):
+        raise XAttnResError(
+            f"XAttnRes cannot read in a {type(planned).__name__}: choose plans whose architecture is a PlainConvUNet "
+            "or ResidualEncoderUNet, such as nnUNetPlans or nnUNetResEncUNetMPlans"
+        )
+
+
+def _drop_skip_channels(stage: StackedConvBlocks) -> nn.Module:
+    """Replace the first convolution of a decoder stage by one without the skip connection's input channels."""
+    block = stage.convs[0]
+    old = block.conv
+    block.conv = type(old)(
+        old.in_channels // 2,
+        old.out_channels,
+        old.kernel_size,
+        old.stride,
+        old.padding,
+        bias=old.bias is not None,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    # The block registers its convolution twice; `all_modules` is what it runs.
+    block.all_modules[0] = block.conv
+    block.input_channels = block.conv.in_channels
+    return block.conv

@@ -1,0 +1,136 @@
+"""What all XAttnRes trainers share. The trainers themselves, thin presets of this, live in `trainers/`."""
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_xattnres import __version__
+from nnunet_xattnres.config import XAttnResConfig
+from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.network import add_xattnres
+
+BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+
+
+class XAttnResTrainerMixin(nnUNetTrainer):
+    """An nnU-Net trainer whose network reads from its history pool.
+
+    Put it before any nnU-Net trainer: `class Mine(XAttnResTrainerMixin, nnUNetTrainerDA5): ...`.
+
+    xattnres_config: what is added to the planned network. It belongs to the class, because nnU-Net builds the network
+        for inference from the class alone. It is recorded in every checkpoint and checked when one is loaded.
+    default_num_epochs: the number of epochs where the plans say nothing; None for the base trainer's.
+
+    A configuration in the plans may hold a budget, `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
+    "num_val_iterations_per_epoch": ...}`, each key optional, which then takes precedence.
+
+    Raises `XAttnResError` for a budget that is none, for plans without an encoder/decoder U-Net, and for a checkpoint
+    that is damaged or that another trainer or preset has written.
+    """
+
+    xattnres_config: ClassVar[XAttnResConfig] = XAttnResConfig()
+    default_num_epochs: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.default_num_epochs is not None:
+            self.num_epochs = self.default_num_epochs
+        budget = self.configuration_manager.configuration.get("training", {})
+        _check_budget(budget, configuration)
+        for key, value in budget.items():
+            setattr(self, key, value)
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The network that the next trainer in line builds from the plans, with this class's XAttnRes."""
+        planned = super().build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        return add_xattnres(planned, cls.xattnres_config)
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write the checkpoint whole or not at all: `--c` never finds a truncated one."""
+        # nnU-Net stores `my_init_kwargs` in every checkpoint and reads it by key.
+        self.my_init_kwargs["xattnres"] = {
+            "version": __version__,
+            "config": self.xattnres_config.architecture(),
+        }
+        temporary = f"{filename}.tmp"
+        try:
+            super().save_checkpoint(temporary)
+            if self.local_rank == 0 and not self.disable_checkpointing:
+                os.replace(temporary, filename)
+        finally:
+            if self.local_rank == 0:
+                Path(temporary).unlink(missing_ok=True)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if isinstance(filename_or_checkpoint, str):
+            self._check_checkpoint(filename_or_checkpoint)
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _check_checkpoint(self, filename: str) -> None:
+        """Raise `XAttnResError` unless this class's network wrote the checkpoint."""
+        checkpoint = _read_checkpoint(filename)
+        written_by = checkpoint["trainer_name"]
+        record: dict[str, Any] | None = checkpoint["init_args"].get("xattnres")
+        if record is None:
+            raise XAttnResError(
+                f"{filename} was written by {written_by}, which has no XAttnRes: continue it with -tr {written_by}"
+            )
+        config = self.xattnres_config.architecture()
+        if record["config"] != config:
+            differences = ", ".join(
+                f"{key}={record['config'].get(key)!r} (here {config.get(key)!r})"
+                for key in sorted({*record["config"], *config})
+                if record["config"].get(key) != config.get(key)
+            )
+            raise XAttnResError(
+                f"{filename} was written by {written_by} of nnunet-xattnres {record['version']} with {differences}: "
+                f"continue it with that trainer and version, not with {type(self).__name__} of {__version__}"
+            )
+
+
+def _read_checkpoint(filename: str) -> dict[str, Any]:
+    """What a checkpoint of nnU-Net says of itself; its tensors stay on disk."""
+    try:
+        # nnU-Net's checkpoints hold numpy objects, which the restricted loader refuses.
+        checkpoint = torch.load(filename, map_location="cpu", mmap=True, weights_only=False)
+        for key in ("trainer_name", "init_args"):
+            checkpoint[key]
+    except FileNotFoundError:
+        raise XAttnResError(f"{filename} does not exist") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise XAttnResError(
+            f"{filename} is damaged or no nnU-Net checkpoint ({reason}): delete it to continue from another one"
+        ) from error
+    return checkpoint
+
+
+def _check_budget(budget: Any, configuration: str) -> None:
+    where = f'"training" of the configuration {configuration} in the plans'
+    if not isinstance(budget, dict) or any(key not in BUDGET_KEYS for key in budget):
+        raise XAttnResError(f"{where} may hold {', '.join(BUDGET_KEYS)} and nothing else, not {budget!r}")
+    for key, value in budget.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise XAttnResError(f"{key} in {where} must be a positive whole number, not {value!r}")
