@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import slow
+import torch
+
+from nnunet_xattnres.alignment import Slab, SlabAlignment, align, is_finer, resize, slabs
+from nnunet_xattnres.errors import XAttnResError
+
+SIZES = [  # source size, target size
+    pytest.param((3, 4), (6, 8), id="2d-up"),
+    pytest.param((6, 8), (3, 2), id="2d-down"),
+    pytest.param((5, 2), (5, 6), id="2d-up-anisotropic"),
+    pytest.param((5, 7), (5, 7), id="2d-equal"),
+    pytest.param((1, 2, 3), (4, 8, 6), id="3d-up"),
+    pytest.param((5, 7, 5), (10, 14, 10), id="3d-up-odd"),
+    pytest.param((4, 2, 3), (4, 8, 6), id="3d-up-anisotropic"),
+    pytest.param((8, 4, 6), (2, 4, 3), id="3d-down-anisotropic"),
+    pytest.param((2, 3, 2), (2, 3, 2), id="3d-equal"),
+]
+
+
+@pytest.mark.parametrize("source_size, size", SIZES)
+def test_resize_equals_the_slow_formula(source_size, size):
+    features = torch.randn(2, 3, *source_size, dtype=torch.float64)
+    expected = np.stack([slow.resize(item.numpy(), size) for item in features])
+    np.testing.assert_allclose(resize(features, size).numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("source_size, size", SIZES)
+@pytest.mark.parametrize("max_positions", [1, 20, 10**6])
+class TestSlabAlignment:
+    def test_its_slabs_make_up_the_aligned_source(self, source_size, size, max_positions):
+        features, projection = _source(source_size)
+        expected = align(features, projection, size)
+        alignment = SlabAlignment(features, projection, size, torch.float64)
+        covered = torch.zeros_like(expected)
+        for slab in slabs(len(features), size, max_positions):
+            torch.testing.assert_close(alignment.align(slab), slab.of(expected), atol=1e-12, rtol=0)
+            slab.of(covered).add_(1)
+        assert (covered == 1).all()
+
+    def test_its_gradients_are_those_of_autograd(self, source_size, size, max_positions):
+        features, projection = _source(source_size)
+        aligned = align(features.requires_grad_(), projection.requires_grad_(), size)
+        gradient = torch.randn_like(aligned)
+        expected = torch.autograd.grad(aligned, (features, projection), gradient)
+
+        alignment = SlabAlignment(features.detach(), projection.detach(), size, torch.float64)
+        alignment.start_gradients()
+        for slab in slabs(len(features), size, max_positions):
+            alignment.accumulate_gradients(slab, slab.of(gradient))
+        torch.testing.assert_close(alignment.features_gradient, expected[0], atol=1e-11, rtol=0)
+        torch.testing.assert_close(alignment.projection_gradient, expected[1], atol=1e-11, rtol=0)
+
+
+def _source(source_size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(3, 4, *source_size, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+
+
+def test_slabs_hold_whole_batch_items_where_they_fit_and_rows_of_one_where_not():
+    assert list(slabs(3, (4, 5), 40)) == [Slab(slice(0, 2), slice(0, 4)), Slab(slice(2, 3), slice(0, 4))]
+    assert list(slabs(1, (4, 5), 10)) == [Slab(slice(0, 1), slice(0, 2)), Slab(slice(0, 1), slice(2, 4))]
+
+
+@pytest.mark.parametrize("source_size, size", [((4, 6), (6, 6)), ((4, 8), (8, 4)), ((5, 5, 5), (7, 10, 10))])
+def test_sizes_that_are_no_multiples_of_each_other_are_an_error(source_size, size):
+    with pytest.raises(XAttnResError, match="integer multiple"):
+        is_finer(source_size, size)

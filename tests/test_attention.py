@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import slow
+import torch
+
+from nnunet_xattnres import attention
+from nnunet_xattnres.attention import Candidate, attend_reference, attend_streaming, attention_weights
+
+CASES = {  # target size: source sizes
+    "2d": ((4, 6), [(4, 6), (2, 3), (8, 12), (1, 3), (4, 2)]),
+    "3d": ((4, 2, 6), [(4, 2, 6), (2, 1, 3), (8, 4, 12), (1, 1, 1), (4, 2, 3)]),
+}
+CHANNELS = 5
+
+
+@pytest.fixture(params=[1, 50, 2**21], ids=lambda numbers: f"slab{numbers}")
+def slab_numbers(request, monkeypatch):
+    monkeypatch.setitem(attention.SLAB_NUMBERS, "cpu", request.param)
+
+
+def _inputs(case: str, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], tuple[int, ...]]:
+    """[query, norm_scale, x, features ..., projections ...], all of which require gradients, and the target's size"""
+    torch.manual_seed(0)
+    size, source_sizes = CASES[case]
+    features = [torch.randn(3, 2 + k, *source_size, dtype=dtype) for k, source_size in enumerate(source_sizes)]
+    projections = [torch.randn(CHANNELS, 2 + k, dtype=dtype) for k in range(len(source_sizes))]
+    x = torch.randn(3, CHANNELS, *size, dtype=dtype)
+    query, norm_scale = torch.randn(CHANNELS, dtype=dtype), torch.rand(CHANNELS, dtype=dtype) + 0.5
+    return [tensor.requires_grad_() for tensor in (query, norm_scale, x, *features, *projections)], size
+
+
+def _candidates(inputs: list[torch.Tensor]) -> list[Candidate]:
+    _, _, x, *sources = inputs
+    half = len(sources) // 2
+    return [*map(Candidate, sources[:half], sources[half:]), Candidate(x, None)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+def test_it_computes_the_formulas(case, attend):
+    inputs, size = _inputs(case)
+    query, norm_scale, x, *sources = (tensor.detach().numpy() for tensor in inputs)
+    features, projections = sources[: len(sources) // 2], sources[len(sources) // 2 :]
+    expected = [
+        slow.read(x[b], [h[b] for h in features], projections, query, norm_scale, gamma=None) for b in range(len(x))
+    ]
+    out = attend(inputs[0], inputs[1], _candidates(inputs), size)
+    np.testing.assert_allclose(out.detach().numpy(), np.stack(expected), atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("slab_numbers")
+def test_streaming_equals_reference_in_output_and_every_gradient(case):
+    inputs, size = _inputs(case)
+    outputs = [
+        attend(inputs[0], inputs[1], _candidates(inputs), size) for attend in (attend_reference, attend_streaming)
+    ]
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-9, rtol=0)
+    gradient = torch.randn_like(outputs[0])
+    expected, streamed = (torch.autograd.grad(out, inputs, gradient) for out in outputs)
+    for a, b in zip(streamed, expected, strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+@pytest.mark.usefixtures("slab_numbers")
+def test_streaming_passes_gradcheck():
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in [(2,), (2,), (2, 2, 2, 4), (2, 3, 1, 2), (2, 1, 4, 4), (2, 3), (2, 1)]
+    ]
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        return attend_streaming(tensors[0], tensors[1], _candidates(list(tensors)), (2, 4))
+
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+def test_a_zero_query_weighs_all_candidates_alike():
+    values = torch.randn(4, 2, CHANNELS, 3, 3)
+    weights = attention_weights(torch.zeros(CHANNELS), torch.ones(CHANNELS), values)
+    assert torch.equal(weights, torch.full((4, 2, 3, 3), 0.25))
+
+
+@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+def test_large_scores_stay_finite_and_choose_one_candidate(attend):
+    x = torch.ones(1, CHANNELS, 2, 2)
+    query = torch.full((CHANNELS,), 1e4)
+    out = attend(query, torch.ones(CHANNELS), [Candidate(x, None), Candidate(-2 * x, None)], (2, 2))
+    assert torch.equal(out, x)
+
+
+@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+def test_under_autocast_squares_do_not_overflow(attend):
+    inputs, size = _inputs("2d", torch.float32)
+    candidates = [Candidate(1000 * h.detach().half(), P) for h, P in _candidates(inputs)]
+    with torch.autocast("cpu", torch.float16):
+        out = attend(inputs[0], inputs[1], candidates, size)
+    expected = attend(inputs[0], inputs[1], [Candidate(h.float(), P) for h, P in candidates], size)
+    torch.testing.assert_close(out.float(), expected, atol=0.02 * expected.abs().max().item(), rtol=0)
+    gradients = torch.autograd.grad(out.float().mean(), [inputs[0], inputs[-1]])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def _saved_bytes(attend, num_sources: int) -> int:
+    """What one call keeps for its backward pass, apart from the candidates themselves."""
+    candidates = [
+        Candidate(torch.randn(1, 8, 2, 2, 2), torch.randn(8, 8, requires_grad=True)) for _ in range(num_sources)
+    ]
+    candidates.append(Candidate(torch.randn(1, 8, 16, 16, 16, requires_grad=True), None))
+    given = {tensor.data_ptr() for candidate in candidates for tensor in candidate if tensor is not None}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in given:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    query = torch.randn(8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        attend(query, torch.ones(8), candidates, (16, 16, 16))
+    return sum(saved.values())
+
+
+def test_streaming_keeps_no_aligned_copies_for_the_backward_pass():
+    aligned_copy = 8 * 16**3 * 4
+    assert _saved_bytes(attend_reference, 6) - _saved_bytes(attend_reference, 2) >= 4 * aligned_copy
+    assert _saved_bytes(attend_streaming, 6) < aligned_copy / 16
