@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def attend_reference(query: Tensor, norm_scale: Tensor, candidates: Sequence[Can
     Returns (B, C_t, *size) in the dtype of the aligned candidates.
     """
     values = torch.stack([align(candidate.features, candidate.projection, size) for candidate in candidates])
-    with torch.autocast(values.device.type, enabled=False):  # squares overflow float16 above 255
+    with _without_autocast(values):
         weights = attention_weights(query, norm_scale, values)
         mixture = (weights.unsqueeze(2) * values.to(weights.dtype)).sum(dim=0)
     return mixture.to(values.dtype)
@@ -90,7 +91,7 @@ class _StreamingAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, size: tuple[int, ...], *sources: Tensor | None) -> Tensor:
         ctx.save_for_backward(query, *sources)
         ctx.size = size
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query):
             query, alignments = _prepare(query, size, sources)
             target = alignments[0].features
             mixture = target.new_empty(target.shape[0], query.shape[0], *size)
@@ -103,7 +104,7 @@ class _StreamingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, *sources = ctx.saved_tensors
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query):
             query, alignments = _prepare(query, ctx.size, sources)
             query_gradient = torch.zeros_like(query)
             for alignment in alignments:
@@ -135,6 +136,12 @@ class _StreamingAttention(torch.autograd.Function):
                 for source, gradient in zip(sources, source_gradients, strict=True)
             ),
         )
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Full precision for norms, scores and softmax: squares overflow float16 above 255."""
+    has_autocast = tensor.device.type not in ("meta", "mps")
+    return torch.autocast(tensor.device.type, enabled=False) if has_autocast else nullcontext()
 
 
 def _prepare(

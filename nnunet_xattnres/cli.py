@@ -71,11 +71,11 @@ def _trainers(arguments: argparse.Namespace) -> None:
     if not arguments.list:
         print(trainers_folder())
         return
-    for name, description in _list_trainers():
+    for name, description in list_trainers():
         print(f"{name:42} {description}")
 
 
-def _list_trainers() -> Iterator[tuple[str, str]]:
+def list_trainers() -> Iterator[tuple[str, str]]:
     """Name and first line of documentation of every trainer, read from source: importing nnU-Net takes seconds."""
     for path in sorted(trainers_folder().glob("nnUNetTrainer*.py")):
         for node in ast.parse(path.read_text()).body:

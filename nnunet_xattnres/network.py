@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import prod
+from pydoc import locate
 
 import torch
 from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
@@ -67,7 +68,7 @@ class XAttnResUNet(AbstractDynamicNetworkArchitectures):
 
     def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResConfig) -> None:
         super().__init__()
-        _check_supported(planned)
+        _check_class(type(planned))
         self.config = config
         self.encoder = planned.encoder
         self.decoder = planned.decoder
@@ -163,6 +164,7 @@ def build_network_from_plans(
 
     Raises `XAttnResError` if the planned architecture is not an encoder/decoder U-Net.
     """
+    check_architecture(configuration)
     planned = get_network_from_plans(
         configuration.network_arch_class_name,
         configuration.network_arch_init_kwargs,
@@ -179,11 +181,17 @@ def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResC
     return planned if config.is_planned_network else XAttnResUNet(planned, config)
 
 
-def _check_supported(planned: nn.Module) -> None:
-    encoder, decoder = getattr(planned, "encoder", None), getattr(planned, "decoder", None)
-    if not isinstance(encoder, PlainConvEncoder | ResidualEncoder) or not isinstance(decoder, UNetDecoder):
+def check_architecture(configuration: ConfigurationManager) -> None:
+    """Raise `XAttnResError` if the planned architecture is not an encoder/decoder U-Net, before it is built."""
+    network_class = locate(configuration.network_arch_class_name)
+    if isinstance(network_class, type):  # nnU-Net itself deals with a class that has moved
+        _check_class(network_class)
+
+
+def _check_class(network_class: type) -> None:
+    if not issubclass(network_class, PlainConvUNet | ResidualEncoderUNet):
         raise XAttnResError(
-            f"XAttnRes cannot read in a {type(planned).__name__}: choose plans whose architecture is a PlainConvUNet "
+            f"XAttnRes cannot read in a {network_class.__name__}: choose plans whose architecture is a PlainConvUNet "
             "or ResidualEncoderUNet, such as nnUNetPlans or nnUNetResEncUNetMPlans"
         )
 

@@ -12,7 +12,7 @@ from torch import nn
 from nnunet_xattnres import __version__
 from nnunet_xattnres.config import XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.network import add_xattnres
+from nnunet_xattnres.network import add_xattnres, check_architecture
 
 BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
@@ -62,6 +62,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """The network that the next trainer in line builds from the plans, with this class's XAttnRes."""
+        check_architecture(configuration_manager)
         planned = super().build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )

@@ -1,0 +1,27 @@
+# Everything runs in .venv, which is made when it is missing. On Debian and Ubuntu: apt install python3-venv make
+PYTHON ?= python3
+DATA ?=
+BIN := .venv/bin
+
+.PHONY: demo test lint figures
+.DELETE_ON_ERROR:
+
+demo: .venv/.installed  ## train, predict and evaluate on phantoms, or on DATA=path/to/Task04_Hippocampus
+	$(BIN)/nnunet-xattnres demo $(if $(DATA),--data "$(DATA)")
+
+test: .venv/.installed  ## the test suite
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -m "not slow"
+
+lint: .venv/.installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+figures: .venv/.installed  ## the figure of the README
+	$(BIN)/python docs/draw_method.py docs/method.png
+
+.venv/.installed: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "no venv module: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -e ".[test,lint]"
+	touch $@

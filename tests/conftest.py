@@ -1,0 +1,80 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+from PIL import Image
+
+from nnunet_xattnres.commands import NnUNet
+from nnunet_xattnres.phantom import write_phantom_dataset
+from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write_json_atomically
+
+PHANTOM = "Dataset901_Phantom"
+LARGE_2D = "Dataset902_Large2d"
+ONE_SHORT_EPOCH = TrainingBudget(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
+
+
+@pytest.fixture(scope="session")
+def nnunet(tmp_path_factory: pytest.TempPathFactory) -> NnUNet:
+    """A working directory with a phantom dataset, planned and preprocessed by nnU-Net's own commands.
+
+    Plans: nnUNetPlans and nnUNetResEncUNetMPlans with 2d and 3d_fullres; nnUNetPlans also with 2d_small and 3d_small,
+    which train for one short epoch.
+    """
+    nnunet = NnUNet(tmp_path_factory.mktemp("nnunet"), "cpu")
+    write_phantom_dataset(nnunet.raw / PHANTOM, num_cases=6, seed=0)
+    nnunet.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "3d_fullres", "-npfp", "2", log="plan")
+    nnunet.run("nnUNetv2_plan_experiment", "-d", "901", "-pl", "nnUNetPlannerResEncM", log="plan_resenc")
+    plans = read_plans(nnunet)
+    for name, base in (("2d_small", "2d"), ("3d_small", "3d_fullres")):
+        add_small_configuration(
+            plans, name, base, base_features=4, max_patch_voxels=64**3, batch_size=2, budget=ONE_SHORT_EPOCH
+        )
+    write_json_atomically(plans, plans_file(nnunet))
+    return nnunet
+
+
+@pytest.fixture(scope="session")
+def large_2d_plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nnU-Net's plans for 512 x 512 images, whose network has many stages."""
+    nnunet = NnUNet(tmp_path_factory.mktemp("large_2d"), "cpu")
+    folder = nnunet.raw / LARGE_2D
+    rng = np.random.default_rng(0)
+    for kind in ("imagesTr", "labelsTr"):
+        (folder / kind).mkdir(parents=True)
+    for case in range(2):
+        label = np.zeros((512, 512), np.uint8)
+        label[100:300, 200:400] = 1
+        image = rng.integers(0, 100, label.shape, dtype=np.uint8) + 100 * label
+        Image.fromarray(image).save(folder / "imagesTr" / f"case{case}_0000.png")
+        Image.fromarray(label).save(folder / "labelsTr" / f"case{case}.png")
+    generate_dataset_json(str(folder), {0: "photo"}, {"background": 0, "square": 1}, 2, ".png")
+    nnunet.run("nnUNetv2_plan_and_preprocess", "-d", "902", "--no_pp", "-npfp", "2", log="plan")
+    return nnunet.preprocessed / LARGE_2D / "nnUNetPlans.json"
+
+
+@pytest.fixture
+def nnunet_environment(nnunet: NnUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NnUNet:
+    """The environment variables of `nnunet` in this process; results go to a folder of the test's own."""
+    for name, value in (nnunet.folders() | {"nnUNet_results": str(tmp_path / "results")}).items():
+        monkeypatch.setenv(name, value)
+    return nnunet
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real datasets."""
+    folder = Path(os.environ.get("XATTNRES_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}: set XATTNRES_DATA to the folder that holds Task04_Hippocampus")
+    return folder
+
+
+def plans_file(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> Path:
+    return nnunet.preprocessed / PHANTOM / f"{identifier}.json"
+
+
+def read_plans(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> dict:
+    return json.loads(plans_file(nnunet, identifier).read_text())

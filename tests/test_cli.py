@@ -1,0 +1,49 @@
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from nnunet_xattnres.cli import main
+
+
+def test_trainers_prints_the_folder_and_nothing_else(capsys):
+    assert main(["trainers"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert (Path(out.strip()) / "nnUNetTrainerXAttnRes.py").is_file()
+
+
+def test_trainers_list_describes_every_trainer_in_one_line(capsys):
+    assert main(["trainers", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines]
+    assert all(len(line.split()) > 1 for line in lines)
+    for trainer in ("nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip_250epochs", "nnUNetTrainerPlanned_5epochs"):
+        assert trainer in names
+
+
+@pytest.mark.parametrize("installed", ["2.7.0", "2.6.4"])
+def test_an_nnunet_without_external_trainers_is_an_error(installed, monkeypatch, capsys):
+    monkeypatch.setattr("nnunet_xattnres.installation.version", lambda package: installed)
+    assert main(["trainers"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert f"nnunetv2 {installed} is too old" in captured.err
+
+
+def test_a_missing_nnunet_is_an_error(monkeypatch, capsys):
+    def missing(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr("nnunet_xattnres.installation.version", missing)
+    assert main(["trainers"]) == 1
+    assert "nnunetv2 is not installed: pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["trianers"], ["demo", "--dta", "x"]])
+def test_a_typo_is_answered_with_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: nnunet-xattnres" in capsys.readouterr().err

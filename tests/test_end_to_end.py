@@ -1,0 +1,81 @@
+"""A life of a model through nnU-Net's own console commands: train, continue, validate, predict, export, install."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import PHANTOM, plans_file, read_plans
+
+from nnunet_xattnres.commands import NnUNet
+from nnunet_xattnres.plans import write_json_atomically
+
+TRAINER = "nnUNetTrainerXAttnRes"
+TRAIN = ("nnUNetv2_train", "901", "3d_small", "0", "-tr", TRAINER, "-device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def workdir(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> NnUNet:
+    """A copy of the planned and preprocessed dataset whose plans and results are this module's own."""
+    copy = NnUNet(tmp_path_factory.mktemp("end_to_end"), "cpu")
+    shutil.copytree(nnunet.raw, copy.raw)
+    shutil.copytree(nnunet.preprocessed, copy.preprocessed)
+    return copy
+
+
+def read_segmentations(folder: Path) -> dict[str, np.ndarray]:
+    return {file.name: sitk.GetArrayFromImage(sitk.ReadImage(file)) for file in sorted(folder.glob("*.nii.gz"))}
+
+
+def test_train_continue_validate_predict_export_install(workdir: NnUNet, tmp_path: Path):
+    model = workdir.results / PHANTOM / f"{TRAINER}__nnUNetPlans__3d_small"
+    checkpoint = model / "fold_0" / "checkpoint_final.pth"
+
+    workdir.run(*TRAIN, log="train")
+    first = torch.load(checkpoint, weights_only=False)
+    assert first["trainer_name"] == TRAINER
+    assert first["current_epoch"] == 1
+
+    plans = read_plans(workdir)
+    plans["configurations"]["3d_small"]["training"]["num_epochs"] = 2
+    write_json_atomically(plans, plans_file(workdir))
+    workdir.run(*TRAIN, "--c", log="continue")
+    second = torch.load(checkpoint, weights_only=False)
+    assert second["current_epoch"] == 2
+    assert len(second["logging"]["train_losses"]) == 2
+    assert second["logging"]["train_losses"][0] == first["logging"]["train_losses"][0]
+
+    validation = model / "fold_0" / "validation"
+    validated = read_segmentations(validation)
+    assert validated
+    shutil.rmtree(validation)
+    workdir.run(*TRAIN, "--val", log="validate")
+    again = read_segmentations(validation)
+    assert again.keys() == validated.keys()
+    assert all(np.array_equal(again[name], validated[name]) for name in validated)
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in validated:
+        source = workdir.raw / PHANTOM / "imagesTr" / name.replace(".nii.gz", "_0000.nii.gz")
+        shutil.copy(source, images / source.name)
+    folders = ("-i", str(images), "-f", "0", "-device", "cpu")
+    predicted = tmp_path / "predicted"
+    workdir.run("nnUNetv2_predict_from_modelfolder", *folders, "-m", str(model), "-o", str(predicted), log="predict")
+    segmentations = read_segmentations(predicted)
+    assert segmentations.keys() == validated.keys()
+
+    archive = tmp_path / "model.zip"
+    which = ("-d", "901", "-c", "3d_small", "-f", "0", "-tr", TRAINER)
+    workdir.run("nnUNetv2_export_model_to_zip", *which, "-o", str(archive), log="export")
+    elsewhere = NnUNet(tmp_path / "elsewhere", "cpu")
+    elsewhere.results.mkdir(parents=True)
+    elsewhere.run("nnUNetv2_install_pretrained_model_from_zip", str(archive), log="install")
+    installed = tmp_path / "installed"
+    predict = ("nnUNetv2_predict", "-d", PHANTOM, "-c", "3d_small", "-tr", TRAINER)
+    elsewhere.run(*predict, *folders, "-o", str(installed), log="predict")
+    reproduced = read_segmentations(installed)
+    assert reproduced.keys() == segmentations.keys()
+    assert all(np.array_equal(reproduced[name], segmentations[name]) for name in segmentations)
