@@ -97,6 +97,7 @@ class SlabAlignment:
         self.features = features
         self.projection = None if projection is None else projection.to(dtype)
         self.dtype = dtype
+        self.aligned_channels = features.shape[1] if projection is None else projection.shape[0]
         self.source_size = features.shape[2:]
         self.finer = is_finer(self.source_size, size)
         self.row_factor = max(size[0], self.source_size[0]) // min(size[0], self.source_size[0])

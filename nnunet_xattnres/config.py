@@ -1,6 +1,7 @@
 """What a user can choose about XAttnRes."""
 
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 from nnunet_xattnres.errors import XAttnResError
@@ -29,14 +30,9 @@ class XAttnResConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("skip_connections", "read_in_encoder", "read_in_decoder"):
-            if not isinstance(getattr(self, name), bool):
-                raise XAttnResError(f"XAttnResConfig.{name} must be True or False, not {getattr(self, name)!r}")
-        for name, choices in (("fusion", FUSIONS), ("backend", BACKENDS)):
-            if getattr(self, name) not in choices:
-                raise XAttnResError(
-                    f"XAttnResConfig.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
-                )
+        _check_flags(self, "skip_connections", "read_in_encoder", "read_in_decoder")
+        _check_choice(self, "fusion", FUSIONS)
+        _check_choice(self, "backend", BACKENDS)
 
     @property
     def is_planned_network(self) -> bool:
@@ -45,4 +41,64 @@ class XAttnResConfig:
 
     def architecture(self) -> dict[str, Any]:
         """The fields that decide what a trained network computes, for the record in its checkpoint."""
-        return {name: value for name, value in asdict(self).items() if name != "backend"}
+        return _all_but_backend(self)
+
+
+@dataclass(frozen=True)
+class BlockXAttnResConfig:
+    """Block-level XAttnRes: attention among the blocks of a stage (ISAR), and over the blocks behind a skip (DKVMR).
+
+    isar_in_encoder, isar_in_decoder: where blocks read from the earlier blocks of their stage.
+    bank_includes_input: the stage's input opens the bank that its blocks read from (not in the authors' code).
+    kv_ratio: channels of DKVMR's keys as a fraction of the memory's.
+    temperature: divides ISAR's scores.
+    backend: as in `XAttnResConfig`.
+
+    Raises `XAttnResError` for a value that does not exist.
+    """
+
+    isar_in_encoder: bool = False
+    isar_in_decoder: bool = True
+    bank_includes_input: bool = False
+    kv_ratio: float = 0.5
+    temperature: float = 1.0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_flags(self, "isar_in_encoder", "isar_in_decoder", "bank_includes_input")
+        _check_positive(self, "kv_ratio", "temperature")
+        _check_choice(self, "backend", BACKENDS)
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields that decide what a trained network computes, for the record in its checkpoint."""
+        return _all_but_backend(self)
+
+
+Config = XAttnResConfig | BlockXAttnResConfig
+
+
+def _check_flags(config: Config, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise XAttnResError(f"{_field(config, name)} must be True or False, not {getattr(config, name)!r}")
+
+
+def _check_choice(config: Config, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(config, name) not in choices:
+        listed = ", ".join(choices)
+        raise XAttnResError(f"{_field(config, name)} must be one of {listed}, not {getattr(config, name)!r}")
+
+
+def _check_positive(config: Config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < inf:
+            raise XAttnResError(f"{_field(config, name)} must be a positive number, not {value!r}")
+
+
+def _field(config: Config, name: str) -> str:
+    return f"{type(config).__name__}.{name}"
+
+
+def _all_but_backend(config: Config) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name != "backend"}

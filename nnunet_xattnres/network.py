@@ -1,13 +1,15 @@
-"""XAttnResUNet: the encoder/decoder that nnU-Net planned, its stages reading from their common history pool."""
+"""The encoder/decoder that nnU-Net planned, with XAttnRes at stage level or at block level."""
 
 from collections.abc import Callable, Sequence
 from math import prod
 from pydoc import locate
+from typing import Any
 
 import torch
 from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from dynamic_network_architectures.building_blocks.plain_conv_encoder import PlainConvEncoder
+from dynamic_network_architectures.building_blocks.residual import StackedResidualBlocks
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
@@ -16,7 +18,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_xattnres.attention import Candidate, attention_backend
-from nnunet_xattnres.config import XAttnResConfig
+from nnunet_xattnres.block_level import IntraStageAttention, MemoryRouting
+from nnunet_xattnres.config import BlockXAttnResConfig, Config, XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError
 
 
@@ -51,11 +54,11 @@ class HistoryAttention(nn.Module):
         return x + self.gamma.view(-1, *(1,) * len(size)) * mixture
 
 
-class XAttnResUNet(AbstractDynamicNetworkArchitectures):
-    """A planned U-Net whose stages read from the global feature history pool (XAttnRes, arXiv 2604.03297).
+class PlannedUNet(AbstractDynamicNetworkArchitectures):
+    """An encoder/decoder that nnU-Net planned, taken over: what stage and block level have in common.
 
-    planned: the network that nnU-Net planned, initialised; it is taken over and, without skip connections, changed.
-    `encoder.*` and `decoder.*` keep nnU-Net's state-dict names, what is added lives under `xattnres.*`.
+    planned: the network that nnU-Net planned, initialised. `encoder.*` and `decoder.*` keep nnU-Net's state-dict names,
+    what a subclass adds lives under `xattnres.*`.
 
     forward: image (B, channels, *size), every axis divisible by the product of its strides, -> logits
     (B, classes, *size), or with `decoder.deep_supervision` a list of them, the highest resolution first.
@@ -66,10 +69,9 @@ class XAttnResUNet(AbstractDynamicNetworkArchitectures):
     encoder: PlainConvEncoder | ResidualEncoder
     decoder: UNetDecoder
 
-    def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResConfig) -> None:
+    def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet) -> None:
         super().__init__()
         _check_class(type(planned))
-        self.config = config
         self.encoder = planned.encoder
         self.decoder = planned.decoder
         self.key_to_encoder = planned.key_to_encoder
@@ -77,10 +79,49 @@ class XAttnResUNet(AbstractDynamicNetworkArchitectures):
         self.keys_to_in_proj = planned.keys_to_in_proj
         self.initialize: Callable[[nn.Module], None] = planned.initialize
         self.strides = [prod(per_axis) for per_axis in zip(*self.encoder.strides, strict=True)]
+        self.xattnres = nn.ModuleDict()
 
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        self._check_divisible(image.shape[2:])
+        stem = getattr(self.encoder, "stem", None)
+        features = self.decoder_features(image if stem is None else stem(image))
+        if not self.decoder.deep_supervision:
+            return self.decoder.seg_layers[-1](features[-1])
+        return [head(x) for head, x in zip(self.decoder.seg_layers, features, strict=True)][::-1]
+
+    def decoder_features(self, x: Tensor) -> list[Tensor]:
+        """What the first encoder stage sees -> the outputs of all decoder stages, the coarsest first."""
+        raise NotImplementedError
+
+    def _positions(self, input_size: Sequence[int]) -> list[int]:
+        """How many positions the output of every encoder stage has, for an image of `input_size`."""
+        positions = []
+        size = list(input_size)
+        for strides in self.encoder.strides:
+            size = [extent // stride for extent, stride in zip(size, strides, strict=True)]
+            positions.append(prod(size))
+        return positions
+
+    def _check_divisible(self, size: Sequence[int]) -> None:
+        if any(extent % stride for extent, stride in zip(size, self.strides, strict=True)):
+            raise XAttnResError(
+                f"an image of size {tuple(size)} does not fit this network: every axis must be divisible by the "
+                f"product of its strides, {tuple(self.strides)}; pad or crop the image"
+            )
+
+
+class XAttnResUNet(PlannedUNet):
+    """A planned U-Net whose stages read from the global feature history pool (XAttnRes, arXiv 2604.03297).
+
+    Without skip connections the first convolution of every decoder stage is replaced by one of half the input channels.
+    """
+
+    def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResConfig) -> None:
+        super().__init__(planned)
+        self.config = config
         encoder_channels = list(self.encoder.output_channels)
         decoder_channels = encoder_channels[-2::-1]
-        self.xattnres = nn.ModuleDict()  # by the stage that reads: E0, E1, ... and D0, D1, ...
+        # By the stage that reads: E0, E1, ... and D0, D1, ...
         if config.read_in_encoder:
             for i in range(2, len(encoder_channels)):
                 pool = encoder_channels[: i - 1]
@@ -94,40 +135,26 @@ class XAttnResUNet(AbstractDynamicNetworkArchitectures):
             for stage in self.decoder.stages:
                 _drop_skip_channels(stage).apply(self.initialize)
 
-    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        self._check_divisible(image.shape[2:])
-        stem = getattr(self.encoder, "stem", None)
-        x = image if stem is None else stem(image)
+    def decoder_features(self, x: Tensor) -> list[Tensor]:
         pool: list[Tensor] = []  # the history pool H, in the order of computation
         for i, stage in enumerate(self.encoder.stages):
             x = stage(self._read(f"E{i}", x, pool[:-1]))
             pool.append(x)
         skips = pool[-2::-1]
-
-        logits = []
         for d, stage in enumerate(self.decoder.stages):
             x = self._read(f"D{d}", self.decoder.transpconvs[d](x), pool)
             if self.config.skip_connections:
                 x = torch.cat((x, skips[d]), dim=1)
             x = stage(x)
             pool.append(x)
-            if self.decoder.deep_supervision:
-                logits.append(self.decoder.seg_layers[d](x))
-        if self.decoder.deep_supervision:
-            return logits[::-1]
-        return self.decoder.seg_layers[-1](x)
+        return pool[len(self.encoder.stages) :]
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """How many numbers all convolutions put out for one image of `input_size`, as nnU-Net's networks count it.
 
         Counts the planned network's convolutions and our projections, each at the coarser of its two resolutions.
         """
-        positions = []
-        size = list(input_size)
-        for strides in self.encoder.strides:
-            size = [extent // stride for extent, stride in zip(size, strides, strict=True)]
-            positions.append(prod(size))
-
+        positions = self._positions(input_size)
         total = self.encoder.compute_conv_feature_map_size(input_size)
         total += self.decoder.compute_conv_feature_map_size(input_size)
         pool = positions + positions[-2::-1]
@@ -142,19 +169,76 @@ class XAttnResUNet(AbstractDynamicNetworkArchitectures):
         """The input of a stage: what it reads from the pool if it reads, else x."""
         return self.xattnres[stage](x, pool) if stage in self.xattnres else x
 
-    def _check_divisible(self, size: Sequence[int]) -> None:
-        if any(extent % stride for extent, stride in zip(size, self.strides, strict=True)):
-            raise XAttnResError(
-                f"an image of size {tuple(size)} does not fit this network: every axis must be divisible by the "
-                f"product of its strides, {tuple(self.strides)}; pad or crop the image"
-            )
+
+class BlockXAttnResUNet(PlannedUNet):
+    """A planned U-Net with block-level XAttnRes: ISAR between the blocks of a stage, DKVMR in place of its skip.
+
+    Where a part could not change anything there is none: the keys of `xattnres` say what acts where, `D0_memory` for
+    DKVMR in place of a skip connection, `E1_block2` for ISAR before a stage's third block.
+    """
+
+    def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: BlockXAttnResConfig) -> None:
+        super().__init__(planned)
+        self.config = config
+        encoder_channels = list(self.encoder.output_channels)
+        decoder_channels = encoder_channels[-2::-1]
+        if config.isar_in_encoder:
+            for i, stage in enumerate(self.encoder.stages):
+                self._add_intra_stage_attention(f"E{i}", stage, encoder_channels[i])
+        for d, channels in enumerate(decoder_channels):
+            num_entries = len(_blocks(self.encoder.stages[-2 - d]))
+            self.xattnres[f"D{d}_memory"] = MemoryRouting(channels, num_entries, config)
+            if config.isar_in_decoder:
+                self._add_intra_stage_attention(f"D{d}", self.decoder.stages[d], channels)
+
+    def decoder_features(self, x: Tensor) -> list[Tensor]:
+        memories = []  # by encoder stage, the outputs of its blocks
+        for i, stage in enumerate(self.encoder.stages):
+            memories.append(self._run_blocks(f"E{i}", stage, x))
+            x = memories[-1][-1]
+        features = []
+        for d, stage in enumerate(self.decoder.stages):
+            x = self.decoder.transpconvs[d](x)
+            skip = self.xattnres[f"D{d}_memory"](x, memories[-2 - d])
+            x = self._run_blocks(f"D{d}", stage, torch.cat((x, skip), dim=1))[-1]
+            features.append(x)
+        return features
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """How many numbers all convolutions put out for one image of `input_size`, as nnU-Net's networks count it."""
+        positions = self._positions(input_size)
+        total = self.encoder.compute_conv_feature_map_size(input_size)
+        total += self.decoder.compute_conv_feature_map_size(input_size)
+        for name, part in self.xattnres.items():
+            assert isinstance(part, IntraStageAttention | MemoryRouting)
+            index = int(name.split("_")[0][1:])
+            total += part.compute_conv_feature_map_size(positions[index if name.startswith("E") else -2 - index])
+        return int(total)
+
+    def _add_intra_stage_attention(self, name: str, stage: nn.Module, channels: int) -> None:
+        """ISAR before every block of a stage whose bank holds at least two different entries."""
+        blocks = _blocks(stage)
+        input_channels = blocks[0].input_channels if self.config.bank_includes_input else None
+        for i in range(2 if input_channels is None else 1, len(blocks)):
+            self.xattnres[f"{name}_block{i}"] = IntraStageAttention(channels, input_channels, self.config)
+
+    def _run_blocks(self, name: str, stage: nn.Module, x: Tensor) -> list[Tensor]:
+        """The outputs b_1, b_2, ... of a stage's blocks."""
+        outputs: list[Tensor] = []
+        for i, block in enumerate(_blocks(stage)):
+            attention = f"{name}_block{i}"
+            if attention in self.xattnres:
+                outputs.append(block(self.xattnres[attention](x, outputs)))
+            else:
+                outputs.append(block(outputs[-1] if outputs else x))
+        return outputs
 
 
 def build_network_from_plans(
     configuration: ConfigurationManager,
     num_input_channels: int,
     num_output_channels: int,
-    config: XAttnResConfig | None = None,
+    config: Config | None = None,
     deep_supervision: bool = True,
 ) -> nn.Module:
     """Build the network of a planned configuration, with XAttnRes.
@@ -176,8 +260,10 @@ def build_network_from_plans(
     return add_xattnres(planned, config or XAttnResConfig())
 
 
-def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResConfig) -> nn.Module:
-    """Let the planned network read from its history pool as `config` says; where that is nowhere, it is returned."""
+def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet, config: Config) -> nn.Module:
+    """Let the planned network read as `config` says; where that is nowhere, it is returned."""
+    if isinstance(config, BlockXAttnResConfig):
+        return BlockXAttnResUNet(planned, config)
     return planned if config.is_planned_network else XAttnResUNet(planned, config)
 
 
@@ -194,6 +280,12 @@ def _check_class(network_class: type) -> None:
             f"XAttnRes cannot read in a {network_class.__name__}: choose plans whose architecture is a PlainConvUNet "
             "or ResidualEncoderUNet, such as nnUNetPlans or nnUNetResEncUNetMPlans"
         )
+
+
+def _blocks(stage: nn.Module) -> Any:
+    """The blocks of a planned stage, an nn.Sequential of residual blocks or of convolutions with norm and nonlinearity."""
+    stacked = stage[-1] if isinstance(stage, nn.Sequential) else stage
+    return stacked.blocks if isinstance(stacked, StackedResidualBlocks) else stacked.convs
 
 
 def _drop_skip_channels(stage: StackedConvBlocks) -> nn.Module:

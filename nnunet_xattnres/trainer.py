@@ -10,7 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_xattnres import __version__
-from nnunet_xattnres.config import XAttnResConfig
+from nnunet_xattnres.config import Config, XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.network import add_xattnres, check_architecture
 
@@ -33,7 +33,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     that is damaged or that another trainer or preset has written.
     """
 
-    xattnres_config: ClassVar[XAttnResConfig] = XAttnResConfig()
+    xattnres_config: ClassVar[Config] = XAttnResConfig()
     default_num_epochs: ClassVar[int | None] = None
 
     def __init__(

@@ -1,0 +1,92 @@
+"""Block-level XAttnRes, after the authors' later reference code: ISAR with SAPQ inside a stage, DKVMR for its skip.
+
+A block is what a planned stage repeats: a convolution with norm and nonlinearity (PlainConvUNet, and every decoder) or
+a residual block (the encoder of ResidualEncoderUNet). Both parts are the attention of `attention.py`, with a query at
+every position.
+"""
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_xattnres.alignment import project
+from nnunet_xattnres.attention import Candidate, attention_backend
+from nnunet_xattnres.config import BlockXAttnResConfig
+
+EPS = 1e-8
+
+
+class IntraStageAttention(nn.Module):
+    """ISAR with its spatial adaptive pseudo-query (SAPQ): a block's new input, from the blocks before it.
+
+    logits_k(p) = < W(p), RMSNorm(v_k(p)) > / (sqrt(C) * temperature), W = Conv1x1(current), softmax over k, out = sum
+    a_k v_k. The v_k are the bank b_1 .. b_(i-1), opened by the stage's input where the config says so, and once more
+    the current feature b_(i-1). W is zero at initialisation, so that all weights are equal.
+
+    channels: C. input_channels: those of the stage's input where it opens the bank, else None; it is averaged down
+    where the stage has a stride, and projected where its channels are others.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, channels: int, input_channels: int | None, config: BlockXAttnResConfig) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(channels, channels))
+        self.norm_scale = nn.Parameter(torch.ones(channels))
+        self.input_projection = None
+        if input_channels is not None and input_channels != channels:
+            self.input_projection = nn.Parameter(torch.empty(channels, input_channels))
+            nn.init.kaiming_normal_(self.input_projection, nonlinearity="linear")
+        self.reads_input = input_channels is not None
+        # Saved with the weights: a preset with another temperature must not change a trained network.
+        self.register_buffer("temperature", torch.tensor(float(config.temperature)))
+        self.attend = attention_backend(config.backend)
+
+    def forward(self, stage_input: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+        """stage_input (B, C_in, *input_size), outputs of the blocks so far (B, C, *size) -> (B, C, *size)"""
+        current = blocks[-1]
+        query = project(current, self.query) / (sqrt(current.shape[1]) * self.temperature)
+        bank = [Candidate(stage_input, self.input_projection)] if self.reads_input else []
+        bank += [Candidate(block, None) for block in blocks]
+        return self.attend(query, self.norm_scale, [*bank, Candidate(current, None)], tuple(current.shape[2:]), eps=EPS)
+
+    def compute_conv_feature_map_size(self, positions: int) -> int:
+        """How many numbers the 1x1 convolutions put out for one image, at so many positions."""
+        return positions * len(self.query) * (1 if self.input_projection is None else 2)
+
+
+class MemoryRouting(nn.Module):
+    """DKVMR, decoupled key-value memory routing: what takes the place of a skip connection.
+
+    [K_j | V_j] = Conv1x1(m_j) for every memory entry m_j, an output of a block of the encoder stage; Q = Conv1x1(x);
+    a = softmax over j of < Q(p), RMSNorm(K_j(p)) > / sqrt(d); out = sum_j a_j V_j. With a single entry there is
+    nothing to choose, and only V is there.
+
+    channels: C of the memory and of x. num_entries: memory entries. d = max(8, int(kv_ratio * C)).
+    """
+
+    def __init__(self, channels: int, num_entries: int, config: BlockXAttnResConfig) -> None:
+        super().__init__()
+        self.num_entries = num_entries
+        self.key_channels = max(8, int(config.kv_ratio * channels)) if num_entries > 1 else 0
+        self.key_value = nn.Parameter(torch.empty(self.key_channels + channels, channels))
+        nn.init.kaiming_normal_(self.key_value, nonlinearity="linear")
+        if self.key_channels:
+            self.query = nn.Parameter(torch.empty(self.key_channels, channels))
+            self.norm_scale = nn.Parameter(torch.ones(self.key_channels))
+            nn.init.kaiming_normal_(self.query, nonlinearity="linear")
+        self.attend = attention_backend(config.backend)
+
+    def forward(self, x: Tensor, memory: Sequence[Tensor]) -> Tensor:
+        """x (B, C, *size), memory of (B, C, *size) -> (B, C, *size)"""
+        if not self.key_channels:
+            return project(memory[0], self.key_value)
+        query = project(x, self.query) / sqrt(self.key_channels)
+        entries = [Candidate(entry, self.key_value) for entry in memory]
+        return self.attend(query, self.norm_scale, entries, tuple(x.shape[2:]), self.key_channels, EPS)
+
+    def compute_conv_feature_map_size(self, positions: int) -> int:
+        """How many numbers the 1x1 convolutions put out for one image, at so many positions."""
+        return positions * (self.num_entries * len(self.key_value) + self.key_channels)

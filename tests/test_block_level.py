@@ -1,0 +1,291 @@
+"""Block-level XAttnRes against its formulas, written a second time in plain PyTorch operations."""
+
+import copy
+from math import sqrt
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from planned import ANISOTROPIC_2D, ANISOTROPIC_3D, ISOTROPIC_2D, ISOTROPIC_3D, planned_network, smallest_image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_xattnres.attention import attend_reference, attend_streaming, attention_weights
+from nnunet_xattnres.block_level import EPS, IntraStageAttention, MemoryRouting
+from nnunet_xattnres.config import BlockXAttnResConfig
+from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.network import BlockXAttnResUNet, add_xattnres
+
+REFERENCE = BlockXAttnResConfig()
+INPUT = BlockXAttnResConfig(isar_in_encoder=True, bank_includes_input=True, temperature=0.75, kv_ratio=1.5)
+ENCODER = BlockXAttnResConfig(isar_in_encoder=True, isar_in_decoder=False)
+CONFIGS = {"reference": REFERENCE, "input": INPUT, "encoder": ENCODER}
+PLANS = {
+    "plain-3d": (ISOTROPIC_3D, PlainConvUNet),
+    "plain-3d-anisotropic": (ANISOTROPIC_3D, PlainConvUNet),
+    "resenc-3d": (ISOTROPIC_3D, ResidualEncoderUNet),
+    "plain-2d": (ISOTROPIC_2D, PlainConvUNet),
+    "resenc-2d-anisotropic": (ANISOTROPIC_2D, ResidualEncoderUNet),
+}
+
+
+@pytest.fixture(params=PLANS)
+def plan(request):
+    return request.param
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+def build(plan: str, config: BlockXAttnResConfig, backend: str = "auto") -> tuple[BlockXAttnResUNet, Tensor]:
+    strides, network = PLANS[plan]
+    planned = planned_network(strides, network, deep_supervision=True)
+    config = BlockXAttnResConfig(**{**config.architecture(), "backend": backend})
+    image = torch.randn(2, 1, *smallest_image(strides, (1, 2, 1)[: len(strides[0])]))
+    return BlockXAttnResUNet(planned, config), image
+
+
+def randomise(network: nn.Module) -> None:
+    """Away from the initialisation, where all weights are equal."""
+    torch.manual_seed(1)
+    for name, parameter in network.xattnres.named_parameters():
+        if name.endswith(("query", "norm_scale")):
+            nn.init.normal_(parameter)
+
+
+def conv1x1(weight: Tensor, x: Tensor) -> Tensor:
+    return (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight.reshape(*weight.shape, *(1,) * (x.ndim - 2)))
+
+
+def rms_norm(v: Tensor, scale: Tensor) -> Tensor:
+    return scale.reshape(-1, *(1,) * (v.ndim - 2)) * v / torch.sqrt((v**2).mean(1, keepdim=True) + 1e-8)
+
+
+def slow_isar(part: IntraStageAttention, stage_input: Tensor, outputs: list[Tensor], temperature: float) -> Tensor:
+    stack = [*outputs, outputs[-1]]
+    if part.reads_input:
+        factors = [a // b for a, b in zip(stage_input.shape[2:], outputs[0].shape[2:], strict=True)]
+        pooled = (F.avg_pool2d if len(factors) == 2 else F.avg_pool3d)(stage_input, factors)
+        stack.insert(0, pooled if part.input_projection is None else conv1x1(part.input_projection, pooled))
+    W = conv1x1(part.query, outputs[-1])
+    logits = [(W * rms_norm(v, part.norm_scale)).sum(1) / (sqrt(W.shape[1]) * temperature) for v in stack]
+    a = torch.softmax(torch.stack(logits), dim=0)
+    return sum(a[k].unsqueeze(1) * v for k, v in enumerate(stack))
+
+
+def slow_dkvmr(part: MemoryRouting, x: Tensor, memory: list[Tensor], kv_ratio: float) -> Tensor:
+    channels = x.shape[1]
+    if len(memory) == 1:
+        return conv1x1(part.key_value, memory[0])
+    d = max(8, int(kv_ratio * channels))
+    assert part.key_value.shape == (d + channels, channels)
+    keys, values = zip(*(conv1x1(part.key_value, m).split([d, channels], dim=1) for m in memory), strict=True)
+    Q = conv1x1(part.query, x)
+    a = torch.softmax(torch.stack([(Q * rms_norm(K, part.norm_scale)).sum(1) / sqrt(d) for K in keys]), dim=0)
+    return sum(a[j].unsqueeze(1) * V for j, V in enumerate(values))
+
+
+def slow_forward(network: BlockXAttnResUNet, config: BlockXAttnResConfig, image: Tensor) -> list[Tensor]:
+    def run(name: str, blocks: nn.Sequential, x: Tensor, isar: bool) -> list[Tensor]:
+        outputs = []
+        for i, block in enumerate(blocks):
+            key = f"{name}_block{i}"
+            if isar and i >= (1 if config.bank_includes_input else 2):
+                outputs.append(block(slow_isar(network.xattnres[key], x, outputs, config.temperature)))
+            else:
+                assert key not in network.xattnres
+                outputs.append(block(outputs[-1] if outputs else x))
+        return outputs
+
+    x = network.encoder.stem(image) if hasattr(network.encoder, "stem") else image
+    memories = []
+    for i, stage in enumerate(network.encoder.stages):
+        blocks = stage.blocks if hasattr(stage, "blocks") else stage[0].convs
+        memories.append(run(f"E{i}", blocks, x, config.isar_in_encoder))
+        x = memories[-1][-1]
+    logits = []
+    for d, stage in enumerate(network.decoder.stages):
+        x = network.decoder.transpconvs[d](x)
+        skip = slow_dkvmr(network.xattnres[f"D{d}_memory"], x, memories[-2 - d], config.kv_ratio)
+        x = run(f"D{d}", stage.convs, torch.cat((x, skip), 1), config.isar_in_decoder)[-1]
+        logits.insert(0, network.decoder.seg_layers[d](x))
+    return logits
+
+
+def test_it_computes_the_formulas_and_their_gradients(plan, config):
+    network, image = build(plan, config)
+    network, image = network.double(), image.double()
+    randomise(network)
+    slow = copy.deepcopy(network)
+    outputs, expected = network(image), slow_forward(slow, config, image)
+    for output, value in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, value, atol=1e-9, rtol=0)
+    for logits in (outputs, expected):
+        sum(output.square().mean() for output in logits).backward()
+    for (name, parameter), other in zip(network.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, atol=1e-9, rtol=0, msg=name)
+
+
+def test_backends_agree(plan, config):
+    outputs = []
+    for backend in ("reference", "streaming"):
+        network, _ = build(plan, config, backend)
+        randomise(network)
+        torch.manual_seed(2)
+        image = torch.randn(2, 1, *build(plan, config)[1].shape[2:], dtype=torch.float64)
+        outputs.append(network.double()(image)[0])
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("key_channels", [None, 2])
+def test_a_query_field_streams_like_the_reference_with_every_gradient(key_channels, monkeypatch):
+    monkeypatch.setitem(attend_streaming.__globals__["SLAB_NUMBERS"], "cpu", 60)
+    torch.manual_seed(0)
+    channels = 5
+    num_keys = channels if key_channels is None else key_channels
+    query = torch.randn(2, num_keys, 4, 6, dtype=torch.float64, requires_grad=True)
+    norm_scale = torch.rand(num_keys, dtype=torch.float64, requires_grad=True)
+    features = [torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True) for size in [(4, 6), (2, 3), (8, 12)]]
+    projection = torch.randn(channels, 3, dtype=torch.float64, requires_grad=True)
+    candidates = [(h, projection) for h in features]
+    inputs = [query, norm_scale, projection, *features]
+
+    def run(attend):
+        return attend(query, norm_scale, [_candidate(*c) for c in candidates], (4, 6), key_channels, EPS)
+
+    expected, streamed = run(attend_reference), run(attend_streaming)
+    assert streamed.shape == (2, channels - (key_channels or 0), 4, 6)
+    torch.testing.assert_close(streamed, expected, atol=1e-9, rtol=0)
+    gradient = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(streamed, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+def _candidate(features: Tensor, projection: Tensor):
+    from nnunet_xattnres.attention import Candidate
+
+    return Candidate(features, projection)
+
+
+def test_no_part_exists_where_it_could_change_nothing():
+    def parts(network: type[nn.Module], config: BlockXAttnResConfig) -> set[str]:
+        return set(BlockXAttnResUNet(planned_network(ISOTROPIC_3D, network), config).xattnres)
+
+    memories = {"D0_memory", "D1_memory"}
+    assert parts(PlainConvUNet, REFERENCE) == memories
+    assert parts(ResidualEncoderUNet, REFERENCE) == memories
+    # E1 of the residual encoder is the only stage with three blocks.
+    assert parts(ResidualEncoderUNet, ENCODER) == memories | {"E1_block2"}
+    assert parts(PlainConvUNet, INPUT) == memories | {f"{stage}_block1" for stage in ("E0", "E1", "E2", "D0", "D1")}
+    assert parts(ResidualEncoderUNet, INPUT) == memories | {"E1_block1", "E1_block2", "E2_block1"}
+
+
+def test_a_memory_of_one_entry_has_neither_query_nor_keys():
+    network = BlockXAttnResUNet(planned_network(ISOTROPIC_3D, ResidualEncoderUNet, features=32), REFERENCE)
+    assert dict(network.xattnres["D1_memory"].named_parameters()).keys() == {"key_value"}
+    assert network.xattnres["D1_memory"].key_value.shape == (32, 32)
+    assert network.xattnres["D0_memory"].key_value.shape == (32 + 64, 64)
+
+
+def test_isar_starts_with_equal_weights_over_the_doubled_stack_and_survives_initialisation(plan):
+    network, _ = build(plan, INPUT)
+    before = copy.deepcopy(network.xattnres.state_dict())
+    network.apply(network.initialize)
+    for key, tensor in network.xattnres.state_dict().items():
+        assert torch.equal(tensor, before[key])
+    stack = torch.randn(3, 2, 4, 5, 5)
+    part = IntraStageAttention(4, None, INPUT)
+    query = conv1x1(part.query, stack[-1])
+    assert torch.allclose(attention_weights(query, part.norm_scale, stack, EPS), torch.tensor(1 / 3))
+    out = part(torch.empty(0), [stack[0], stack[1]])
+    torch.testing.assert_close(out, (stack[0] + 2 * stack[1]) / 3)
+
+
+def test_every_part_learns(plan, config):
+    network, image = build(plan, config)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        sum(output.square().mean() for output in network(image)).backward()
+        for name, parameter in network.xattnres.named_parameters():
+            # The norm's scale of ISAR meets a query that is still zero.
+            asleep = step == 0 and "block" in name and name.endswith("norm_scale")
+            assert parameter.grad.any().item() != asleep, name
+        optimizer.step()
+
+
+def test_names_of_the_planned_network_stay(plan, config):
+    strides, architecture = PLANS[plan]
+    planned = planned_network(strides, architecture).state_dict()
+    state = build(plan, config)[0].state_dict()
+    rest = {key: tensor.shape for key, tensor in state.items() if not key.startswith("xattnres.")}
+    assert rest == {key: tensor.shape for key, tensor in planned.items()}
+
+
+def test_a_saved_temperature_stays_with_the_weights():
+    hot = BlockXAttnResUNet(planned_network(ISOTROPIC_2D), INPUT)
+    other = BlockXAttnResConfig(**{**INPUT.architecture(), "temperature": 5.0})
+    cold = BlockXAttnResUNet(planned_network(ISOTROPIC_2D), other)
+    cold.load_state_dict(hot.state_dict())
+    image = torch.randn(1, 1, 16, 16)
+    randomise(hot)
+    randomise(cold)
+    assert torch.equal(cold(image), hot(image))
+
+
+def test_compute_conv_feature_map_size_adds_the_1x1_convolutions(plan, config, monkeypatch):
+    from nnunet_xattnres import alignment, block_level
+
+    network, image = build(plan, config, "reference")
+    projected = []
+
+    def counting_project(features, projection):
+        out = project(features, projection)
+        if projection is not None:
+            projected.append(out[0].numel())
+        return out
+
+    project = alignment.project
+    for module in (alignment, block_level):
+        monkeypatch.setattr(module, "project", counting_project)
+    strides, architecture = PLANS[plan]
+    planned = planned_network(strides, architecture, deep_supervision=True)
+    with torch.no_grad():
+        network(image)
+    size = image.shape[2:]
+    expected = planned.compute_conv_feature_map_size(size) + sum(projected)
+    assert network.compute_conv_feature_map_size(size) == expected
+
+
+@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+def test_float16_under_autocast_stays_finite(attend):
+    part = MemoryRouting(8, 2, REFERENCE)
+    memory = [torch.full((1, 8, 4, 4), 300.0, requires_grad=True), torch.full((1, 8, 4, 4), -200.0)]
+    part.attend = attend
+    with torch.autocast("cpu", torch.float16):
+        out = part(torch.ones(1, 8, 4, 4), memory)
+    out.float().sum().backward()
+    assert out.isfinite().all()
+    assert memory[0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("kv_ratio", 0), ("kv_ratio", -1.0), ("temperature", 0.0), ("temperature", "hot"), ("isar_in_encoder", 1)],
+)
+def test_a_bad_value_is_named(field, value):
+    with pytest.raises(XAttnResError, match=rf"BlockXAttnResConfig\.{field} .*{value!r}"):
+        BlockXAttnResConfig(**{field: value})
+
+
+def test_a_field_that_does_not_exist_is_named():
+    with pytest.raises(TypeError, match="isar_everywhere"):
+        BlockXAttnResConfig(isar_everywhere=True)
+
+
+def test_add_xattnres_builds_it():
+    assert isinstance(add_xattnres(planned_network(ISOTROPIC_2D), REFERENCE), BlockXAttnResUNet)
