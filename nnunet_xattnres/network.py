@@ -283,7 +283,7 @@ def _check_class(network_class: type) -> None:
 
 
 def _blocks(stage: nn.Module) -> Any:
-    """The blocks of a planned stage, an nn.Sequential of residual blocks or of convolutions with norm and nonlinearity."""
+    """The blocks of a planned stage, in an nn.Sequential: residual blocks, or convolutions with what follows them."""
     stacked = stage[-1] if isinstance(stage, nn.Sequential) else stage
     return stacked.blocks if isinstance(stacked, StackedResidualBlocks) else stacked.convs
 

@@ -10,7 +10,8 @@ from planned import ANISOTROPIC_2D, ANISOTROPIC_3D, ISOTROPIC_2D, ISOTROPIC_3D, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_xattnres.attention import attend_reference, attend_streaming, attention_weights
+from nnunet_xattnres import alignment, attention, block_level
+from nnunet_xattnres.attention import Candidate, attend_reference, attend_streaming, attention_weights
 from nnunet_xattnres.block_level import EPS, IntraStageAttention, MemoryRouting
 from nnunet_xattnres.config import BlockXAttnResConfig
 from nnunet_xattnres.errors import XAttnResError
@@ -141,7 +142,7 @@ def test_backends_agree(plan, config):
 
 @pytest.mark.parametrize("key_channels", [None, 2])
 def test_a_query_field_streams_like_the_reference_with_every_gradient(key_channels, monkeypatch):
-    monkeypatch.setitem(attend_streaming.__globals__["SLAB_NUMBERS"], "cpu", 60)
+    monkeypatch.setitem(attention.SLAB_NUMBERS, "cpu", 60)
     torch.manual_seed(0)
     channels = 5
     num_keys = channels if key_channels is None else key_channels
@@ -149,11 +150,11 @@ def test_a_query_field_streams_like_the_reference_with_every_gradient(key_channe
     norm_scale = torch.rand(num_keys, dtype=torch.float64, requires_grad=True)
     features = [torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True) for size in [(4, 6), (2, 3), (8, 12)]]
     projection = torch.randn(channels, 3, dtype=torch.float64, requires_grad=True)
-    candidates = [(h, projection) for h in features]
+    candidates = [Candidate(h, projection) for h in features]
     inputs = [query, norm_scale, projection, *features]
 
     def run(attend):
-        return attend(query, norm_scale, [_candidate(*c) for c in candidates], (4, 6), key_channels, EPS)
+        return attend(query, norm_scale, candidates, (4, 6), key_channels, EPS)
 
     expected, streamed = run(attend_reference), run(attend_streaming)
     assert streamed.shape == (2, channels - (key_channels or 0), 4, 6)
@@ -163,12 +164,6 @@ def test_a_query_field_streams_like_the_reference_with_every_gradient(key_channe
         torch.autograd.grad(streamed, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
-
-
-def _candidate(features: Tensor, projection: Tensor):
-    from nnunet_xattnres.attention import Candidate
-
-    return Candidate(features, projection)
 
 
 def test_no_part_exists_where_it_could_change_nothing():
@@ -238,8 +233,6 @@ def test_a_saved_temperature_stays_with_the_weights():
 
 
 def test_compute_conv_feature_map_size_adds_the_1x1_convolutions(plan, config, monkeypatch):
-    from nnunet_xattnres import alignment, block_level
-
     network, image = build(plan, config, "reference")
     projected = []
 

@@ -12,10 +12,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunet_xattnres import XAttnResConfig, XAttnResUNet
+from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig, XAttnResUNet
 from nnunet_xattnres.cli import list_trainers
 from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.network import PlannedUNet
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 
@@ -47,7 +48,7 @@ def test_nnunet_finds_every_trainer_and_trains_it(nnunet_environment, name):
     trainer = make_trainer(nnunet_environment, trainer_class, "2d_small")
     trainer.initialize()
     trainer.set_deep_supervision_enabled(True)
-    assert isinstance(trainer.network, XAttnResUNet) != trainer_class.xattnres_config.is_planned_network
+    assert isinstance(trainer.network, PlannedUNet) == ("Planned" not in name)
     patch = trainer.configuration_manager.patch_size
     sizes = [output.shape[2:] for output in trainer.network(torch.zeros(2, 1, *patch))]
     batch = {"data": torch.randn(2, 1, *patch), "target": [torch.zeros(2, 1, *size) for size in sizes]}
@@ -58,7 +59,16 @@ def test_nnunet_finds_every_trainer_and_trains_it(nnunet_environment, name):
 def test_presets_are_what_the_design_says():
     configs = {
         name: recursive_find(name).xattnres_config
-        for name in ("XAttnRes", "XAttnResNoSkip", "XAttnResDecoder", "XAttnResFinetune", "NoSkip", "Planned")
+        for name in (
+            "XAttnRes",
+            "XAttnResNoSkip",
+            "XAttnResDecoder",
+            "XAttnResFinetune",
+            "XAttnResBlock",
+            "XAttnResBlockInput",
+            "NoSkip",
+            "Planned",
+        )
     }
     nowhere = {"read_in_encoder": False, "read_in_decoder": False}
     assert configs == {
@@ -66,6 +76,8 @@ def test_presets_are_what_the_design_says():
         "XAttnResNoSkip": XAttnResConfig(skip_connections=False),
         "XAttnResDecoder": XAttnResConfig(read_in_encoder=False),
         "XAttnResFinetune": XAttnResConfig(fusion="residual"),
+        "XAttnResBlock": BlockXAttnResConfig(),
+        "XAttnResBlockInput": BlockXAttnResConfig(isar_in_encoder=True, bank_includes_input=True),
         "NoSkip": XAttnResConfig(skip_connections=False, **nowhere),
         "Planned": XAttnResConfig(**nowhere),
     }
@@ -148,6 +160,12 @@ class TestCheckpoints:
         path = str(tmp_path / "checkpoint.pth")
         make_and_save(nnunet_environment, nnUNetTrainer, path)
         with pytest.raises(XAttnResError, match="written by nnUNetTrainer, which has no XAttnRes"):
+            trainer.load_checkpoint(path)
+
+    def test_a_checkpoint_of_another_level_is_refused(self, nnunet_environment, trainer, tmp_path):
+        path = str(tmp_path / "checkpoint.pth")
+        make_and_save(nnunet_environment, recursive_find("XAttnResBlock"), path)
+        with pytest.raises(XAttnResError, match="written by nnUNetTrainerXAttnResBlock"):
             trainer.load_checkpoint(path)
 
     @pytest.mark.parametrize("length", [0, 100, 5000])
