@@ -24,7 +24,7 @@ EPS = 1e-6
 
 # How many numbers of aligned candidates the streaming backend holds at once: on a CPU they should stay in its caches;
 # elsewhere few large kernels are faster than many small ones.
-SLAB_NUMBERS = {"cpu": 2**21}
+SLAB_NUMBERS = {"cpu": 2**23}
 SLAB_NUMBERS_ELSEWHERE = 2**28
 
 

@@ -13,7 +13,7 @@ CASES = {  # target size: source sizes
 CHANNELS = 5
 
 
-@pytest.fixture(params=[1, 50, 2**21], ids=lambda numbers: f"slab{numbers}")
+@pytest.fixture(params=[1, 50, 2**23], ids=lambda numbers: f"slab{numbers}")
 def slab_numbers(request, monkeypatch):
     monkeypatch.setitem(attention.SLAB_NUMBERS, "cpu", request.param)
 

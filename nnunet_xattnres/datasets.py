@@ -1,0 +1,202 @@
+"""Datasets that a user has: told apart, checked, and brought into nnU-Net's raw format."""
+
+import io
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nnunetv2.experiment_planning.verify_dataset_integrity import (
+    check_cases,
+    verify_dataset_integrity,
+    verify_labels,
+)
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunet_xattnres.commands import NUM_WORKERS, NnUNet
+from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.phantom import write_phantom_dataset
+
+PHANTOM_DATASET = "Dataset900_Phantom"
+PHANTOM_CASES = 24
+PHANTOM_SEED = 0
+NUM_FOLDS = 5
+
+MSD_KEYS = ("labels", "modality", "numTraining", "training", "test")
+RAW_KEYS = ("labels", "channel_names", "numTraining", "file_ending")
+LAYOUTS = "an MSD task (TaskNN_Name) or an nnU-Net raw dataset (DatasetNNN_Name)"
+
+# nnU-Net's cases: identifier -> {"images": one path per channel, "label": path}
+Cases = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset outside the working directory.
+
+    origin: what it is, recorded with the dataset that is made from it.
+    dataset: nnU-Net's name for it, DatasetNNN_Name.
+    make_dataset: puts it, as `dataset` in nnU-Net's raw format, into a folder.
+    """
+
+    origin: str
+    dataset: str
+    make_dataset: Callable[[NnUNet, Path], None]
+
+
+def phantom_source() -> Source:
+    def generate(nnunet: NnUNet, folder: Path) -> None:
+        print(f"Generating {PHANTOM_CASES} phantom cases", flush=True)
+        write_phantom_dataset(folder / PHANTOM_DATASET, PHANTOM_CASES, PHANTOM_SEED)
+
+    return Source(f"phantoms with seed {PHANTOM_SEED}", PHANTOM_DATASET, generate)
+
+
+def read_source(data: Path) -> Source:
+    """Tell the layout of `data` by its dataset.json. Raises `XAttnResError` if it has none of the two known ones."""
+    if not data.is_dir():
+        problem = "is not a folder (an archive must be unpacked)" if data.exists() else "does not exist"
+        raise XAttnResError(f"{data} {problem}: give the folder of {LAYOUTS}")
+    data = data.resolve()
+    dataset_json = read_dataset_json(data)
+    is_msd = "modality" in dataset_json and "channel_names" not in dataset_json
+    missing = [key for key in (MSD_KEYS if is_msd else RAW_KEYS) if key not in dataset_json]
+    if missing:
+        raise XAttnResError(f"{data / 'dataset.json'} has no {', '.join(missing)}: give the folder of {LAYOUTS}")
+    for key in ("labels", "modality" if is_msd else "channel_names"):
+        if not isinstance(dataset_json[key], dict):
+            raise XAttnResError(f"{data / 'dataset.json'}: {key} must be an object, name by name: mend it")
+    for folder in ("imagesTr", "labelsTr"):
+        if "dataset" not in dataset_json and not (data / folder).is_dir():
+            raise XAttnResError(f"{data} has no folder {folder}: give the folder of {LAYOUTS}")
+    return _msd_source(data) if is_msd else _raw_source(data)
+
+
+def read_dataset_json(data: Path) -> dict[str, Any]:
+    path = data / "dataset.json"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise XAttnResError(f"{data} has no dataset.json: give the folder of {LAYOUTS}") from None
+    except ValueError as error:
+        raise XAttnResError(f"{path} is not valid JSON ({error}): mend it or get the dataset again") from None
+    if not isinstance(content, dict):
+        raise XAttnResError(f"{path} holds no JSON object: give the folder of {LAYOUTS}")
+    return content
+
+
+def _msd_source(data: Path) -> Source:
+    name = re.fullmatch(r"Task(\d\d)_([^_]+)", data.name)
+    if name is None:
+        raise XAttnResError(f"nnU-Net converts MSD tasks in folders named TaskNN_Name: rename {data} accordingly")
+    if not (data / "imagesTs").is_dir():
+        raise XAttnResError(f"nnU-Net's MSD converter needs a folder imagesTs in {data}: create it, empty if need be")
+
+    dataset = f"Dataset0{name[1]}_{name[2]}"
+
+    def convert(nnunet: NnUNet, folder: Path) -> None:
+        # Before the converter splits a truncated image into channels that look whole.
+        _check_nifti_files([*(data / "imagesTr").glob("[!._]*.nii.gz"), *(data / "labelsTr").glob("[!._]*.nii.gz")])
+        # The command refuses a number that any of nnU-Net's folders knows already.
+        elsewhere = dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), str(folder))
+        command = ("nnUNetv2_convert_MSD_dataset", "-i", str(data))
+        print(f"$ {shlex.join(command)}", flush=True)
+        nnunet.run(*command, log=f"{dataset}_convert", environment=elsewhere)
+
+    return Source(str(data), dataset, convert)
+
+
+def _raw_source(data: Path) -> Source:
+    if not re.fullmatch(r"Dataset\d{3}_.+", data.name):
+        raise XAttnResError(f"nnU-Net takes raw datasets in folders named DatasetNNN_Name: rename {data} accordingly")
+
+    def link(nnunet: NnUNet, folder: Path) -> None:
+        (folder / data.name).symlink_to(data)
+
+    return Source(str(data), data.name, link)
+
+
+def check_raw_dataset(folder: Path) -> Cases:
+    """The training cases of a dataset in nnU-Net's raw format.
+
+    Raises `XAttnResError` where something is missing, damaged or does not fit, and names the file.
+    """
+    dataset_json = read_dataset_json(folder)
+    try:
+        cases: Cases = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
+    except Exception as error:
+        raise XAttnResError(f"nnU-Net cannot list the training cases ({error!r}): mend dataset.json") from None
+    if len(cases) < NUM_FOLDS:
+        raise XAttnResError(
+            f"the dataset has {len(cases)} training cases with images ending in _0000{dataset_json['file_ending']}: "
+            f"nnU-Net's {NUM_FOLDS}-fold cross-validation needs at least {NUM_FOLDS}"
+        )
+    for name, case in cases.items():
+        if not Path(case["label"]).is_file():
+            raise XAttnResError(f"training case {name} has no label: add {case['label']} or remove the case")
+    _check_nifti_files(Path(file) for case in cases.values() for file in [*case["images"], case["label"]])
+    try:
+        # A file that cannot be opened makes nnU-Net print a traceback.
+        with redirect_stderr(io.StringIO()):
+            verify_dataset_integrity(str(folder), int(NUM_WORKERS))
+    except AssertionError as error:
+        raise XAttnResError(f"mend the dataset: {one_line(str(error))}") from None
+    except Exception as error:
+        complaint = _first_complaint(cases, dataset_json) or str(error)
+        raise XAttnResError(f"mend the dataset: {one_line(complaint)}") from None
+    return cases
+
+
+def _check_nifti_files(files: Iterable[Path]) -> None:
+    """SimpleITK, nnU-Net's reader, takes a truncated NIfTI file for a dark one; nibabel does not."""
+
+    def damage(file: Path) -> str | None:
+        try:
+            np.asanyarray(nibabel.load(file).dataobj)
+        except Exception as error:
+            return f"{file} is truncated or damaged ({one_line(str(error))}): get the file again"
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(damage, (file for file in files if file.name.endswith((".nii", ".nii.gz")))):
+            if found:
+                pool.shutdown(cancel_futures=True)
+                raise XAttnResError(found)
+
+
+def _first_complaint(cases: Cases, dataset_json: dict[str, Any]) -> str | None:
+    """What nnU-Net's integrity check, which works in other processes, has to say about the first bad case."""
+    reader = reader_for(dataset_json)
+    labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    expected = [int(label) for label in labels.all_labels]
+    if labels.ignore_label is not None:
+        expected.append(labels.ignore_label)
+    for name, case in cases.items():
+        with redirect_stdout(io.StringIO()) as complaint:
+            try:
+                fine = verify_labels(case["label"], reader, expected)
+                fine &= check_cases(case["images"], case["label"], len(dataset_json["channel_names"]), reader)
+            except Exception as error:
+                return f"case {name}: {error}"
+        if not fine:
+            return f"case {name}: {complaint.getvalue()}"
+    return None
+
+
+def reader_for(dataset_json: dict[str, Any]) -> type[BaseReaderWriter]:
+    return determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
