@@ -109,7 +109,8 @@ def test_reduced_patch_divides_by_the_strides_and_keeps_a_bottleneck(strides, pa
     bottleneck = np.array(small.patch_size) / total_strides
     assert np.prod(small.patch_size) <= max_voxels
     assert np.all(bottleneck == bottleneck.astype(int))
-    assert np.all(bottleneck >= 4)
+    assert len(small.pool_op_kernel_sizes) >= 3
+    assert np.all(bottleneck >= 4) or len(small.pool_op_kernel_sizes) == 3
     assert small.patch_size == reduced_patch_size(plans, "full", max_voxels)
 
 
