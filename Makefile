@@ -10,7 +10,7 @@ demo: .venv/.installed  ## train, predict and evaluate on phantoms, or on DATA=p
 	$(BIN)/nnunet-xattnres demo $(if $(DATA),--data "$(DATA)")
 
 test: .venv/.installed  ## the test suite
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest
 
 lint: .venv/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -21,7 +21,7 @@ figures: .venv/.installed  ## the figure of the README
 	$(BIN)/python docs/draw_method.py docs/method.png
 
 .venv/.installed: setup.cfg pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "no venv module: apt install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "apt install python3-venv first" >&2; exit 1; }
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -e ".[test,lint]"
 	touch $@

@@ -64,7 +64,7 @@ def draw_reading(axes: Axes) -> None:
     rows = [
         (0.0, "$h_0$", "finer: average, then project", ENCODER),
         (-0.9, "$h_1$", "same size: project", ENCODER),
-        (-1.8, "$h_2$", "coarser: project, then upsample", DECODER),
+        (-1.8, "$h_2$", "coarser: project, then upsample", ENCODER),
         (-2.7, "$x$", "the stage's own input, as it is", CURRENT),
     ]
     for k, (y, source, how, colour) in enumerate(rows):

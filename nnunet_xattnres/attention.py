@@ -22,8 +22,8 @@ from nnunet_xattnres.errors import XAttnResError
 
 EPS = 1e-6
 
-# How many numbers of aligned candidates the streaming backend holds at once: on a CPU they should stay in its caches;
-# elsewhere few large kernels are faster than many small ones.
+# How many numbers of aligned candidates the streaming backend holds at once. On a CPU 2**21 to 2**23 were equally fast;
+# with other work on the cores, fewer and larger operations wait less for each other. Elsewhere launches cost more.
 SLAB_NUMBERS = {"cpu": 2**23}
 SLAB_NUMBERS_ELSEWHERE = 2**28
 
@@ -99,8 +99,8 @@ def attend_streaming(
     which aligns every slab once more.
     """
     features, projections = zip(*candidates, strict=True)
-    scaled_query = _scaled(query, norm_scale)
-    return _StreamingAttention.apply(scaled_query, tuple(size), key_channels, eps, *features, *projections)
+    sources = _distinct([*features, *projections])
+    return _StreamingAttention.apply(_scaled(query, norm_scale), tuple(size), key_channels, eps, *sources)
 
 
 ATTENTION_BACKENDS: dict[str, Attention] = {"reference": attend_reference, "streaming": attend_streaming}
@@ -215,10 +215,10 @@ class _StreamingCall:
         ]
 
     def new_mixture(self) -> Tensor:
-        first = self.alignments[0]
-        return first.features.new_empty(
-            first.features.shape[0], first.aligned_channels - (self.key_channels or 0), *self.size
-        )
+        # The last candidate is the stage's own input where there is one, and never an image in another precision.
+        last = self.alignments[-1]
+        value_channels = last.aligned_channels - (self.key_channels or 0)
+        return last.features.new_empty(last.features.shape[0], value_channels, *self.size)
 
     def slabs(self) -> Iterator[Slab]:
         numbers = SLAB_NUMBERS.get(self.query.device.type, SLAB_NUMBERS_ELSEWHERE)
@@ -253,6 +253,16 @@ class _StreamingCall:
         if self.key_channels is None:
             return key_gradient.add_(value_gradient)
         return torch.cat((key_gradient, value_gradient), dim=1)
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Views in place of repeated tensors: torch.compile does not trace a function that is given one twice."""
+    seen: set[int] = set()
+    distinct: list[Tensor | None] = []
+    for tensor in tensors:
+        distinct.append(tensor.view_as(tensor) if tensor is not None and id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return distinct
 
 
 def _scaled(query: Tensor, norm_scale: Tensor) -> Tensor:

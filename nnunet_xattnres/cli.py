@@ -12,7 +12,7 @@ from nnunet_xattnres.installation import check_nnunet_version, trainers_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit status: 0, or 1 after a mistake that is explained in one line on stderr."""
+    """Run the command. Returns its exit status: 1 after a mistake, explained in a line on stderr; 130 after Ctrl-C."""
     parsed = _parser().parse_args(arguments)
     try:
         check_nnunet_version()
@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except XAttnResError as error:
         print(f"nnunet-xattnres: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nnnunet-xattnres: interrupted; the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -151,7 +151,8 @@ def _copy_output(process: subprocess.Popen[bytes], log_file: Path) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     with process.stdout as output, log_file.open("wb") as log:
         while True:
-            if select.select([output], [], [], POLL_SECONDS)[0]:
+            ended = process.poll() is not None
+            if select.select([output], [], [], 0 if ended else POLL_SECONDS)[0]:
                 chunk = os.read(output.fileno(), 65536)
                 if not chunk:
                     return
@@ -159,7 +160,7 @@ def _copy_output(process: subprocess.Popen[bytes], log_file: Path) -> None:
                 log.flush()
                 sys.stdout.write(decoder.decode(chunk))
                 sys.stdout.flush()
-            elif process.poll() is not None:
+            elif ended:
                 # Workers that outlive a killed nnU-Net would hold its output open for ever.
                 return
 

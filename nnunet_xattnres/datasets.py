@@ -178,7 +178,10 @@ def _check_nifti_files(files: Iterable[Path]) -> None:
 def _first_complaint(cases: Cases, dataset_json: dict[str, Any]) -> str | None:
     """What nnU-Net's integrity check, which works in other processes, has to say about the first bad case."""
     reader = reader_for(dataset_json)
-    labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    try:
+        labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    except Exception as error:
+        return f"labels in dataset.json: {error}"
     expected = [int(label) for label in labels.all_labels]
     if labels.ignore_label is not None:
         expected.append(labels.ignore_label)

@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 from functools import cached_property
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import nnunetv2
@@ -103,6 +104,8 @@ def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> 
 def _writable(workdir: Path) -> Path:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=workdir):
+            pass
     except OSError as error:
         raise XAttnResError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from None
     return workdir.resolve()

@@ -275,7 +275,8 @@ def check_architecture(configuration: ConfigurationManager) -> None:
 
 
 def _check_class(network_class: type) -> None:
-    if not issubclass(network_class, PlainConvUNet | ResidualEncoderUNet):
+    # Not their subclasses either, whose own forward would be lost.
+    if network_class not in (PlainConvUNet, ResidualEncoderUNet):
         raise XAttnResError(
             f"XAttnRes cannot read in a {network_class.__name__}: choose plans whose architecture is a PlainConvUNet "
             "or ResidualEncoderUNet, such as nnUNetPlans or nnUNetResEncUNetMPlans"

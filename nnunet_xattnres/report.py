@@ -21,7 +21,7 @@ def dice_table(summaries: dict[str, dict[str, Any]], labels: dict[str, Any]) -> 
     summaries: what nnU-Net's evaluation has written, by trainer.
     labels: those of dataset.json; a list of values is a region.
     """
-    names = {tuple(value) if isinstance(value, list) else value: name for name, value in labels.items()}
+    names = {tuple(map(int, v)) if isinstance(v, list) else int(v): name for name, v in labels.items()}
     keys = next(iter(summaries.values()))["mean"]
     rows = [["", *summaries]]
     for key in keys:
@@ -55,8 +55,8 @@ def spread_over_ranking(dice: dict[str, float], number: int) -> list[str]:
 
 def names_of_values(labels: dict[str, Any]) -> dict[int, str]:
     """The names of the values in a label map; a value that only regions contain is named after its number."""
-    values = {value for label in labels.values() for value in (label if isinstance(label, list) else [label])}
-    names = {label: name for name, label in labels.items() if isinstance(label, int)}
+    values = {int(value) for label in labels.values() for value in (label if isinstance(label, list) else [label])}
+    names = {int(label): name for name, label in labels.items() if not isinstance(label, list)}
     return {value: names.get(value, f"label {value}") for value in sorted(values) if value != 0}
 
 

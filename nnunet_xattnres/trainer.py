@@ -69,7 +69,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         return add_xattnres(planned, cls.xattnres_config)
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write the checkpoint whole or not at all: `--c` never finds a truncated one."""
+        """Write the checkpoint whole or not at all: a process that is killed leaves the previous one."""
         # nnU-Net stores `my_init_kwargs` in every checkpoint and reads it by key.
         self.my_init_kwargs["xattnres"] = {
             "version": __version__,
@@ -100,15 +100,21 @@ class XAttnResTrainerMixin(nnUNetTrainer):
             )
         config = self.xattnres_config.architecture()
         if record["config"] != config:
-            differences = ", ".join(
-                f"{key}={record['config'].get(key)!r} (here {config.get(key)!r})"
-                for key in sorted({*record["config"], *config})
-                if record["config"].get(key) != config.get(key)
-            )
+            differences = _differences(record["config"], config)
             raise XAttnResError(
                 f"{filename} was written by {written_by} of nnunet-xattnres {record['version']} with {differences}: "
                 f"continue it with that trainer and version, not with {type(self).__name__} of {__version__}"
             )
+        if record["version"] != __version__:
+            self.print_to_log_file(
+                f"{filename} was written by nnunet-xattnres {record['version']}, this is {__version__}"
+            )
+
+
+def _differences(recorded: dict[str, Any], here: dict[str, Any]) -> str:
+    if recorded.keys() != here.keys():
+        return f"another kind of preset ({', '.join(recorded)})"
+    return ", ".join(f"{key}={recorded[key]!r} (here {here[key]!r})" for key in here if recorded[key] != here[key])
 
 
 def _read_checkpoint(filename: str) -> dict[str, Any]:

@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -61,15 +60,6 @@ def nnunet_environment(nnunet: NnUNet, tmp_path: Path, monkeypatch: pytest.Monke
     for name, value in (nnunet.folders() | {"nnUNet_results": str(tmp_path / "results")}).items():
         monkeypatch.setenv(name, value)
     return nnunet
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder of real datasets."""
-    folder = Path(os.environ.get("XATTNRES_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no real data in {folder}: set XATTNRES_DATA to the folder that holds Task04_Hippocampus")
-    return folder
 
 
 def plans_file(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> Path:

@@ -103,6 +103,16 @@ def test_under_autocast_squares_do_not_overflow(attend):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+def test_the_result_has_the_precision_of_the_aligned_candidates(attend):
+    image, projection = torch.randn(1, 3, 4, 4), torch.randn(CHANNELS, 3)
+    x = torch.randn(1, CHANNELS, 4, 4).half()
+    with torch.autocast("cpu", torch.float16):
+        candidates = [Candidate(image, projection), Candidate(x, None)]
+        out = attend(torch.randn(CHANNELS), torch.ones(CHANNELS), candidates, (4, 4))
+    assert out.dtype == torch.float16
+
+
 def _saved_bytes(attend, num_sources: int) -> int:
     """What one call keeps for its backward pass, apart from the candidates themselves."""
     candidates = [

@@ -22,14 +22,14 @@ def test_trainers_list_describes_every_trainer_in_one_line(capsys):
         assert trainer in names
 
 
-@pytest.mark.parametrize("installed", ["2.7.0", "2.6.4"])
-def test_an_nnunet_without_external_trainers_is_an_error(installed, monkeypatch, capsys):
+@pytest.mark.parametrize("installed", ["2.7.0", "2.6.4", "3.0.1"])
+def test_an_nnunet_that_does_not_fit_is_an_error(installed, monkeypatch, capsys):
     monkeypatch.setattr("nnunet_xattnres.installation.version", lambda package: installed)
     assert main(["trainers"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert f"nnunetv2 {installed} is too old" in captured.err
+    assert f"nnunetv2 {installed} does not fit" in captured.err
 
 
 def test_a_missing_nnunet_is_an_error(monkeypatch, capsys):
@@ -47,3 +47,18 @@ def test_a_typo_is_answered_with_the_usage(arguments, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert "usage: nnunet-xattnres" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("installed", ["2.8.0", "2.9rc1", "2.10.3+local"])
+def test_later_releases_of_nnunet_2_fit(installed, monkeypatch):
+    monkeypatch.setattr("nnunet_xattnres.installation.version", lambda package: installed)
+    assert main(["trainers"]) == 0
+
+
+def test_an_interrupted_demo_says_how_to_continue(monkeypatch, capsys):
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunet_xattnres.demo.run_demo", interrupted)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; the same command continues\n")

@@ -132,6 +132,7 @@ def test_raw_dataset_lacking_a_key(raw, tmp_path, key):
         ({"labels": ["background", "large"]}, "labels"),
         ({"labels": {"background": 0, "whole": [1, 2], "small": 2}}, "regions_class_order"),
         ({"labels": {"background": 0, "large": 1, "small": 3}}, "consecutive"),
+        ({"labels": {"large": 1, "small": 2}}, "Background"),
         ({"dataset": {"case_0": "imagesTr/case_0_0000.nii.gz"}}, "training cases"),
     ],
 )
@@ -559,3 +560,24 @@ def test_memory_settings_are_for_the_cpu_only(tmp_path, monkeypatch):
 
 def test_phantoms_are_the_source_without_data():
     assert phantom_source().dataset == "Dataset900_Phantom"
+
+
+def test_the_demo_ends_with_a_table_and_a_picture_and_does_nothing_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nnunet_xattnres.datasets.PHANTOM_CASES", 5)
+    monkeypatch.setattr("nnunet_xattnres.demo.NUM_EPOCHS", 1)
+    monkeypatch.setattr("nnunet_xattnres.demo.ITERATIONS_PER_CASE", 1)
+    monkeypatch.setattr("nnunet_xattnres.demo.MAX_PATCH_VOXELS", 30_000)
+    run_demo(None, tmp_path, TRAINER, baseline=True)
+    first = capsys.readouterr().out
+    table = first[first.index("held-out cases") :].splitlines()[2:]
+    assert table[0].split() == [TRAINER, "nnUNetTrainerPlanned"]
+    assert all(0 <= float(dice) <= 1 for row in table[1:4] for dice in row.split()[-2:])
+    (picture,) = tmp_path.rglob("demo.png")
+    assert matplotlib.image.imread(picture).std() > 0
+
+    results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pth")}
+    run_demo(None, tmp_path, TRAINER, baseline=True)
+    second = capsys.readouterr().out
+    assert second.count("Already there") == 8
+    assert second[second.index("held-out cases") :].splitlines()[2:6] == table[:4]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pth")} == results

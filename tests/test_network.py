@@ -9,10 +9,10 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from planned import ANISOTROPIC_2D, ANISOTROPIC_3D, ISOTROPIC_2D, ISOTROPIC_3D, planned_network, smallest_image
 from torch import nn
 
-from nnunet_xattnres import XAttnResConfig, XAttnResUNet, alignment
+from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig, XAttnResUNet, alignment
 from nnunet_xattnres.attention import attention_weights
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.network import HistoryAttention
+from nnunet_xattnres.network import HistoryAttention, add_xattnres
 
 ARRANGEMENTS = {
     "skips": XAttnResConfig(),
@@ -221,6 +221,13 @@ def test_pools_hold_everything_computed_before():
     network = XAttnResUNet(planned_network(ANISOTROPIC_3D), XAttnResConfig())
     sources = {stage: len(attention.projections) for stage, attention in network.xattnres.items()}
     assert sources == {"E2": 1, "E3": 2, "E4": 3, "D0": 5, "D1": 6, "D2": 7, "D3": 8}
+
+
+@pytest.mark.parametrize("config", [XAttnResConfig(), BlockXAttnResConfig(True, True, True)])
+def test_torch_compile_traces_the_whole_network(config):
+    network = add_xattnres(planned_network(ISOTROPIC_2D, deep_supervision=True), config)
+    explanation = torch._dynamo.explain(network)(torch.randn(1, 1, 16, 16))
+    assert explanation.graph_break_count == 0
 
 
 def test_odd_feature_maps_at_the_bottleneck():

@@ -6,7 +6,7 @@ from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 
 class nnUNetTrainerXAttnResFinetune(XAttnResTrainerMixin):
-    """Residual fusion for fine-tuning a trained plain nnU-Net: starts as that network; low learning rate, warm-up."""
+    """Residual fusion, its gate zero at the start, with the low learning rate and warm-up that fine-tuning takes."""
 
     xattnres_config = XAttnResConfig(fusion="residual")
     default_num_epochs = 250
