@@ -569,7 +569,7 @@ def test_the_demo_ends_with_a_table_and_a_picture_and_does_nothing_twice(tmp_pat
     monkeypatch.setattr("nnunet_xattnres.demo.MAX_PATCH_VOXELS", 30_000)
     run_demo(None, tmp_path, TRAINER, baseline=True)
     first = capsys.readouterr().out
-    table = first[first.index("held-out cases") :].splitlines()[2:]
+    table = first[first.index("Dice on") :].splitlines()[2:]
     assert table[0].split() == [TRAINER, "nnUNetTrainerPlanned"]
     assert all(0 <= float(dice) <= 1 for row in table[1:4] for dice in row.split()[-2:])
     (picture,) = tmp_path.rglob("demo.png")
@@ -579,5 +579,5 @@ def test_the_demo_ends_with_a_table_and_a_picture_and_does_nothing_twice(tmp_pat
     run_demo(None, tmp_path, TRAINER, baseline=True)
     second = capsys.readouterr().out
     assert second.count("Already there") == 8
-    assert second[second.index("held-out cases") :].splitlines()[2:6] == table[:4]
+    assert second[second.index("Dice on") :].splitlines()[2:6] == table[:4]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pth")} == results
