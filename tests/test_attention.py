@@ -113,12 +113,12 @@ def test_the_result_has_the_precision_of_the_aligned_candidates(attend):
     assert out.dtype == torch.float16
 
 
-def _saved_bytes(attend, num_sources: int) -> int:
-    """What one call keeps for its backward pass, apart from the candidates themselves."""
-    candidates = [
-        Candidate(torch.randn(1, 8, 2, 2, 2), torch.randn(8, 8, requires_grad=True)) for _ in range(num_sources)
-    ]
-    candidates.append(Candidate(torch.randn(1, 8, 16, 16, 16, requires_grad=True), None))
+def _saved_bytes(attend, num_sources: int, key_channels: int | None, field: bool) -> int:
+    """What one call keeps for its backward pass, apart from query and candidates themselves."""
+    sources = [(torch.randn(1, 8, 2, 2, 2), torch.randn(8, 8, requires_grad=True)) for _ in range(num_sources)]
+    candidates = [*map(Candidate._make, sources), Candidate(torch.randn(1, 8, 16, 16, 16, requires_grad=True), None)]
+    query_channels = key_channels or 8
+    query = torch.randn(1, query_channels, 16, 16, 16) if field else torch.randn(query_channels)
     given = {tensor.data_ptr() for candidate in candidates for tensor in candidate if tensor is not None}
     saved: dict[int, int] = {}
 
@@ -128,13 +128,18 @@ def _saved_bytes(attend, num_sources: int) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    query = torch.randn(8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        attend(query, torch.ones(8), candidates, (16, 16, 16))
+        attend(query.requires_grad_(), torch.ones(query_channels), candidates, (16, 16, 16), key_channels)
     return sum(saved.values())
 
 
-def test_streaming_keeps_no_aligned_copies_for_the_backward_pass():
+@pytest.mark.parametrize("field", [False, True])
+@pytest.mark.parametrize("key_channels", [None, 3])
+def test_streaming_keeps_no_aligned_copies_for_the_backward_pass(field, key_channels):
     aligned_copy = 8 * 16**3 * 4
-    assert _saved_bytes(attend_reference, 6) - _saved_bytes(attend_reference, 2) >= 4 * aligned_copy
-    assert _saved_bytes(attend_streaming, 6) < aligned_copy / 16
+    few, many = (_saved_bytes(attend_reference, number, key_channels, field) for number in (2, 6))
+    assert many - few >= 4 * aligned_copy
+    few, many = (_saved_bytes(attend_streaming, number, key_channels, field) for number in (2, 6))
+    assert many - few < aligned_copy / 16
+    # A query field is scaled by the norm's scale before it is kept.
+    assert many < aligned_copy / 16 + 2 * field * aligned_copy

@@ -7,13 +7,20 @@ import torch
 from conftest import plans_file, read_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_xattnres import XAttnResConfig, XAttnResUNet, build_network_from_plans
+from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig, build_network_from_plans
 from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.network import PlannedUNet
 
-CONFIGS = [XAttnResConfig(), XAttnResConfig(skip_connections=False), XAttnResConfig(fusion="residual")]
+CONFIGS = {
+    "skips": XAttnResConfig(),
+    "no-skips": XAttnResConfig(skip_connections=False),
+    "residual": XAttnResConfig(fusion="residual"),
+    "block": BlockXAttnResConfig(),
+    "block-input": BlockXAttnResConfig(isar_in_encoder=True, bank_includes_input=True),
+}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["skips", "no-skips", "residual"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("identifier", ["nnUNetPlans", "nnUNetResEncUNetMPlans"])
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 def test_every_plan_becomes_a_network(nnunet, identifier, configuration, config):
@@ -21,12 +28,12 @@ def test_every_plan_becomes_a_network(nnunet, identifier, configuration, config)
     network = build_network_from_plans(manager, 2, 3, config)
     with torch.no_grad():
         outputs = network(torch.randn(1, 2, *manager.patch_size))
-    assert isinstance(network, XAttnResUNet)
+    assert isinstance(network, PlannedUNet)
     assert outputs[0].shape == (1, 3, *manager.patch_size)
     assert len(outputs) == len(manager.pool_op_kernel_sizes) - 1
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["skips", "no-skips", "residual"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_2d_plans_with_many_stages(large_2d_plans, config):
     manager = PlansManager(str(large_2d_plans)).get_configuration("2d")
     assert len(manager.pool_op_kernel_sizes) >= 7
