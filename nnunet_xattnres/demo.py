@@ -63,9 +63,7 @@ PLANS = "nnUNetPlans"
 BASE_FEATURES = 8
 MAX_PATCH_VOXELS = 100_000
 VOXELS_PER_STEP = 180_000
-NUM_EPOCHS = 14
-MAX_ITERATIONS_PER_EPOCH = 100
-ITERATIONS_PER_CASE = 2  # small datasets are learned sooner
+BUDGET = TrainingBudget(num_epochs=14, num_iterations_per_epoch=100, num_val_iterations_per_epoch=5)
 
 NUM_PICTURED_CASES = 4
 
@@ -211,7 +209,7 @@ class Demo:
                 base_features=BASE_FEATURES,
                 max_patch_voxels=MAX_PATCH_VOXELS,
                 batch_size=max(2, min(planned_batch_size, VOXELS_PER_STEP // int(np.prod(patch_size)))),
-                budget=self.budget,
+                budget=BUDGET,
             )
             write_json_atomically(plans, self.plans_file)
         added = plans["configurations"][self.configuration]
@@ -294,11 +292,6 @@ class Demo:
     @property
     def configuration(self) -> str:
         return f"{self.planned_configuration}_demo"
-
-    @property
-    def budget(self) -> TrainingBudget:
-        iterations = min(MAX_ITERATIONS_PER_EPOCH, ITERATIONS_PER_CASE * len(self.cases))
-        return TrainingBudget(NUM_EPOCHS, iterations, num_val_iterations_per_epoch=5)
 
     @cached_property
     def held_out_cases(self) -> list[str]:

@@ -68,23 +68,23 @@ def phantom_case(rng: np.random.Generator) -> tuple[Volume, NDArray[np.uint8]]:
     points = _warped_positions(shape, rng)
     body_radius = np.array([21.0, 25.0, 18.0]) * rng.uniform(0.9, 1.05, 3)
     depth = 1 - np.linalg.norm(points / body_radius, axis=-1)  # 0 on the surface, 1 in the centre
-    tissue = 0.35 + 0.1 * _smooth_field(shape, 2.0, rng)
+    tissue = 0.35 + 0.05 * _smooth_field(shape, 2.0, rng)
     image = np.where(depth > 0, tissue, 0.02)
     image = np.where((depth > 0) & (depth < rng.uniform(0.08, 0.16)), 0.9, image)
 
-    organ_brightness = rng.uniform(0.55, 0.7)
-    for _ in range(rng.integers(3, 6)):
+    organ_brightness = rng.uniform(0.6, 0.7)
+    for _ in range(rng.integers(2, 4)):
         inside, _ = _distractor(rng).covers(points)
         image = np.where(inside & (depth > 0.16), organ_brightness + rng.uniform(-0.05, 0.05), image)
     inside, along = _organ(rng).covers(points)
     segmentation = np.where(inside, np.where(along < rng.uniform(0.4, 0.5), 1, 2), 0)
-    # The parts differ a little; where one ends and the other begins is told by the shape as well.
-    image = np.where(segmentation == 1, organ_brightness + 0.04, image)
-    image = np.where(segmentation == 2, organ_brightness - 0.04, image)
+    # nnU-Net mirrors its patches: brightness has to tell the ends of the organ apart.
+    image = np.where(segmentation == 1, organ_brightness + 0.12, image)
+    image = np.where(segmentation == 2, organ_brightness - 0.08, image)
 
     image = gaussian_filter(image, 0.6)  # partial volume
     image = image * np.exp(0.25 * _smooth_field(shape, 14.0, rng))  # bias field
-    image = image + rng.normal(0, rng.uniform(0.05, 0.08), shape)
+    image = image + rng.normal(0, rng.uniform(0.03, 0.05), shape)
     return 1000 * image, segmentation.astype(np.uint8)
 
 

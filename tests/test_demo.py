@@ -16,8 +16,9 @@ from test_plans import ISOTROPIC, planned
 
 from nnunet_xattnres.commands import NnUNet, find_command, last_meaningful_line
 from nnunet_xattnres.datasets import phantom_source, read_source
-from nnunet_xattnres.demo import Demo, check_trainer, run_demo
+from nnunet_xattnres.demo import BUDGET, Demo, check_trainer, run_demo
 from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.plans import TrainingBudget
 from nnunet_xattnres.report import PicturedCase, dice_table, draw_cases
 
 TRAINER = "nnUNetTrainerXAttnRes"
@@ -361,18 +362,12 @@ def test_added_configuration_is_kept(preprocessed):
     preprocessed.add_configuration()
     added = json.loads(preprocessed.plans_file.read_text())
     small = added["configurations"]["3d_fullres_demo"]
-    assert small["training"] == asdict(preprocessed.budget)
+    assert small["training"] == asdict(BUDGET)
     assert small["batch_size"] >= 2
     small["batch_size"] = 3
     preprocessed.plans_file.write_text(json.dumps(added))
     preprocessed.add_configuration()
     assert json.loads(preprocessed.plans_file.read_text()) == added
-
-
-def test_small_datasets_train_for_fewer_iterations(preprocessed, monkeypatch):
-    few = preprocessed.budget
-    monkeypatch.setattr(preprocessed, "cases", {str(case): {} for case in range(200)})
-    assert 0 < few.num_iterations_per_epoch < preprocessed.budget.num_iterations_per_epoch
 
 
 # The report
@@ -564,8 +559,7 @@ def test_phantoms_are_the_source_without_data():
 
 def test_the_demo_ends_with_a_table_and_a_picture_and_does_nothing_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nnunet_xattnres.datasets.PHANTOM_CASES", 5)
-    monkeypatch.setattr("nnunet_xattnres.demo.NUM_EPOCHS", 1)
-    monkeypatch.setattr("nnunet_xattnres.demo.ITERATIONS_PER_CASE", 1)
+    monkeypatch.setattr("nnunet_xattnres.demo.BUDGET", TrainingBudget(1, 5, 1))
     monkeypatch.setattr("nnunet_xattnres.demo.MAX_PATCH_VOXELS", 30_000)
     run_demo(None, tmp_path, TRAINER, baseline=True)
     first = capsys.readouterr().out

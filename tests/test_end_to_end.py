@@ -12,13 +12,10 @@ from conftest import PHANTOM, plans_file, read_plans
 from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.plans import write_json_atomically
 
-TRAINER = "nnUNetTrainerXAttnRes"
-TRAIN = ("nnUNetv2_train", "901", "3d_small", "0", "-tr", TRAINER, "-device", "cpu")
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def workdir(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> NnUNet:
-    """A copy of the planned and preprocessed dataset whose plans and results are this module's own."""
+    """A copy of the planned and preprocessed dataset whose plans and results are the test's own."""
     copy = NnUNet(tmp_path_factory.mktemp("end_to_end"), "cpu")
     shutil.copytree(nnunet.raw, copy.raw)
     shutil.copytree(nnunet.preprocessed, copy.preprocessed)
@@ -29,19 +26,25 @@ def read_segmentations(folder: Path) -> dict[str, np.ndarray]:
     return {file.name: sitk.GetArrayFromImage(sitk.ReadImage(file)) for file in sorted(folder.glob("*.nii.gz"))}
 
 
-def test_train_continue_validate_predict_export_install(workdir: NnUNet, tmp_path: Path):
-    model = workdir.results / PHANTOM / f"{TRAINER}__nnUNetPlans__3d_small"
+@pytest.mark.parametrize(
+    "trainer, configuration", [("nnUNetTrainerXAttnRes", "3d_small"), ("nnUNetTrainerXAttnResBlockInput", "2d_small")]
+)
+def test_train_continue_validate_predict_export_install(
+    workdir: NnUNet, tmp_path: Path, trainer: str, configuration: str
+):
+    train = ("nnUNetv2_train", "901", configuration, "0", "-tr", trainer, "-device", "cpu")
+    model = workdir.results / PHANTOM / f"{trainer}__nnUNetPlans__{configuration}"
     checkpoint = model / "fold_0" / "checkpoint_final.pth"
 
-    workdir.run(*TRAIN, log="train")
+    workdir.run(*train, log="train")
     first = torch.load(checkpoint, weights_only=False)
-    assert first["trainer_name"] == TRAINER
+    assert first["trainer_name"] == trainer
     assert first["current_epoch"] == 1
 
     plans = read_plans(workdir)
-    plans["configurations"]["3d_small"]["training"]["num_epochs"] = 2
+    plans["configurations"][configuration]["training"]["num_epochs"] = 2
     write_json_atomically(plans, plans_file(workdir))
-    workdir.run(*TRAIN, "--c", log="continue")
+    workdir.run(*train, "--c", log="continue")
     second = torch.load(checkpoint, weights_only=False)
     assert second["current_epoch"] == 2
     assert len(second["logging"]["train_losses"]) == 2
@@ -51,7 +54,7 @@ def test_train_continue_validate_predict_export_install(workdir: NnUNet, tmp_pat
     validated = read_segmentations(validation)
     assert validated
     shutil.rmtree(validation)
-    workdir.run(*TRAIN, "--val", log="validate")
+    workdir.run(*train, "--val", log="validate")
     again = read_segmentations(validation)
     assert again.keys() == validated.keys()
     assert all(np.array_equal(again[name], validated[name]) for name in validated)
@@ -68,13 +71,13 @@ def test_train_continue_validate_predict_export_install(workdir: NnUNet, tmp_pat
     assert segmentations.keys() == validated.keys()
 
     archive = tmp_path / "model.zip"
-    which = ("-d", "901", "-c", "3d_small", "-f", "0", "-tr", TRAINER)
+    which = ("-d", "901", "-c", configuration, "-f", "0", "-tr", trainer)
     workdir.run("nnUNetv2_export_model_to_zip", *which, "-o", str(archive), log="export")
     elsewhere = NnUNet(tmp_path / "elsewhere", "cpu")
     elsewhere.results.mkdir(parents=True)
     elsewhere.run("nnUNetv2_install_pretrained_model_from_zip", str(archive), log="install")
     installed = tmp_path / "installed"
-    predict = ("nnUNetv2_predict", "-d", PHANTOM, "-c", "3d_small", "-tr", TRAINER)
+    predict = ("nnUNetv2_predict", "-d", PHANTOM, "-c", configuration, "-tr", trainer)
     elsewhere.run(*predict, *folders, "-o", str(installed), log="predict")
     reproduced = read_segmentations(installed)
     assert reproduced.keys() == segmentations.keys()
