@@ -79,6 +79,8 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
         self.keys_to_in_proj = planned.keys_to_in_proj
         self.initialize: Callable[[nn.Module], None] = planned.initialize
         self.strides = [prod(per_axis) for per_axis in zip(*self.encoder.strides, strict=True)]
+        self.encoder_channels = list(self.encoder.output_channels)
+        self.decoder_channels = self.encoder_channels[-2::-1]
         self.xattnres = nn.ModuleDict()
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
@@ -93,14 +95,23 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
         """What the first encoder stage sees -> the outputs of all decoder stages, the coarsest first."""
         raise NotImplementedError
 
-    def _positions(self, input_size: Sequence[int]) -> list[int]:
-        """How many positions the output of every encoder stage has, for an image of `input_size`."""
-        positions = []
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """How many numbers all convolutions put out for one image of `input_size`, as nnU-Net's networks count it.
+
+        Counts the planned network's convolutions and the 1x1 convolutions that are added.
+        """
+        positions = []  # of every encoder stage's output
         size = list(input_size)
         for strides in self.encoder.strides:
             size = [extent // stride for extent, stride in zip(size, strides, strict=True)]
             positions.append(prod(size))
-        return positions
+        planned = self.encoder.compute_conv_feature_map_size(input_size)
+        planned += self.decoder.compute_conv_feature_map_size(input_size)
+        return int(planned) + self._projected_numbers(positions)
+
+    def _projected_numbers(self, positions: list[int]) -> int:
+        """How many numbers the added 1x1 convolutions put out, from the positions at every encoder stage."""
+        raise NotImplementedError
 
     def _check_divisible(self, size: Sequence[int]) -> None:
         if any(extent % stride for extent, stride in zip(size, self.strides, strict=True)):
@@ -119,16 +130,14 @@ class XAttnResUNet(PlannedUNet):
     def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResConfig) -> None:
         super().__init__(planned)
         self.config = config
-        encoder_channels = list(self.encoder.output_channels)
-        decoder_channels = encoder_channels[-2::-1]
         # By the stage that reads: E0, E1, ... and D0, D1, ...
         if config.read_in_encoder:
-            for i in range(2, len(encoder_channels)):
-                pool = encoder_channels[: i - 1]
-                self.xattnres[f"E{i}"] = HistoryAttention(encoder_channels[i - 1], pool, config)
+            for i in range(2, len(self.encoder_channels)):
+                pool = self.encoder_channels[: i - 1]
+                self.xattnres[f"E{i}"] = HistoryAttention(self.encoder_channels[i - 1], pool, config)
         if config.read_in_decoder:
-            for d, channels in enumerate(decoder_channels):
-                pool = encoder_channels + decoder_channels[:d]
+            for d, channels in enumerate(self.decoder_channels):
+                pool = self.encoder_channels + self.decoder_channels[:d]
                 self.xattnres[f"D{d}"] = HistoryAttention(channels, pool, config)
 
         if not config.skip_connections:
@@ -149,21 +158,16 @@ class XAttnResUNet(PlannedUNet):
             pool.append(x)
         return pool[len(self.encoder.stages) :]
 
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """How many numbers all convolutions put out for one image of `input_size`, as nnU-Net's networks count it.
-
-        Counts the planned network's convolutions and our projections, each at the coarser of its two resolutions.
-        """
-        positions = self._positions(input_size)
-        total = self.encoder.compute_conv_feature_map_size(input_size)
-        total += self.decoder.compute_conv_feature_map_size(input_size)
+    def _projected_numbers(self, positions: list[int]) -> int:
+        # Every projection runs at the coarser of its two resolutions.
+        total = 0
         pool = positions + positions[-2::-1]
         for stage, attention in self.xattnres.items():
             assert isinstance(attention, HistoryAttention)
             target = positions[int(stage[1:]) - 1] if stage.startswith("E") else positions[-2 - int(stage[1:])]
             sources = pool[: len(attention.projections)]
             total += len(attention.query) * sum(min(source, target) for source in sources)
-        return int(total)
+        return total
 
     def _read(self, stage: str, x: Tensor, pool: Sequence[Tensor]) -> Tensor:
         """The input of a stage: what it reads from the pool if it reads, else x."""
@@ -180,12 +184,10 @@ class BlockXAttnResUNet(PlannedUNet):
     def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: BlockXAttnResConfig) -> None:
         super().__init__(planned)
         self.config = config
-        encoder_channels = list(self.encoder.output_channels)
-        decoder_channels = encoder_channels[-2::-1]
         if config.isar_in_encoder:
             for i, stage in enumerate(self.encoder.stages):
-                self._add_intra_stage_attention(f"E{i}", stage, encoder_channels[i])
-        for d, channels in enumerate(decoder_channels):
+                self._add_intra_stage_attention(f"E{i}", stage, self.encoder_channels[i])
+        for d, channels in enumerate(self.decoder_channels):
             num_entries = len(_blocks(self.encoder.stages[-2 - d]))
             self.xattnres[f"D{d}_memory"] = MemoryRouting(channels, num_entries, config)
             if config.isar_in_decoder:
@@ -204,16 +206,13 @@ class BlockXAttnResUNet(PlannedUNet):
             features.append(x)
         return features
 
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """How many numbers all convolutions put out for one image of `input_size`, as nnU-Net's networks count it."""
-        positions = self._positions(input_size)
-        total = self.encoder.compute_conv_feature_map_size(input_size)
-        total += self.decoder.compute_conv_feature_map_size(input_size)
+    def _projected_numbers(self, positions: list[int]) -> int:
+        total = 0
         for name, part in self.xattnres.items():
             assert isinstance(part, IntraStageAttention | MemoryRouting)
             index = int(name.split("_")[0][1:])
             total += part.compute_conv_feature_map_size(positions[index if name.startswith("E") else -2 - index])
-        return int(total)
+        return total
 
     def _add_intra_stage_attention(self, name: str, stage: nn.Module, channels: int) -> None:
         """ISAR before every block of a stage whose bank holds at least two different entries."""

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from PIL import Image
+from torch import Tensor
 
+from nnunet_xattnres import alignment, block_level
 from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.phantom import write_phantom_dataset
 from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write_json_atomically
@@ -60,6 +62,23 @@ def nnunet_environment(nnunet: NnUNet, tmp_path: Path, monkeypatch: pytest.Monke
     for name, value in (nnunet.folders() | {"nnUNet_results": str(tmp_path / "results")}).items():
         monkeypatch.setenv(name, value)
     return nnunet
+
+
+@pytest.fixture
+def projected_numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the numbers that every 1x1 convolution of ours puts out for one image."""
+    numbers: list[int] = []
+    project = alignment.project
+
+    def counting_project(features: Tensor, projection: Tensor | None) -> Tensor:
+        out = project(features, projection)
+        if projection is not None:
+            numbers.append(out[0].numel())
+        return out
+
+    for module in (alignment, block_level):
+        monkeypatch.setattr(module, "project", counting_project)
+    return numbers
 
 
 def plans_file(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> Path:

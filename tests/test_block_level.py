@@ -10,7 +10,7 @@ from planned import ANISOTROPIC_2D, ANISOTROPIC_3D, ISOTROPIC_2D, ISOTROPIC_3D, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_xattnres import alignment, attention, block_level
+from nnunet_xattnres import attention
 from nnunet_xattnres.attention import Candidate, attend_reference, attend_streaming, attention_weights
 from nnunet_xattnres.block_level import EPS, IntraStageAttention, MemoryRouting
 from nnunet_xattnres.config import BlockXAttnResConfig
@@ -232,25 +232,14 @@ def test_a_saved_temperature_stays_with_the_weights():
     assert torch.equal(cold(image), hot(image))
 
 
-def test_compute_conv_feature_map_size_adds_the_1x1_convolutions(plan, config, monkeypatch):
+def test_compute_conv_feature_map_size_adds_the_1x1_convolutions(plan, config, projected_numbers):
     network, image = build(plan, config, "reference")
-    projected = []
-
-    def counting_project(features, projection):
-        out = project(features, projection)
-        if projection is not None:
-            projected.append(out[0].numel())
-        return out
-
-    project = alignment.project
-    for module in (alignment, block_level):
-        monkeypatch.setattr(module, "project", counting_project)
     strides, architecture = PLANS[plan]
     planned = planned_network(strides, architecture, deep_supervision=True)
     with torch.no_grad():
         network(image)
     size = image.shape[2:]
-    expected = planned.compute_conv_feature_map_size(size) + sum(projected)
+    expected = planned.compute_conv_feature_map_size(size) + sum(projected_numbers)
     assert network.compute_conv_feature_map_size(size) == expected
 
 

@@ -103,23 +103,13 @@ class TestEveryArrangementOfEveryPlan:
         with pytest.raises(XAttnResError, match="must be divisible"):
             network(image[..., :-1])
 
-    def test_compute_conv_feature_map_size_adds_the_projections(self, plan, config, monkeypatch):
+    def test_compute_conv_feature_map_size_adds_the_projections(self, plan, config, projected_numbers):
         planned, image = build(plan)
         planned_size = planned.compute_conv_feature_map_size(image.shape[2:])
         network = XAttnResUNet(planned, XAttnResConfig(**{**config.architecture(), "backend": "reference"}))
-        projected = []
-
-        def counting_project(features, projection):
-            out = project(features, projection)
-            if projection is not None:
-                projected.append(out[0].numel())
-            return out
-
-        project = alignment.project
-        monkeypatch.setattr(alignment, "project", counting_project)
         with torch.no_grad():
             network(image)
-        assert network.compute_conv_feature_map_size(image.shape[2:]) == planned_size + sum(projected)
+        assert network.compute_conv_feature_map_size(image.shape[2:]) == planned_size + sum(projected_numbers)
 
 
 @pytest.mark.parametrize(
