@@ -87,60 +87,109 @@ def slabs(batch_size: int, size: Sequence[int], max_positions: int) -> Iterator[
 
 
 class SlabAlignment:
-    """`align` for one slab of the target at a time, and its adjoint, which accumulates the gradients.
+    """A candidate aligned to one slab of the target at a time, and the adjoint, which accumulates the gradients.
 
-    Resizing by integer factors is a small banded matrix per axis, so aligning is a chain of matrix products, and the
-    adjoint is the chain of their transposes: exact and deterministic. `dtype` is that of all arithmetic.
+    Linear interpolation by integer factors is a small banded matrix W per axis, so that aligning is a chain of matrix
+    products and the adjoint the chain of their transposes: exact and deterministic. `partial` leaves the last axis at
+    the source's resolution, because what the attention needs of v(x) = sum_i W[x, i] u_i can be had from the u_i, at
+    a fraction of the positions:
+
+        < w , v(x) >  = sum_i W[x, i] < w , u_i >
+        | v(x) |^2    = sum_i W[x, i]^2 |u_i|^2 + 2 W[x, i] W[x, i+1] < u_i , u_(i+1) >
+
+    for W is banded: a position lies between two neighbours.
+
+    features: (B, C_k, *source_size), nowhere finer than the target. projection: (C_t, C_k) or None for the identity.
+    size: the target's. dtype: of all arithmetic. expand_last_axis: let `partial` expand the last axis too.
     """
 
-    def __init__(self, features: Tensor, projection: Tensor | None, size: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        features: Tensor,
+        projection: Tensor | None,
+        size: Sequence[int],
+        dtype: torch.dtype,
+        expand_last_axis: bool,
+    ) -> None:
         self.features = features
         self.projection = None if projection is None else projection.to(dtype)
         self.dtype = dtype
-        self.aligned_channels = features.shape[1] if projection is None else projection.shape[0]
-        self.source_size = features.shape[2:]
-        self.finer = is_finer(self.source_size, size)
-        self.row_factor = max(size[0], self.source_size[0]) // min(size[0], self.source_size[0])
+        self.channels = features.shape[1] if projection is None else projection.shape[0]
+        self.source_rows = features.shape[2]
+        self.row_factor = size[0] // self.source_rows
+        self.is_resized = tuple(features.shape[2:]) != tuple(size)
+        # As a whole where slabs share source rows; else slab by slab, without holding another feature map.
+        self.source = project(features.to(dtype), self.projection) if self.is_resized else features
         self.matrices = [
-            None if source == target else _resize_matrix(source, target, dtype, features.device)
-            for source, target in zip(self.source_size, size, strict=True)
+            None if source == target else _interpolation_matrix(source, target, dtype, features.device)
+            for source, target in zip(features.shape[2:], size, strict=True)
         ]
+        self.last = None if expand_last_axis else self.matrices.pop()
+        if self.last is not None:
+            self.last_of_products = torch.cat((self.last.square(), 2 * self.last[:, :-1] * self.last[:, 1:]), dim=1)
 
-    def align(self, slab: Slab) -> Tensor:
-        """(B, C_t, *size) restricted to `slab`."""
-        features = self._source_slab(slab).of(self.features).to(self.dtype)
-        if self.finer:
-            return project(self._resize(features, slab), self.projection)
-        return self._resize(project(features, self.projection), slab)
+    def partial(self, slab: Slab) -> Tensor:
+        """The u_i: aligned to the slab but for the last axis. (B, C_t, rows, ..., source's extent)"""
+        source = self._source_slab(slab).of(self.source)
+        if self.is_resized:
+            return _apply_per_axis(self._slab_matrices(slab), source)
+        return project(source.to(self.dtype), self.projection)
+
+    def expand(self, partial: Tensor) -> Tensor:
+        """The last axis of something linear in the u_i, interpolated."""
+        return partial if self.last is None else partial @ self.last.T
+
+    def squared_norm(self, partial: Tensor) -> Tensor:
+        """| v |^2 over channels: the u_i (B, C, ..., I) -> (B, ..., X)"""
+        if self.last is None:
+            return dot(partial, partial)
+        products = torch.cat((dot(partial, partial), dot(partial[..., :-1], partial[..., 1:])), dim=-1)
+        # Rounding can make a vanishing norm negative.
+        return (products @ self.last_of_products.T).clamp_(min=0)
 
     def start_gradients(self) -> None:
-        self.features_gradient = torch.zeros_like(self.features, dtype=self.dtype)
+        # Slabs that share no source rows cover the gradient once.
+        empty = torch.zeros_like if self.is_resized else torch.empty_like
+        self.source_gradient = empty(self.source, dtype=self.dtype)
         self.projection_gradient = None if self.projection is None else torch.zeros_like(self.projection)
 
+    def expand_adjoint(self, gradient: Tensor) -> Tensor:
+        return gradient if self.last is None else gradient @ self.last
+
+    def add_squared_norm_adjoint(self, gradient: Tensor, partial: Tensor, partial_gradient: Tensor) -> None:
+        """Add to the gradient of the u_i what a gradient (B, ..., X) of `squared_norm` contributes."""
+        if self.last is None:
+            partial_gradient.addcmul_(partial, gradient.unsqueeze(1), value=2)
+            return
+        extent = partial.shape[-1]
+        own, of_neighbours = (gradient @ self.last_of_products).unsqueeze(1).tensor_split([extent], dim=-1)
+        partial_gradient.addcmul_(partial, own, value=2)
+        partial_gradient[..., :-1].addcmul_(partial[..., 1:], of_neighbours)
+        partial_gradient[..., 1:].addcmul_(partial[..., :-1], of_neighbours)
+
     def accumulate_gradients(self, slab: Slab, gradient: Tensor) -> None:
-        """Add what a gradient with respect to the aligned slab contributes to features and projection."""
+        """Take in the gradient of `partial`."""
         source_slab = self._source_slab(slab)
-        features = source_slab.of(self.features).to(self.dtype)
-        if self.finer:
-            self._accumulate_projection_gradient(gradient, self._resize(features, slab))
-            gradient = self._resize_adjoint(self._project_adjoint(gradient), slab)
+        if self.is_resized:
+            transposed = [None if matrix is None else matrix.T for matrix in self._slab_matrices(slab)]
+            source_slab.of(self.source_gradient).add_(_apply_per_axis(transposed, gradient, last_axis_first=True))
         else:
-            gradient = self._resize_adjoint(gradient, slab)
-            self._accumulate_projection_gradient(gradient, features)
-            gradient = self._project_adjoint(gradient)
-        source_slab.of(self.features_gradient).add_(gradient)
+            source_slab.of(self.source_gradient).copy_(self._project_adjoint(gradient, source_slab.of(self.features)))
+
+    def gradients(self) -> tuple[Tensor, Tensor | None]:
+        """Of features and projection, after all slabs."""
+        if self.is_resized:
+            return self._project_adjoint(self.source_gradient, self.features), self.projection_gradient
+        return self.source_gradient, self.projection_gradient
 
     def _source_slab(self, slab: Slab) -> Slab:
         """The part of the source that a slab of the target is computed from."""
-        start, stop, factor = slab.rows.start, slab.rows.stop, self.row_factor
-        if factor == 1:
+        if self.row_factor == 1:
             return slab
-        if self.finer:
-            return Slab(slab.items, slice(start * factor, stop * factor))
         # Target row r lies at source row (r + 1/2) / factor - 1/2, between the two source rows that it mixes.
-        first = (2 * start + 1 - factor) // (2 * factor)
-        last = (2 * stop - 1 - factor) // (2 * factor) + 1
-        return Slab(slab.items, slice(max(first, 0), min(last + 1, self.source_size[0])))
+        first = (2 * slab.rows.start + 1 - self.row_factor) // (2 * self.row_factor)
+        last = (2 * slab.rows.stop - 1 - self.row_factor) // (2 * self.row_factor) + 1
+        return Slab(slab.items, slice(max(first, 0), min(last + 1, self.source_rows)))
 
     def _slab_matrices(self, slab: Slab) -> list[Tensor | None]:
         rows, *others = self.matrices
@@ -148,31 +197,27 @@ class SlabAlignment:
             rows = rows[slab.rows, self._source_slab(slab).rows]
         return [rows, *others]
 
-    def _resize(self, features: Tensor, slab: Slab) -> Tensor:
-        return _apply_per_axis(self._slab_matrices(slab), features, last_axis_first=self.finer)
-
-    def _resize_adjoint(self, gradient: Tensor, slab: Slab) -> Tensor:
-        transposed = [None if matrix is None else matrix.T for matrix in self._slab_matrices(slab)]
-        return _apply_per_axis(transposed, gradient, last_axis_first=not self.finer)
-
-    def _project_adjoint(self, gradient: Tensor) -> Tensor:
-        return project(gradient, None if self.projection is None else self.projection.T)
-
-    def _accumulate_projection_gradient(self, gradient: Tensor, projected_from: Tensor) -> None:
-        if self.projection_gradient is not None:
-            self.projection_gradient += torch.einsum("bt...,bk...->tk", gradient, projected_from)
+    def _project_adjoint(self, gradient: Tensor, projected_from: Tensor) -> Tensor:
+        if self.projection is None:
+            return gradient
+        projected_from = projected_from.to(self.dtype).flatten(2)
+        self.projection_gradient += (gradient.flatten(2) @ projected_from.mT).sum(dim=0)
+        return project(gradient, self.projection.T)
 
 
-def _resize_matrix(source: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """< a , b > over channels: (B, C, *size) twice -> (B, *size)"""
+    return (a * b).sum(dim=1)
+
+
+def _interpolation_matrix(source: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix (target, source) of Resize along one axis: its columns are the resized unit vectors."""
     units = torch.eye(source, dtype=dtype, device=device)[:, None]
-    if source > target:
-        return F.avg_pool1d(units, source // target)[:, 0].T.contiguous()
     return F.interpolate(units, size=target, mode="linear", align_corners=False)[:, 0].T.contiguous()
 
 
-def _apply_per_axis(matrices: Sequence[Tensor | None], features: Tensor, last_axis_first: bool) -> Tensor:
-    """Multiply every spatial axis of features (B, C, *size) by its matrix, in the order in which less is computed."""
+def _apply_per_axis(matrices: Sequence[Tensor | None], features: Tensor, last_axis_first: bool = False) -> Tensor:
+    """Multiply the spatial axes of features (B, C, *size), from the first on, by a matrix each."""
     axes = list(enumerate(matrices, start=2))
     for axis, matrix in reversed(axes) if last_axis_first else axes:
         if matrix is None:

@@ -10,14 +10,14 @@ entries bring keys of their own. Two backends compute this function: `reference`
 `streaming`, which never holds the stack of aligned candidates.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from nnunet_xattnres.alignment import Slab, SlabAlignment, align, slabs
+from nnunet_xattnres.alignment import Slab, SlabAlignment, align, dot, is_finer, resize, slabs
 from nnunet_xattnres.errors import XAttnResError
 
 EPS = 1e-6
@@ -99,6 +99,7 @@ def attend_streaming(
     which aligns every slab once more.
     """
     features, projections = zip(*candidates, strict=True)
+    features = [resize(source, size) if is_finer(source.shape[2:], size) else source for source in features]
     sources = _distinct([*features, *projections])
     return _StreamingAttention.apply(_scaled(query, norm_scale), tuple(size), key_channels, eps, *sources)
 
@@ -133,9 +134,8 @@ class _StreamingAttention(torch.autograd.Function):
             call = _StreamingCall(query, size, key_channels, eps, sources)
             mixture = call.new_mixture()
             for slab in call.slabs():
-                aligned = call.align(slab)
-                weights = aligned.scores.softmax(dim=0)
-                slab.of(mixture).copy_(_weighted_sum(weights, aligned.values))
+                read = call.read(slab)
+                slab.of(mixture).copy_(_weighted_sum(read.scores.softmax(dim=0), call.values(read)))
         return mixture
 
     @staticmethod
@@ -148,23 +148,28 @@ class _StreamingAttention(torch.autograd.Function):
             for alignment in call.alignments:
                 alignment.start_gradients()
             for slab in call.slabs():
-                aligned = call.align(slab)
+                read = call.read(slab)
                 gradient = slab.of(gradients[0]).to(call.query.dtype)
-                weights = aligned.scores.softmax(dim=0)
+                weights = read.scores.softmax(dim=0)
                 # out = sum_k a_k v_k and a = softmax(e): da_k = <dout, v_k>, de_k = a_k (da_k - sum_j a_j da_j).
-                weight_gradients = torch.stack([_dot(gradient, value) for value in aligned.values])
+                weight_gradients = torch.stack([dot(gradient, value) for value in call.values(read)])
                 score_gradients = weights * (weight_gradients - (weights * weight_gradients).sum(dim=0))
-                # e_k = r_k <q, key_k> with r_k = (mean_c key_k^2 + eps)^(-1/2): de_k/dq = r_k key_k and
-                # de_k/dkey_k = r_k q - e_k r_k^2 key_k / C.
-                along_query = score_gradients * aligned.inverse_rms
-                along_key = along_query * aligned.scores * aligned.inverse_rms / aligned.keys[0].shape[1]
-                for k, (key, alignment) in enumerate(zip(aligned.keys, call.alignments, strict=True)):
-                    call.add_to_query(query_gradient, slab, along_query[k], key)
-                    key_gradient = along_query[k].unsqueeze(1) * aligned.query - along_key[k].unsqueeze(1) * key
-                    value_gradient = weights[k].unsqueeze(1) * gradient
-                    alignment.accumulate_gradients(slab, call.join(key_gradient, value_gradient))
-        features_gradients = [alignment.features_gradient for alignment in call.alignments]
-        projection_gradients = [alignment.projection_gradient for alignment in call.alignments]
+                # e_k = r_k <q, key_k> with r_k = (|key_k|^2 / C + eps)^(-1/2): de_k/d<q, key_k> = r_k and
+                # de_k/d|key_k|^2 = -e_k r_k^2 / 2C.
+                product_gradients = score_gradients * read.inverse_rms
+                norm_gradients = score_gradients * read.scores * read.inverse_rms.square() / (-2 * call.query_channels)
+                for k, (alignment, partial) in enumerate(zip(call.alignments, read.partials, strict=True)):
+                    key, value = call.key_and_value(partial)
+                    along_query = alignment.expand_adjoint(product_gradients[k])
+                    call.add_to_query(query_gradient, slab, along_query, key)
+                    value_gradient = alignment.expand_adjoint(weights[k].unsqueeze(1) * gradient)
+                    key_gradient = value_gradient if key is value else torch.zeros_like(key)
+                    key_gradient.addcmul_(along_query.unsqueeze(1), call.query_at(slab))
+                    alignment.add_squared_norm_adjoint(norm_gradients[k], key, key_gradient)
+                    alignment.accumulate_gradients(
+                        slab, value_gradient if key is value else torch.cat((key_gradient, value_gradient), dim=1)
+                    )
+        features_gradients, projection_gradients = zip(*(alignment.gradients() for alignment in call.alignments))
         return (
             query_gradient.to(query.dtype),
             None,
@@ -177,16 +182,13 @@ class _StreamingAttention(torch.autograd.Function):
         )
 
 
-class _AlignedSlab(NamedTuple):
+class _SlabReading(NamedTuple):
     """What the attention sees of one slab.
 
-    query: broadcasts against the keys. keys, values: a tensor (B, C, *slab size) per candidate.
-    inverse_rms, scores: (K, B, *slab size).
+    partials: a tensor per candidate, see `SlabAlignment.partial`. inverse_rms, scores: (K, B, *slab size).
     """
 
-    query: Tensor
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    partials: Sequence[Tensor]
     inverse_rms: Tensor
     scores: Tensor
 
@@ -205,11 +207,14 @@ class _StreamingCall:
         dtype = torch.promote_types(query.dtype, torch.float32)
         count = len(sources) // 2
         self.query = query.to(dtype)
+        self.query_is_field = query.ndim > 1
+        self.query_channels = query.shape[1] if self.query_is_field else query.shape[0]
         self.size = size
         self.key_channels = key_channels
         self.eps = eps
         self.alignments = [
-            SlabAlignment(features, projection, size, dtype)
+            # The product with a field does not commute with interpolation.
+            SlabAlignment(features, projection, size, dtype, expand_last_axis=self.query_is_field)
             for features, projection in zip(sources[:count], sources[count:], strict=True)
             if features is not None
         ]
@@ -217,42 +222,50 @@ class _StreamingCall:
     def new_mixture(self) -> Tensor:
         # The last candidate is the stage's own input where there is one, and never an image in another precision.
         last = self.alignments[-1]
-        value_channels = last.aligned_channels - (self.key_channels or 0)
+        value_channels = last.channels - (self.key_channels or 0)
         return last.features.new_empty(last.features.shape[0], value_channels, *self.size)
 
     def slabs(self) -> Iterator[Slab]:
         numbers = SLAB_NUMBERS.get(self.query.device.type, SLAB_NUMBERS_ELSEWHERE)
         first = self.alignments[0]
-        positions = max(1, numbers // (len(self.alignments) * first.aligned_channels))
+        positions = max(1, numbers // (len(self.alignments) * first.channels))
         return slabs(first.features.shape[0], self.size, positions)
 
-    def align(self, slab: Slab) -> _AlignedSlab:
-        aligned = [alignment.align(slab) for alignment in self.alignments]
-        keys = values = aligned
-        if self.key_channels is not None:
-            keys = [both[:, : self.key_channels] for both in aligned]
-            values = [both[:, self.key_channels :] for both in aligned]
-        inverse_rms = torch.stack([torch.rsqrt(_dot(key, key) / key.shape[1] + self.eps) for key in keys])
-        if self.query.ndim == 1:
-            query = self.query.view(-1, *(1,) * len(self.size))
-            scores = torch.stack([torch.einsum("c,bc...->b...", self.query, key) for key in keys])
-        else:
-            query = slab.of(self.query)
-            scores = torch.stack([_dot(query, key) for key in keys])
-        return _AlignedSlab(query, keys, values, inverse_rms, scores * inverse_rms)
+    def read(self, slab: Slab) -> _SlabReading:
+        partials = [alignment.partial(slab) for alignment in self.alignments]
+        squared_norms, products = [], []
+        for alignment, partial in zip(self.alignments, partials, strict=True):
+            key, _ = self.key_and_value(partial)
+            squared_norms.append(alignment.squared_norm(key))
+            products.append(alignment.expand(self._product_with_query(slab, key)))
+        inverse_rms = torch.rsqrt(torch.stack(squared_norms) / self.query_channels + self.eps)
+        return _SlabReading(partials, inverse_rms, torch.stack(products) * inverse_rms)
+
+    def values(self, read: _SlabReading) -> Iterator[Tensor]:
+        """The aligned values, one at a time."""
+        for alignment, partial in zip(self.alignments, read.partials, strict=True):
+            yield alignment.expand(self.key_and_value(partial)[1])
+
+    def key_and_value(self, partial: Tensor) -> tuple[Tensor, Tensor]:
+        if self.key_channels is None:
+            return partial, partial
+        return partial[:, : self.key_channels], partial[:, self.key_channels :]
+
+    def query_at(self, slab: Slab) -> Tensor:
+        """w, to be broadcast against keys."""
+        return slab.of(self.query) if self.query_is_field else self.query.view(-1, *(1,) * len(self.size))
 
     def add_to_query(self, query_gradient: Tensor, slab: Slab, weight: Tensor, key: Tensor) -> None:
         """Add weight(p) key(p) to the query's gradient, at p or, for a vector, over all positions."""
-        if self.query.ndim == 1:
-            query_gradient += torch.einsum("b...,bc...->c", weight, key)
-        else:
+        if self.query_is_field:
             slab.of(query_gradient).addcmul_(weight.unsqueeze(1), key)
+        else:
+            query_gradient += (key.flatten(2) @ weight.flatten(1).unsqueeze(2)).sum(dim=(0, 2))
 
-    def join(self, key_gradient: Tensor, value_gradient: Tensor) -> Tensor:
-        """The gradient of an aligned candidate from those of its two roles."""
-        if self.key_channels is None:
-            return key_gradient.add_(value_gradient)
-        return torch.cat((key_gradient, value_gradient), dim=1)
+    def _product_with_query(self, slab: Slab, key: Tensor) -> Tensor:
+        if self.query_is_field:
+            return dot(slab.of(self.query), key)
+        return (self.query @ key.flatten(2)).unflatten(1, key.shape[2:])
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -276,13 +289,10 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(tensor.device.type, enabled=False) if has_autocast else nullcontext()
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """< a , b > over channels: (B, C, *size) twice -> (B, *size)"""
-    return (a * b).sum(dim=1)
-
-
-def _weighted_sum(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
-    total = weights[0].unsqueeze(1) * values[0]
-    for weight, value in zip(weights[1:], values[1:], strict=True):
-        total.addcmul_(weight.unsqueeze(1), value)
+def _weighted_sum(weights: Tensor, values: Iterable[Tensor]) -> Tensor:
+    """sum_k a_k v_k, whose values may come one at a time"""
+    (first_weight, *others), values = weights.unsqueeze(2), iter(values)
+    total = first_weight * next(values)
+    for weight, value in zip(others, values, strict=True):
+        total.addcmul_(weight, value)
     return total

@@ -17,10 +17,37 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
+from nnunet_xattnres.alignment import is_finer, resize
 from nnunet_xattnres.attention import Candidate, attention_backend
 from nnunet_xattnres.block_level import IntraStageAttention, MemoryRouting
 from nnunet_xattnres.config import BlockXAttnResConfig, Config, XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError
+
+
+class HistoryPool:
+    """The global feature history pool H = [h_0, h_1, ...]: the outputs of the stages so far, in order of computation.
+
+    Many stages read a fine output at a coarse resolution. Area averages compose, so every output is averaged from one
+    resolution to the next, once for all who read it.
+    """
+
+    def __init__(self) -> None:
+        self._averages: list[list[Tensor]] = []  # of every output: itself, and ever coarser averages
+
+    def append(self, h: Tensor) -> None:
+        size = h.shape[2:]
+        for averages in self._averages:
+            if is_finer(averages[-1].shape[2:], size):
+                averages.append(resize(averages[-1], size))
+        self._averages.append([h])
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return [averages[0] for averages in self._averages]
+
+    def at(self, size: Sequence[int]) -> list[Tensor]:
+        """Every output, (B, C_k, *size_k), averaged down to `size` where it is finer."""
+        return [next(h for h in averages if not is_finer(h.shape[2:], size)) for averages in self._averages]
 
 
 class HistoryAttention(nn.Module):
@@ -145,18 +172,20 @@ class XAttnResUNet(PlannedUNet):
                 _drop_skip_channels(stage).apply(self.initialize)
 
     def decoder_features(self, x: Tensor) -> list[Tensor]:
-        pool: list[Tensor] = []  # the history pool H, in the order of computation
+        pool = HistoryPool()
         for i, stage in enumerate(self.encoder.stages):
-            x = stage(self._read(f"E{i}", x, pool[:-1]))
+            # The newest output is x itself.
+            x = stage(self._read(f"E{i}", x, pool.at(x.shape[2:])[:-1]))
             pool.append(x)
-        skips = pool[-2::-1]
+        skips = pool.outputs[-2::-1]
         for d, stage in enumerate(self.decoder.stages):
-            x = self._read(f"D{d}", self.decoder.transpconvs[d](x), pool)
+            x = self.decoder.transpconvs[d](x)
+            x = self._read(f"D{d}", x, pool.at(x.shape[2:]))
             if self.config.skip_connections:
                 x = torch.cat((x, skips[d]), dim=1)
             x = stage(x)
             pool.append(x)
-        return pool[len(self.encoder.stages) :]
+        return pool.outputs[len(self.encoder.stages) :]
 
     def _projected_numbers(self, positions: list[int]) -> int:
         # Every projection runs at the coarser of its two resolutions.

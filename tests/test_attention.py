@@ -63,6 +63,25 @@ def test_streaming_equals_reference_in_output_and_every_gradient(case):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
+def test_streaming_in_single_precision_is_as_exact_as_reference():
+    """Where neighbours cancel, too: there the norm of what lies between them is small against their own."""
+    torch.manual_seed(0)
+    u = torch.randn(1, CHANNELS, 8, 8)
+    u[..., 1::2] = -3 * u[..., ::2] + 0.3 * torch.randn(1, CHANNELS, 8, 4)
+    x = torch.randn(1, CHANNELS, 16, 16)
+    query, norm_scale = torch.randn(CHANNELS), torch.ones(CHANNELS)
+
+    def run(attend, dtype):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (query, u, x)]
+        candidates = [Candidate(inputs[1], None), Candidate(inputs[2], None)]
+        out = attend(inputs[0], norm_scale.to(dtype), candidates, (16, 16))
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    exact = run(attend_reference, torch.float64)
+    for a, b in zip(run(attend_streaming, torch.float32), exact, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4 * b.abs().max().item(), rtol=0)
+
+
 @pytest.mark.usefixtures("slab_numbers")
 def test_streaming_passes_gradcheck():
     torch.manual_seed(0)
@@ -101,6 +120,25 @@ def test_under_autocast_squares_do_not_overflow(attend):
     torch.testing.assert_close(out.float(), expected, atol=0.02 * expected.abs().max().item(), rtol=0)
     gradients = torch.autograd.grad(out.float().mean(), [inputs[0], inputs[-1]])
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+@pytest.mark.parametrize("source_size, size", [((2, 4), (4, 8)), ((2, 1, 4), (4, 4, 8))])
+def test_the_largest_half_precision_values_stay_finite(attend, source_size, size):
+    candidates = [
+        Candidate(torch.empty(1, CHANNELS, *extents).uniform_(-60000, 60000).half().requires_grad_(), None)
+        for extents in (source_size, size)
+    ]
+    query, norm_scale = torch.randn(CHANNELS, requires_grad=True), torch.ones(CHANNELS, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        out = attend(query, norm_scale, candidates, size)
+    assert out.dtype == torch.float16
+    assert out.isfinite().all()
+    parameters = [query, norm_scale, *(candidate.features for candidate in candidates)]
+    # nnU-Net's loss is a mean, scaled by up to 2^16 against underflow.
+    for gradient in torch.autograd.grad(out.float().mean(), parameters):
+        assert gradient.isfinite().all()
+        assert gradient.any()
 
 
 @pytest.mark.parametrize("attend", [attend_reference, attend_streaming])

@@ -1,0 +1,56 @@
+"""Two processes, as nnU-Net's `-num_gpus 2` starts them, on the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from planned import planned_network
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig
+from nnunet_xattnres.network import add_xattnres
+
+CONFIGS = {
+    "stage": XAttnResConfig(),
+    "stage-residual-no-skips": XAttnResConfig(skip_connections=False, fusion="residual"),
+    "block": BlockXAttnResConfig(isar_in_encoder=True, bank_includes_input=True),
+}
+
+
+def build(config: str, deep_supervision: bool) -> torch.nn.Module:
+    return add_xattnres(planned_network(deep_supervision=deep_supervision), CONFIGS[config])
+
+
+def train_two_steps(rank: int, folder: Path, config: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    network = DistributedDataParallel(build(config, deep_supervision=True))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    torch.manual_seed(rank)  # every process has data of its own
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(logits.square().mean() for logits in network(torch.randn(2, 1, 8, 8, 8))).backward()
+        optimizer.step()
+    torch.save(network.module.state_dict(), folder / f"rank{rank}.pth")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("config", ["stage", "block"])
+def test_two_processes_end_with_equal_weights(config, tmp_path):
+    multiprocessing.spawn(train_two_steps, (tmp_path, config), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
+    untrained = build(config, deep_supervision=True).state_dict()
+    for name, weights in first.items():
+        assert torch.equal(weights, second[name]), name
+    moved = {name for name, weights in first.items() if not torch.equal(weights, untrained[name])}
+    # The norm's scale wakes a step after the query, and in residual fusion both a step after the gate.
+    assert {name.rpartition(".")[2] for name in moved if name.startswith("xattnres.")} >= {"query"}
+
+
+@pytest.mark.parametrize("deep_supervision", [True, False])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_parameter_of_ours_gets_a_gradient(config, deep_supervision):
+    network = build(config, deep_supervision)
+    logits = network(torch.randn(1, 1, 8, 8, 8))
+    sum(map(torch.sum, logits if deep_supervision else [logits])).backward()
+    assert [name for name, parameter in network.xattnres.named_parameters() if parameter.grad is None] == []
