@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import floor, log10
 from statistics import median
+from textwrap import wrap
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ from nnunet_xattnres.report import COLOURS, align_columns
 
 NOTHING = "-"
 PREFIX = "nnUNetTrainer"
+BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0}
 CHART_PANELS = {
     "step_seconds_ratio": "training step time",
     "peak_memory_bytes_ratio": "peak memory",
@@ -140,7 +142,7 @@ def cost_table(comparison: Comparison) -> str:
     lines = [comparison.planned.title(), align_columns(rows)]
     for row in comparison.rows:
         if row.first("reads_at"):
-            lines.append(f"{row.label} reads at: {' '.join(row.first('reads_at'))}")
+            lines += wrap(f"{row.label} reads at: {' '.join(row.first('reads_at'))}", 120, subsequent_indent="    ")
     lines += [f"{row.label} failed: {row.reason}" for row in comparison.rows if row.status == FAILED]
     return "\n".join(lines)
 
@@ -165,7 +167,7 @@ def draw_ratios(comparisons: list[Comparison]) -> Figure:
     for axis, (quantity, title) in zip(axes, CHART_PANELS.items(), strict=True):
         _draw_panel(axis, comparisons, quantity, colours)
         axis.set_title(title, fontsize=10)
-    axes[0].set_yticks(range(len(comparisons)), [_short_title(comparison) for comparison in comparisons], fontsize=9)
+    axes[0].set_yticks(range(len(comparisons)), [_short_title(comparison) for comparison in comparisons], fontsize=8)
     axes[0].set_ylim(len(comparisons) - 0.5, -0.5)  # the first on top
     handles: list[Patch | Line2D] = [Patch(color=colour, label=label) for label, colour in colours.items()]
     handles.append(Line2D([], [], color="black", linewidth=1, label="planned network"))
@@ -184,16 +186,18 @@ def _draw_panel(axis: Axes, comparisons: list[Comparison], quantity: str, colour
             else:
                 axis.barh(position, ratio, height=0.9 * thickness, color=colours[row.label])
                 text = f"{ratio:.2f}"
-            axis.annotate(text, (ratio or 0, position), (3, 0), textcoords="offset points", va="center", fontsize=7)
-    axis.axvline(1, color="black", linewidth=1)
+            # Beside the line rather than across it.
+            place = (0 if ratio is None else max(ratio, 1), position)
+            axis.annotate(text, place, (3, 0), textcoords="offset points", va="center", fontsize=7, bbox=BACKGROUND)
+    axis.axvline(1, color="black", linewidth=1, zorder=1.5)
     axis.set_xlim(0, 1.15 * max(1, axis.get_xlim()[1]))
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _short_title(comparison: Comparison) -> str:
-    plans = comparison.planned.plans["plans_name"].removeprefix("nnUNet")
-    return f"{comparison.planned.name}\n{comparison.planned.configuration}, {plans}"
+    planned = comparison.planned
+    return f"{planned.name}\n{planned.configuration} of {planned.plans['plans_name']}"
 
 
 def _median(values: list[float]) -> float | None:
