@@ -192,6 +192,7 @@ def _draw_panel(axis: Axes, comparisons: list[Comparison], quantity: str, colour
     axis.axvline(1, color="black", linewidth=1, zorder=1.5)
     axis.set_xlim(0, 1.15 * max(1, axis.get_xlim()[1]))
     axis.tick_params(axis="x", labelsize=8)
+    axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -249,7 +249,13 @@ def _footnote(comparisons: list[Comparison], options: Options, device: str) -> s
     threads = next((answer.threads for answer in answers if answer.threads), None)
     compiled = any(answer.compiled for answer in answers)
     name = next((answer.device_name for answer in answers if answer.device_name), None) or _cpu_name()
-    how = f"{threads} threads" if device == "cpu" else "compiled" if compiled else "not compiled"
+    how = (
+        f"{threads} thread{'' if threads == 1 else 's'}"
+        if device == "cpu"
+        else "compiled"
+        if compiled
+        else "not compiled"
+    )
     lines = [
         f"On {name}, {how}. Backend of the attention: {options.backend or 'as each trainer says'}.",
         "x: beside the planned network, the median over rounds. In brackets: the shortest and the longest step.",
