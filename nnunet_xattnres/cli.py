@@ -4,9 +4,11 @@ import argparse
 import ast
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from nnunet_xattnres import __version__
+from nnunet_xattnres.config import BACKENDS
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.installation import check_nnunet_version, trainers_folder
 
@@ -21,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nnunet-xattnres: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nnnunet-xattnres: interrupted; the same command continues", file=sys.stderr)
+        print(f"\nnnunet-xattnres: interrupted; {parsed.after_interruption}", file=sys.stderr)
         return 130
     return 0
 
@@ -39,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Print the folder of the trainers, for the environment variable nnUNet_extTrainer.",
     )
     trainers.add_argument("--list", action="store_true", help="list the trainers, one a line, instead")
-    trainers.set_defaults(run=_trainers)
+    trainers.set_defaults(run=_trainers, after_interruption="the same command lists them all")
 
     demo = commands.add_parser(
         "demo",
@@ -66,8 +68,69 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--baseline", action="store_true", help="also train the planned network with the same budget, and compare"
     )
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, after_interruption="the same command continues")
+    _add_overhead(commands)
     return parser
+
+
+def _add_overhead(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    overhead = commands.add_parser(
+        "overhead",
+        help="measure time and memory beside the planned network",
+        description="Measure parameters, FLOPs, training step time, peak memory and inference time of trainers beside "
+        "the planned network, on this machine: one process per measurement, the trainers in turn.",
+    )
+    source = overhead.add_argument_group("plans, from one of")
+    source.add_argument("-d", dest="dataset", metavar="DATASET", help="name or number of a planned nnU-Net dataset")
+    source.add_argument(
+        "--preset",
+        nargs="+",
+        default=[],
+        dest="presets",
+        metavar="NAME",
+        help="msd01 ... msd10: nnU-Net's published plans for the tasks of the Medical Segmentation Decathlon",
+    )
+    source.add_argument("--plans", type=Path, metavar="FILE", help="a plans file with dataset.json beside it")
+    overhead.add_argument(
+        "-c", default="3d_fullres", dest="configuration", metavar="CONFIG", help="configuration (default: %(default)s)"
+    )
+    overhead.add_argument(
+        "-p",
+        default="nnUNetPlans",
+        dest="plans_name",
+        metavar="PLANS",
+        help="plans of the dataset or preset (default: %(default)s); msd03 and msd07 also have "
+        "nnUNetResEncUNetMPlans and nnUNetResEncUNetLPlans",
+    )
+    overhead.add_argument(
+        "--trainers",
+        nargs="+",
+        default=["nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip"],
+        metavar="NAME",
+        help="measured beside nnUNetTrainerPlanned (default: nnUNetTrainerXAttnRes nnUNetTrainerXAttnResNoSkip)",
+    )
+    overhead.add_argument(
+        "--backend", choices=BACKENDS, help="how the attention is computed (default: as each trainer says)"
+    )
+    overhead.add_argument("--batch-size", type=int, metavar="N", help="patches per step (default: as planned)")
+    overhead.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    overhead.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="with torch.compile or without (default: as nnU-Net does it on the device)",
+    )
+    overhead.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="processes per trainer (default: %(default)s)"
+    )
+    for kind, default in (("json", "overhead.json"), ("csv", None), ("chart", "overhead.png")):
+        overhead.add_argument(
+            f"--{kind}",
+            type=Path,
+            default=default and Path(default),
+            metavar="FILE",
+            help=f"where it is written (default: {default or 'not written'})",
+        )
+    overhead.set_defaults(run=_overhead, after_interruption="the files hold the plans that were finished")
 
 
 def _trainers(arguments: argparse.Namespace) -> None:
@@ -90,3 +153,9 @@ def _demo(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.demo import run_demo
 
     run_demo(arguments.data, arguments.workdir, arguments.trainer, arguments.baseline)
+
+
+def _overhead(arguments: argparse.Namespace) -> None:
+    from nnunet_xattnres.overhead.runner import Options, run_overhead
+
+    run_overhead(Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)}))

@@ -86,7 +86,7 @@ class NnUNet:
         """
         log_file = self.workdir / "logs" / f"{log}.log"
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        with _termination_as_exception():
+        with termination_as_exception():
             return_code = _run_and_log(command, self.environment() | dict(environment or {}), log_file)
         if return_code:
             raise XAttnResError(
@@ -110,7 +110,7 @@ def find_command(name: str) -> str:
 
 
 @contextmanager
-def _termination_as_exception() -> Iterator[None]:
+def termination_as_exception() -> Iterator[None]:
     """Let SIGTERM and a closed terminal end the running command too, as Ctrl-C does."""
 
     def leave(number: int, frame: object) -> None:
@@ -142,7 +142,7 @@ def _run_and_log(command: tuple[str, ...], environment: dict[str, str], log_file
         _copy_output(process, log_file)
         return process.wait()
     finally:
-        _end_process_group(process)
+        end_process_group(process)
 
 
 def _copy_output(process: subprocess.Popen[bytes], log_file: Path) -> None:
@@ -165,7 +165,7 @@ def _copy_output(process: subprocess.Popen[bytes], log_file: Path) -> None:
                 return
 
 
-def _end_process_group(process: subprocess.Popen[bytes]) -> None:
+def end_process_group(process: subprocess.Popen[bytes]) -> None:
     for end in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, end)

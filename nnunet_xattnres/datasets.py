@@ -25,7 +25,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_xattnres.commands import NUM_WORKERS, NnUNet
-from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.errors import XAttnResError, one_line
 from nnunet_xattnres.phantom import write_phantom_dataset
 
 PHANTOM_DATASET = "Dataset900_Phantom"
@@ -199,7 +199,3 @@ def _first_complaint(cases: Cases, dataset_json: dict[str, Any]) -> str | None:
 
 def reader_for(dataset_json: dict[str, Any]) -> type[BaseReaderWriter]:
     return determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())

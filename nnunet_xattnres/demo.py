@@ -4,37 +4,30 @@ Everything happens inside one working directory, and every step is recognised by
 again continues where it stopped.
 """
 
-import ast
-import difflib
-import io
 import json
 import os
 import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import nnunetv2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from nnunetv2.evaluation.evaluate_predictions import load_summary_json
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_xattnres.commands import NUM_WORKERS, NnUNet, external_trainers
+from nnunet_xattnres.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.datasets import (
     Cases,
     Source,
     check_raw_dataset,
-    one_line,
     phantom_source,
     read_dataset_json,
     read_source,
@@ -56,6 +49,7 @@ from nnunet_xattnres.report import (
     spread_over_ranking,
 )
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
+from nnunet_xattnres.trainer_lookup import find_trainer
 
 BASELINE = "nnUNetTrainerPlanned"
 PLANS = "nnUNetPlans"
@@ -111,42 +105,8 @@ def _writable(workdir: Path) -> Path:
 
 def check_trainer(name: str) -> None:
     """Raise `XAttnResError` unless nnU-Net finds the trainer."""
-    try:
-        with _external_trainers_in_environment(), redirect_stdout(io.StringIO()):
-            found: type[nnUNetTrainer] = recursive_find_trainer_class_by_name(name)
-    except RuntimeError:
-        near = difflib.get_close_matches(name, _trainer_names(), n=3, cutoff=0.4)
-        suggestion = f"did you mean {', '.join(near)}?" if near else "see `nnunet-xattnres trainers --list`"
-        raise XAttnResError(f"nnU-Net finds no trainer {name}: {suggestion}") from None
-    except Exception as error:
-        raise XAttnResError(f"nnU-Net cannot load trainer {name}: {one_line(str(error))}") from None
-    if not issubclass(found, XAttnResTrainerMixin):
+    if not issubclass(find_trainer(name), XAttnResTrainerMixin):
         print(f"{name} ignores the demo's short budget: it trains as long as it always does.")
-
-
-@contextmanager
-def _external_trainers_in_environment() -> Iterator[None]:
-    previous = os.environ.get("nnUNet_extTrainer")
-    os.environ["nnUNet_extTrainer"] = external_trainers()
-    try:
-        yield
-    finally:
-        del os.environ["nnUNet_extTrainer"]
-        if previous is not None:
-            os.environ["nnUNet_extTrainer"] = previous
-
-
-def _trainer_names() -> list[str]:
-    """All class names in the folders that nnU-Net searches, without importing anything."""
-    own = Path(nnunetv2.__path__[0], "training", "nnUNetTrainer")
-    folders = [own, *map(Path, external_trainers().split(os.pathsep))]
-    return [
-        node.name
-        for folder in folders
-        for file in folder.rglob("*.py")
-        for node in ast.parse(file.read_bytes()).body
-        if isinstance(node, ast.ClassDef)
-    ]
 
 
 class Demo:

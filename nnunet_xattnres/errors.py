@@ -1,2 +1,18 @@
+"""Mistakes that a user can mend, and what their messages are made of."""
+
+import difflib
+from collections.abc import Iterable
+
+
 class XAttnResError(ValueError):
     """A mistake that its reader can mend: the message is one line that says what is wrong and what to do."""
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A question that names what `name` may have been meant to be; empty where nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"did you mean {', '.join(near)}?" if near else ""

@@ -1,7 +1,6 @@
 """Small configurations for nnU-Net plans: the planned network, thin enough to be trained on a CPU."""
 
 import json
-import os
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.files import written_atomically
 
 # nnU-Net's planner stops pooling an axis before its feature map gets smaller than this.
 MINIMUM_BOTTLENECK = 4
@@ -77,12 +77,8 @@ def reduced_patch_size(plans: dict[str, Any], base: str, max_voxels: int) -> lis
 
 def write_json_atomically(content: dict[str, Any], path: Path) -> None:
     """Write `content` to `path` such that a reader, or an interruption, never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_atomically(path) as temporary:
         temporary.write_text(json.dumps(content, indent=4))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _resolved_configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:

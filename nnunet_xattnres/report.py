@@ -27,6 +27,11 @@ def dice_table(summaries: dict[str, dict[str, Any]], labels: dict[str, Any]) -> 
     for key in keys:
         rows.append([names.get(key, str(key)), *(f"{s['mean'][key]['Dice']:.3f}" for s in summaries.values())])
     rows.append(["mean", *(f"{s['foreground_mean']['Dice']:.3f}" for s in summaries.values())])
+    return align_columns(rows)
+
+
+def align_columns(rows: list[list[str]]) -> str:
+    """A line per row, the first column on the left, the others on the right of their width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,0 +1,1 @@
+"""What XAttnRes costs beside the planned network: the command `nnunet-xattnres overhead`."""

@@ -1,0 +1,319 @@
+"""What one network costs, measured in a process of its own: `python -m nnunet_xattnres.overhead.measurement FOLDER`.
+
+FOLDER holds `request.json` (the fields of `Request`) and gets `answer.json` (those of `Answer`). Network, loss,
+optimizer, autocast and compilation are those of the real nnU-Net trainer.
+"""
+
+import json
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import file_ending_dataset_mapping
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunet_xattnres.errors import XAttnResError, one_line
+from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.trainer import XAttnResTrainerMixin
+from nnunet_xattnres.trainer_lookup import find_trainer
+
+MEASURED = "measured"
+OUT_OF_MEMORY = "out of memory"
+FAILED = "failed"
+
+# On a GPU the first steps compile, try cuDNN's algorithms, and are skipped until the loss scale fits.
+WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
+# How long repetitions are timed; what takes longer is timed once.
+STEP_SECONDS = 3.0
+INFERENCE_SECONDS = 1.0
+SAMPLING_SECONDS = 1e-3
+# PyTorch, oneDNN, cuDNN and the C++ library each have words of their own for it.
+NO_MEMORY_LEFT = re.compile(
+    r"out of memory|can't allocate memory|bad_alloc|could not create a memory|ALLOC_FAILED", re.I
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One network to measure.
+
+    device: "cpu" or "cuda". backend: how the attention is computed, or None for what the trainer says.
+    """
+
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+    trainer: str
+    device: str
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one process has found out; what it did not get to is None or empty.
+
+    status: `MEASURED`, `OUT_OF_MEMORY` or `FAILED`, the latter with a reason in one line.
+    flops: of the matrix products and convolutions of one training step.
+    reads_at: the stages that read, E2, E3, ..., D0, D1, ..., or at block level the parts that act.
+    step_seconds, inference_seconds: one per repetition, of a training step and of one patch's inference.
+    peak_memory: in bytes during a training step; on a GPU what PyTorch allocates, on a CPU how far the process grows.
+    compiled: whether nnU-Net compiled the network to train. threads: of PyTorch's operations. device_name: the GPU's.
+    """
+
+    status: str
+    reason: str = ""
+    parameters: int | None = None
+    flops: int | None = None
+    reads_at: list[str] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    inference_seconds: list[float] = field(default_factory=list)
+    peak_memory: int | None = None
+    compiled: bool | None = None
+    threads: int | None = None
+    device_name: str | None = None
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    request = Request(**json.loads((folder / "request.json").read_text()))
+    if request.device == "cpu":
+        limit_memory(psutil.virtual_memory().available)
+    for answer in measure(request):
+        with written_atomically(folder / "answer.json") as temporary:
+            temporary.write_text(json.dumps(asdict(answer)))
+
+
+def measure(request: Request) -> Iterator[Answer]:
+    """Answers that know more and more. The last one counts: a process that is killed leaves the one before."""
+    answer = Answer(FAILED)
+    try:
+        measurement = Measurement(request)
+        try:
+            answer = replace(answer, **measurement.counts(torch.device("meta")))
+            yield answer
+        except (NotImplementedError, RuntimeError):
+            pass  # The network computes something that needs numbers: counted below, when they are there.
+        answer = replace(answer, **measurement.costs())
+        if answer.flops is None:
+            answer = replace(answer, **measurement.counts(measurement.trainer.device))
+        yield replace(answer, status=MEASURED)
+    except Exception as error:
+        traceback.print_exc()
+        if is_out_of_memory(error):
+            yield replace(answer, status=OUT_OF_MEMORY)
+        else:
+            yield replace(answer, status=FAILED, reason=_reason(error))
+
+
+def limit_memory(growth: int) -> None:
+    """Let allocations fail once the process has grown by so many bytes, instead of waking the kernel's OOM killer.
+
+    Does nothing where there is no such limit, and never raises one that is set already.
+    """
+    if sys.platform == "linux":
+        import resource
+
+        used = psutil.Process().memory_info().data
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limits = [limit for limit in (soft, hard, used + growth) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY_LEFT.search(str(error)) is not None
+
+
+def _reason(error: Exception) -> str:
+    message = next((line for line in str(error).splitlines() if line.strip()), "")
+    return one_line(message if isinstance(error, XAttnResError) else f"{type(error).__name__}: {message}")
+
+
+class Measurement:
+    """One trainer on one configuration of the plans, in the folders that nnU-Net's environment variables name.
+
+    Raises `XAttnResError` if nnU-Net finds no such trainer.
+    """
+
+    def __init__(self, request: Request) -> None:
+        trainer_class = find_trainer(request.trainer)
+        if request.backend is not None and issubclass(trainer_class, XAttnResTrainerMixin):
+            trainer_class.xattnres_config = replace(trainer_class.xattnres_config, backend=request.backend)
+        if request.device == "cuda":
+            # As nnUNetv2_train does it. On a CPU it takes all cores whatever OMP_NUM_THREADS says; here that counts.
+            torch.set_num_threads(1)
+            torch.backends.cudnn.benchmark = True
+        self.trainer: nnUNetTrainer = trainer_class(
+            # The trainer takes the additional key out again.
+            request.plans | {"continue_training": False},
+            request.configuration,
+            0,
+            request.dataset_json,
+            torch.device(request.device),
+        )
+
+    def counts(self, device: torch.device) -> dict[str, Any]:
+        """Parameters, FLOPs of one training step, and what reads where.
+
+        device: "meta" computes shapes alone; on any other the trainer's own network, initialised, is counted.
+        """
+        trainer = self.trainer
+        plans, configuration = trainer.plans_manager, trainer.configuration_manager
+        channels = determine_num_input_channels(plans, configuration, trainer.dataset_json)
+        with device:
+            network = trainer.network and _eager(trainer.network)
+            if network is None:
+                network = trainer.build_network_architecture(
+                    plans, configuration, channels, trainer.label_manager.num_segmentation_heads, True
+                )
+            images = torch.zeros(configuration.batch_size, channels, *configuration.patch_size)
+        with FlopCounterMode(display=False) as counter:
+            outputs = network(images)
+            sum(output.sum() for output in (outputs if isinstance(outputs, list) else [outputs])).backward()
+        return {
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "flops": counter.get_total_flops(),
+            "reads_at": list(getattr(network, "xattnres", ())),
+            "threads": torch.get_num_threads(),
+            "device_name": torch.cuda.get_device_name() if trainer.device.type == "cuda" else None,
+        }
+
+    def costs(self) -> dict[str, Any]:
+        """Time and memory of training steps, time of inference."""
+        trainer = self.trainer
+        load_libraries()
+        memory = PeakMemory(trainer.device)
+        _place_dataset(Path(trainer.preprocessed_dataset_folder))
+        trainer.initialize()
+        batch = self._batch()
+        trainer.network.train()
+        for _ in range(WARM_UP_STEPS[trainer.device.type]):
+            trainer.train_step(batch)
+        # Sampling takes time, so one step is observed that is not timed: the timer's own first one. It holds the most,
+        # for the optimizer's state is there from the second step on.
+        observations = iter([memory.observed()])
+
+        def step() -> None:
+            with next(observations, nullcontext()):
+                trainer.train_step(batch)
+
+        step_seconds = _times(step, STEP_SECONDS)
+        return {
+            "step_seconds": step_seconds,
+            "peak_memory": memory.peak,
+            "compiled": isinstance(trainer.network, OptimizedModule),
+            "inference_seconds": self._inference_seconds(batch["data"][:1]),
+        }
+
+    def _batch(self) -> dict[str, Any]:
+        """Noise and random labels, on the device, in the shapes and types of nnU-Net's augmentation."""
+        trainer = self.trainer
+        size = trainer.configuration_manager.patch_size
+        data = torch.randn(trainer.batch_size, trainer.num_input_channels, *size, device=trainer.device)
+        scales = trainer._get_deep_supervision_scales()
+        if scales is None:
+            return {"data": data, "target": self._target(size)}
+        sizes = [[round(extent * s) for extent, s in zip(size, scale, strict=True)] for scale in scales]
+        return {"data": data, "target": [self._target(scaled) for scaled in sizes]}
+
+    def _target(self, size: list[int]) -> Tensor:
+        trainer, labels = self.trainer, self.trainer.label_manager
+        if labels.has_regions:
+            # One channel per region, and the mask of the ignore label behind them.
+            channels = len(labels.foreground_regions) + labels.has_ignore_label
+            return torch.randint(2, (trainer.batch_size, channels, *size), dtype=torch.bool, device=trainer.device)
+        shape = (trainer.batch_size, 1, *size)
+        return torch.randint(len(labels.all_labels), shape, dtype=torch.int16, device=trainer.device)
+
+    def _inference_seconds(self, patch: Tensor) -> list[float]:
+        """As nnU-Net's predictor computes one tile, without mirroring."""
+        trainer = self.trainer
+        network: Callable[[Tensor], object] = _eager(trainer.network).eval()
+        # The predictor compiles only where it is told to.
+        if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):
+            network = torch.compile(network)
+        on_gpu = trainer.device.type == "cuda"
+        trainer.set_deep_supervision_enabled(False)
+        try:
+            with torch.inference_mode(), torch.autocast("cuda") if on_gpu else nullcontext():
+                return _times(lambda: network(patch), INFERENCE_SECONDS)
+        finally:
+            trainer.set_deep_supervision_enabled(True)
+
+
+class PeakMemory:
+    """The most memory in use while something is observed, in bytes.
+
+    CUDA: of what PyTorch's allocator has handed out, all of it. CPU: of the process's resident size, beyond what it is
+    at the start. That is sampled: the kernel's own maximum, ru_maxrss, passes from a parent to the program it starts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peak = 0
+        self._process = psutil.Process()
+        self._start = self._process.memory_info().rss
+
+    @contextmanager
+    def observed(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            yield
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+            return
+        stop = threading.Event()
+        sampler = threading.Thread(target=self._sample, args=(stop,), daemon=True)
+        sampler.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            sampler.join()
+
+    def _sample(self, stop: threading.Event) -> None:
+        stopped = False
+        while not stopped:
+            stopped = stop.wait(SAMPLING_SECONDS)
+            self.peak = max(self.peak, self._process.memory_info().rss - self._start)
+
+
+def load_libraries() -> None:
+    """A training step of next to nothing: what PyTorch loads on first use is not the network's cost."""
+    network = nn.Conv3d(1, 1, 3)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True)
+    network(torch.zeros(1, 1, 8, 8, 8)).sum().backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 12)
+    optimizer.step()
+
+
+def _times(function: Callable[[], object], seconds: float) -> list[float]:
+    """Seconds per call, after a call that is not timed; for `seconds` altogether, or once."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).times
+
+
+def _eager(network: nn.Module) -> nn.Module:
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def _place_dataset(folder: Path) -> None:
+    """A file from which nnU-Net infers how the dataset is stored; it is never opened."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"case.{next(iter(file_ending_dataset_mapping))}").touch()
+
+
+if __name__ == "__main__":
+    main()

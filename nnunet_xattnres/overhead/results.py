@@ -1,0 +1,219 @@
+"""From measurements to ratios, and from ratios to a table, CSV, JSON and a figure."""
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from math import floor, log10
+from statistics import median
+from textwrap import wrap
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, Answer
+from nnunet_xattnres.overhead.sources import PlannedNetwork
+from nnunet_xattnres.report import COLOURS, align_columns
+
+NOTHING = "-"
+PREFIX = "nnUNetTrainer"
+BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0}
+CHART_PANELS = {
+    "step_seconds_ratio": "training step time",
+    "peak_memory_bytes_ratio": "peak memory",
+    "parameters_ratio": "parameters",
+}
+
+
+@dataclass
+class Row:
+    """All rounds of one trainer. The last answer says how it went: after a failure there are no more."""
+
+    trainer: str
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        return self.answers[-1].status if self.answers else MEASURED
+
+    @property
+    def reason(self) -> str:
+        return self.answers[-1].reason if self.answers else ""
+
+    @property
+    def label(self) -> str:
+        return self.trainer.removeprefix(PREFIX) or self.trainer
+
+    def first(self, name: str) -> Any:
+        """The first round's value of a field that is the same in all of them."""
+        return getattr(self.answers[0], name) if self.answers else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The networks on one configuration, the planned one first."""
+
+    planned: PlannedNetwork
+    rows: list[Row]
+
+    def figures(self, row: Row) -> dict[str, float | None]:
+        """Absolute numbers, medians over all repetitions, and ratios to the planned network; None what is not known."""
+        reference = self.rows[0]
+        steps = [seconds for answer in row.answers for seconds in answer.step_seconds]
+        inference = [seconds for answer in row.answers for seconds in answer.inference_seconds]
+        memory = [answer.peak_memory for answer in row.answers if answer.peak_memory is not None]
+        return {
+            "parameters": row.first("parameters"),
+            "parameters_ratio": paired_ratio(row, reference, lambda answer: answer.parameters),
+            "flops": row.first("flops"),
+            "flops_ratio": paired_ratio(row, reference, lambda answer: answer.flops),
+            "step_seconds": median(steps) if steps else None,
+            "step_seconds_min": min(steps, default=None),
+            "step_seconds_max": max(steps, default=None),
+            "step_seconds_ratio": paired_ratio(row, reference, lambda answer: _median(answer.step_seconds)),
+            "peak_memory_bytes": median(memory) if memory else None,
+            "peak_memory_bytes_ratio": paired_ratio(row, reference, lambda answer: answer.peak_memory),
+            "inference_seconds": median(inference) if inference else None,
+            "inference_seconds_ratio": paired_ratio(row, reference, lambda answer: _median(answer.inference_seconds)),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return self._identity() | {
+            "trainers": [
+                {
+                    "trainer": row.trainer,
+                    "status": row.status,
+                    "reason": row.reason,
+                    **self.figures(row),
+                    "rounds": [asdict(answer) for answer in row.answers],
+                }
+                for row in self.rows
+            ]
+        }
+
+    def csv_rows(self) -> list[dict[str, Any]]:
+        identity = self._identity() | {"patch_size": "x".join(map(str, self.planned.manager.patch_size))}
+        return [
+            identity | {"trainer": row.trainer, "status": row.status, "reason": row.reason} | self.figures(row)
+            for row in self.rows
+        ]
+
+    def _identity(self) -> dict[str, Any]:
+        manager = self.planned.manager
+        return {
+            "name": self.planned.name,
+            "plans": self.planned.plans["plans_name"],
+            "configuration": self.planned.configuration,
+            "patch_size": list(map(int, manager.patch_size)),
+            "batch_size": manager.batch_size,
+            "stages": manager.network_arch_init_kwargs["n_stages"],
+        }
+
+
+def paired_ratio(row: Row, reference: Row, quantity: Callable[[Answer], float | None]) -> float | None:
+    """The median over rounds of row / reference, each round's two measured one after the other."""
+    pairs = [(quantity(ours), quantity(theirs)) for ours, theirs in zip(row.answers, reference.answers, strict=False)]
+    ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
+    return median(ratios) if ratios else None
+
+
+def cost_table(comparison: Comparison) -> str:
+    """A line per trainer, at most 120 columns wide, and what can only be said in words below."""
+    figures = [comparison.figures(row) for row in comparison.rows]
+    flops_unit, flops_name = (1e12, "TFLOPs") if any((f["flops"] or 0) >= 1e12 for f in figures) else (1e9, "GFLOPs")
+    rows = [[PREFIX, "parameters", flops_name, "step s", "memory GB", "inference s"]]
+    for row, f in zip(comparison.rows, figures, strict=True):
+        spread = f"[{_number(f['step_seconds_min'])}, {_number(f['step_seconds_max'])}]"
+        step = _with_ratio(f"{_number(f['step_seconds'])} {spread}", f["step_seconds_ratio"])
+        rows.append(
+            [
+                row.label,
+                _with_ratio(f"{_number(f['parameters'], 1e6)} M", f["parameters_ratio"]),
+                _with_ratio(_number(f["flops"], flops_unit), f["flops_ratio"]),
+                step if row.status == MEASURED else row.status,
+                _with_ratio(_number(f["peak_memory_bytes"], 1e9), f["peak_memory_bytes_ratio"]),
+                _with_ratio(_number(f["inference_seconds"]), f["inference_seconds_ratio"]),
+            ]
+        )
+    lines = [comparison.planned.title(), align_columns(rows)]
+    for row in comparison.rows:
+        if row.first("reads_at"):
+            lines += wrap(f"{row.label} reads at: {' '.join(row.first('reads_at'))}", 120, subsequent_indent="    ")
+    lines += [f"{row.label} failed: {row.reason}" for row in comparison.rows if row.status == FAILED]
+    return "\n".join(lines)
+
+
+def csv_lines(comparisons: list[Comparison]) -> str:
+    """A header and a line per plans and trainer."""
+    rows = [row for comparison in comparisons for row in comparison.csv_rows()]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def draw_ratios(comparisons: list[Comparison]) -> Figure:
+    """A bar for every plans and trainer: how many times the planned network's step time, memory and parameters."""
+    labels = list(dict.fromkeys(row.label for comparison in comparisons for row in comparison.rows[1:]))
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    height = 1.4 + len(comparisons) * (0.2 + 0.17 * max(1, len(labels)))
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes = figure.subplots(1, len(CHART_PANELS), sharey=True)
+    for axis, (quantity, title) in zip(axes, CHART_PANELS.items(), strict=True):
+        _draw_panel(axis, comparisons, quantity, colours)
+        axis.set_title(title, fontsize=10)
+    axes[0].set_yticks(range(len(comparisons)), [_short_title(comparison) for comparison in comparisons], fontsize=8)
+    axes[0].set_ylim(len(comparisons) - 0.5, -0.5)  # the first on top
+    handles: list[Patch | Line2D] = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    handles.append(Line2D([], [], color="black", linewidth=1, label="planned network"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9, frameon=False)
+    return figure
+
+
+def _draw_panel(axis: Axes, comparisons: list[Comparison], quantity: str, colours: dict[str, str]) -> None:
+    thickness = 0.8 / max(1, len(colours))
+    for group, comparison in enumerate(comparisons):
+        for i, row in enumerate(comparison.rows[1:]):
+            position = group - 0.4 + (i + 0.5) * thickness
+            ratio = comparison.figures(row)[quantity]
+            if ratio is None:
+                text = row.status if row.status != MEASURED else f"planned network: {comparison.rows[0].status}"
+            else:
+                axis.barh(position, ratio, height=0.9 * thickness, color=colours[row.label])
+                text = f"{ratio:.2f}"
+            # Beside the line rather than across it.
+            place = (0 if ratio is None else max(ratio, 1), position)
+            axis.annotate(text, place, (3, 0), textcoords="offset points", va="center", fontsize=7, bbox=BACKGROUND)
+    axis.axvline(1, color="black", linewidth=1, zorder=1.5)
+    axis.set_xlim(0, 1.15 * max(1, axis.get_xlim()[1]))
+    axis.tick_params(axis="x", labelsize=8)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _short_title(comparison: Comparison) -> str:
+    planned = comparison.planned
+    return f"{planned.name}\n{planned.configuration} of {planned.plans['plans_name']}"
+
+
+def _median(values: list[float]) -> float | None:
+    return median(values) if values else None
+
+
+def _with_ratio(text: str, ratio: float | None) -> str:
+    if NOTHING in text.split():
+        return NOTHING
+    return f"{text} {NOTHING:>5}" if ratio is None else f"{text} {ratio:.2f}x"
+
+
+def _number(value: float | None, unit: float = 1.0) -> str:
+    """Three significant digits, or a whole number."""
+    if value is None:
+        return NOTHING
+    scaled = value / unit
+    return f"{scaled:.{max(0, 2 - floor(log10(scaled)))}f}" if scaled > 0 else "0"

@@ -1,0 +1,272 @@
+"""The planned network and others in turn, each measurement in a fresh process; what comes out, in files and a table."""
+
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any
+
+import matplotlib.backend_bases
+import psutil
+import torch
+from tqdm import tqdm
+
+from nnunet_xattnres import __version__
+from nnunet_xattnres.attention import attention_backend
+from nnunet_xattnres.commands import (
+    NnUNet,
+    end_process_group,
+    last_meaningful_line,
+    termination_as_exception,
+)
+from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, NO_MEMORY_LEFT, OUT_OF_MEMORY, Answer, Request
+from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
+from nnunet_xattnres.overhead.sources import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
+from nnunet_xattnres.plans import write_json_atomically
+from nnunet_xattnres.trainer_lookup import find_trainer
+
+PLANNED = "nnUNetTrainerPlanned"
+MEASUREMENT = "nnunet_xattnres.overhead.measurement"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure and where to write it.
+
+    dataset, presets, plans: exactly one of them says where the plans come from.
+    trainers: measured beside nnUNetTrainerPlanned.
+    backend: how the attention is computed; None for what each trainer says.
+    batch_size: None for the planned one. device: "cpu" or "cuda"; None for CUDA where there is a GPU.
+    compile: None for what nnU-Net does on the device.
+    repeats: processes per trainer. csv: None for none.
+    """
+
+    dataset: str | None
+    presets: Sequence[str]
+    plans: Path | None
+    configuration: str
+    plans_name: str
+    trainers: Sequence[str]
+    backend: str | None
+    batch_size: int | None
+    device: str | None
+    compile: bool | None
+    repeats: int
+    json: Path
+    csv: Path | None
+    chart: Path
+
+
+def run_overhead(options: Options) -> None:
+    """Measure, write the files and print a table for every plan.
+
+    Raises `XAttnResError` for options that cannot be met, before anything is measured, and at the end if a measurement
+    failed for another reason than want of memory.
+    """
+    device = _device(options)
+    _check_numbers(options)
+    trainers = list(dict.fromkeys([PLANNED, *options.trainers]))
+    for trainer in trainers:
+        find_trainer(trainer)
+    if options.backend is not None:
+        attention_backend(options.backend)
+    all_planned = _all_planned(options)
+    _check_outputs(options)
+
+    comparisons: list[Comparison] = []
+    with tqdm(total=len(all_planned) * options.repeats * len(trainers), unit="process") as progress:
+        for planned in all_planned:
+            comparisons.append(_compare(planned, trainers, options, device, progress))
+            _write(comparisons, options, device)
+    for comparison in comparisons:
+        print(f"\n{cost_table(comparison)}")
+    print(f"\n{_footnote(comparisons, options, device)}")
+    written = ", ".join(str(path) for path in (options.json, options.csv, options.chart) if path is not None)
+    print(f"Every single time, and the machine: {written}")
+    failed = [row for comparison in comparisons for row in comparison.rows if row.status == FAILED]
+    if failed:
+        raise XAttnResError(f"{len(failed)} networks could not be measured: {failed[0].trainer}: {failed[0].reason}")
+
+
+def _device(options: Options) -> str:
+    available = torch.cuda.is_available()
+    device = options.device or ("cuda" if available else "cpu")
+    if device == "cuda" and not available:
+        raise XAttnResError("PyTorch finds no CUDA device here: use --device cpu, or install a PyTorch with CUDA")
+    if device == "cpu" and options.compile:
+        raise XAttnResError("nnU-Net never compiles on a CPU: leave --compile out, or use --device cuda")
+    return device
+
+
+def _check_numbers(options: Options) -> None:
+    for name, value in (("--batch-size", options.batch_size), ("--repeats", options.repeats)):
+        if value is not None and value < 1:
+            raise XAttnResError(f"{name} must be at least 1, not {value}")
+
+
+def _all_planned(options: Options) -> list[PlannedNetwork]:
+    if sum(map(bool, (options.dataset, options.presets, options.plans))) != 1:
+        raise XAttnResError("say whose plans: one of -d DATASET, --preset NAME ... and --plans FILE")
+    if options.plans is not None:
+        all_planned = [from_file(options.plans, options.configuration)]
+    elif options.dataset is not None:
+        all_planned = [from_dataset(options.dataset, options.configuration, options.plans_name)]
+    else:
+        presets = dict.fromkeys(options.presets)
+        all_planned = [from_preset(preset, options.configuration, options.plans_name) for preset in presets]
+    if options.batch_size is None:
+        return all_planned
+    return [with_batch_size(planned, options.batch_size) for planned in all_planned]
+
+
+def _check_outputs(options: Options) -> None:
+    outputs = {"--json": options.json, "--csv": options.csv, "--chart": options.chart}
+    paths = {option: path for option, path in outputs.items() if path is not None}
+    if len({path.resolve() for path in paths.values()}) < len(paths):
+        raise XAttnResError(f"{', '.join(paths)} must be different files")
+    for option, path in paths.items():
+        if path.is_dir():
+            raise XAttnResError(f"{option} {path} is a folder: name a file")
+        try:
+            with TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise XAttnResError(f"cannot write to {path.parent} ({error.strerror}): choose another {option}") from None
+    formats = matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes()
+    if options.chart.suffix[1:].lower() not in formats:
+        raise XAttnResError(f"--chart {options.chart} has no suffix of a picture: use .png, .pdf or .svg")
+
+
+def _compare(
+    planned: PlannedNetwork, trainers: list[str], options: Options, device: str, progress: "tqdm[Any]"
+) -> Comparison:
+    """Measure all trainers in turn, `options.repeats` times. One that fails is not measured again."""
+    rows = {trainer: Row(trainer) for trainer in trainers}
+    for repetition in range(options.repeats):
+        for trainer, row in rows.items():
+            if row.status == MEASURED:
+                progress.set_description(f"{planned.name}, {trainer}, {repetition + 1}/{options.repeats}")
+                request = Request(
+                    planned.plans, planned.configuration, planned.dataset_json, trainer, device, options.backend
+                )
+                row.answers.append(measure_in_new_process(request, options.compile))
+            progress.update()
+    return Comparison(planned, list(rows.values()))
+
+
+def measure_in_new_process(request: Request, compile: bool | None = None) -> Answer:
+    """The answer of a fresh Python process, which is ended with whatever it has started if this one is interrupted.
+
+    compile: whether nnU-Net compiles the network; None for its default.
+    """
+    with TemporaryDirectory(prefix="nnunet_xattnres_") as name, termination_as_exception():
+        folder = Path(name)
+        (folder / "request.json").write_text(json.dumps(asdict(request)))
+        environment = os.environ | NnUNet(folder, request.device).folders() | {"nnUNet_wandb_enabled": "0"}
+        if compile is not None:
+            environment["nnUNet_compile"] = str(int(compile))
+        if request.device == "cpu":
+            # The timer would start CUDA, some hundred megabytes, to wait for a GPU that has nothing to do.
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        log = folder / "log.txt"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", MEASUREMENT, str(folder)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # Its own process group, so that the compiler's workers can be ended with it.
+                start_new_session=True,
+            )
+            try:
+                return_code = process.wait()
+            finally:
+                end_process_group(process)
+        answer_file = folder / "answer.json"
+        answer = Answer(**json.loads(answer_file.read_text())) if answer_file.is_file() else Answer(FAILED)
+        return answer if return_code == 0 else _of_dead_process(answer, return_code, log.read_text(errors="replace"))
+
+
+def _of_dead_process(answer: Answer, return_code: int, log: str) -> Answer:
+    """What a process that did not end by itself had found out, and why it ended."""
+    if return_code == -signal.SIGKILL or NO_MEMORY_LEFT.search(log):
+        return replace(answer, status=OUT_OF_MEMORY)
+    ended = f"ended by {signal.Signals(-return_code).name}" if return_code < 0 else f"exit status {return_code}"
+    return replace(answer, status=FAILED, reason=f"{ended}: {last_meaningful_line(log)}")
+
+
+def _write(comparisons: list[Comparison], options: Options, device: str) -> None:
+    choices = {"device": device, "compile": options.compile, "backend": options.backend, "repeats": options.repeats}
+    content = {
+        "command": shlex.join(["nnunet-xattnres", *sys.argv[1:]]),
+        "environment": _environment(),
+        "options": choices,
+        "plans": [comparison.record() for comparison in comparisons],
+    }
+    write_json_atomically(content, options.json)
+    if options.csv is not None:
+        with written_atomically(options.csv) as temporary:
+            temporary.write_text(csv_lines(comparisons))
+    with written_atomically(options.chart) as temporary:
+        draw_ratios(comparisons).savefig(temporary, format=options.chart.suffix[1:].lower(), dpi=150)
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "nnunetv2": version("nnunetv2"),
+        "nnunet_xattnres": __version__,
+        "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _footnote(comparisons: list[Comparison], options: Options, device: str) -> str:
+    answers = [answer for comparison in comparisons for row in comparison.rows for answer in row.answers]
+    threads = next((answer.threads for answer in answers if answer.threads), None)
+    compiled = any(answer.compiled for answer in answers)
+    name = next((answer.device_name for answer in answers if answer.device_name), None) or _cpu_name()
+    how = (
+        f"{threads} thread{'' if threads == 1 else 's'}"
+        if device == "cpu"
+        else "compiled"
+        if compiled
+        else "not compiled"
+    )
+    lines = [
+        f"On {name}, {how}. Backend of the attention: {options.backend or 'as each trainer says'}.",
+        "x: beside the planned network, the median over rounds. In brackets: the shortest and the longest step.",
+        "FLOPs: matrix products and convolutions of one training step. GB: 10^9 bytes. Inference: one patch.",
+    ]
+    if device == "cpu":
+        settings = " ".join(f"{name}={value}" for name, value in _environment()["allocator"].items())
+        lines.append(
+            "Memory: how far the process grows, which depends on the C library's allocator too "
+            f"({settings or 'no MALLOC_* variable is set'})."
+        )
+    if any(row.status == OUT_OF_MEMORY for comparison in comparisons for row in comparison.rows):
+        lines.append("Out of memory: try a smaller --batch-size.")
+    return "\n".join(lines)
