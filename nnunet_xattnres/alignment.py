@@ -198,7 +198,7 @@ class SlabAlignment:
         return [rows, *others]
 
     def _project_adjoint(self, gradient: Tensor, projected_from: Tensor) -> Tensor:
-        if self.projection is None:
+        if self.projection is None or self.projection_gradient is None:
             return gradient
         projected_from = projected_from.to(self.dtype).flatten(2)
         self.projection_gradient += (gradient.flatten(2) @ projected_from.mT).sum(dim=0)

@@ -98,9 +98,8 @@ def attend_streaming(
     Only the candidates as they are given, at their own resolutions, and the query are kept for the backward pass,
     which aligns every slab once more.
     """
-    features, projections = zip(*candidates, strict=True)
-    features = [resize(source, size) if is_finer(source.shape[2:], size) else source for source in features]
-    sources = _distinct([*features, *projections])
+    features = [resize(source, size) if is_finer(source.shape[2:], size) else source for source, _ in candidates]
+    sources = _distinct([*features, *(projection for _, projection in candidates)])
     return _StreamingAttention.apply(_scaled(query, norm_scale), tuple(size), key_channels, eps, *sources)
 
 
@@ -169,7 +168,9 @@ class _StreamingAttention(torch.autograd.Function):
                     alignment.accumulate_gradients(
                         slab, value_gradient if key is value else torch.cat((key_gradient, value_gradient), dim=1)
                     )
-        features_gradients, projection_gradients = zip(*(alignment.gradients() for alignment in call.alignments))
+        features_gradients, projection_gradients = zip(
+            *(alignment.gradients() for alignment in call.alignments), strict=True
+        )
         return (
             query_gradient.to(query.dtype),
             None,
