@@ -6,11 +6,11 @@
 
 At stage level (XAttnRes, arXiv 2604.03297, after Attention Residuals, arXiv 2603.15031) key_k and value_k are both the
 aligned candidate v_k, and w is one learned vector, the pseudo-query. At block level w is a field, w(p), and memory
-entries bring keys of their own. Two backends compute this function: `reference`, as plain as the formulas, and
-`streaming`, which never holds the stack of aligned candidates.
+entries bring keys of their own. Three backends compute this function: `reference`, as plain as the formulas;
+`streaming`, which never holds the stack of aligned candidates; and, in `kernels`, `triton`, which does so on a GPU.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -80,7 +80,7 @@ def attention_weights(query: Tensor, norm_scale: Tensor, keys: Tensor, eps: floa
     """a_k(p) for a stack of keys before the norm: (K, B, C_key, *size) -> (K, B, *size), at least float32."""
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     keys = keys * torch.rsqrt(keys.square().mean(dim=2, keepdim=True) + eps)
-    query = _scaled(query, norm_scale)
+    query = scaled(query, norm_scale)
     scores = torch.einsum("c,kbc...->kb...", query, keys) if query.ndim == 1 else (query * keys).sum(dim=2)
     return scores.softmax(dim=0)
 
@@ -100,10 +100,27 @@ def attend_streaming(
     """
     features, projections = zip(*candidates, strict=True)
     sources = _distinct([*features, *projections])
-    return _StreamingAttention.apply(_scaled(query, norm_scale), tuple(size), key_channels, eps, *sources)
+    return _StreamingAttention.apply(scaled(query, norm_scale), tuple(size), key_channels, eps, *sources)
 
 
-ATTENTION_BACKENDS: dict[str, Attention] = {"reference": attend_reference, "streaming": attend_streaming}
+def _attend_triton() -> Attention:
+    # Imported on request: Triton is not everywhere, and takes its time.
+    try:
+        from nnunet_xattnres.kernels import attend_triton
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise XAttnResError(
+            "the backend 'triton' needs Triton, which is not installed: pip install triton, or use 'auto'"
+        ) from error
+    return attend_triton
+
+
+ATTENTION_BACKENDS: dict[str, Callable[[], Attention]] = {
+    "reference": lambda: attend_reference,
+    "streaming": lambda: attend_streaming,
+    "triton": _attend_triton,
+}
 
 
 def attention_backend(name: str) -> Attention:
@@ -114,7 +131,7 @@ def attention_backend(name: str) -> Attention:
         raise XAttnResError(
             f"the backend {name!r} is not available here: use 'auto' or one of {', '.join(ATTENTION_BACKENDS)}"
         )
-    return ATTENTION_BACKENDS[name]
+    return ATTENTION_BACKENDS[name]()
 
 
 class _StreamingAttention(torch.autograd.Function):
@@ -265,7 +282,7 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return distinct
 
 
-def _scaled(query: Tensor, norm_scale: Tensor) -> Tensor:
+def scaled(query: Tensor, norm_scale: Tensor) -> Tensor:
     """w * g, the only way in which the norm's scale enters."""
     return query * norm_scale.view(-1, *(1,) * (query.ndim - 2)) if query.ndim > 1 else query * norm_scale
 
