@@ -116,6 +116,7 @@ def _attend_triton() -> Attention:
     return attend_triton
 
 
+# Functions that return the backend.
 ATTENTION_BACKENDS: dict[str, Callable[[], Attention]] = {
     "reference": lambda: attend_reference,
     "streaming": lambda: attend_streaming,

@@ -93,6 +93,15 @@ def test_under_autocast_the_largest_half_precision_values_stay_finite():
     torch.testing.assert_close(out.float(), expected, atol=60, rtol=0)
 
 
+def test_a_single_candidate_equals_the_reference():
+    inputs, size = _inputs("2d")
+    candidates = [Candidate(inputs[4], inputs[7])]
+    outputs = [attend(inputs[0], inputs[1], candidates, size) for attend in (attend_triton, attend_reference)]
+    torch.testing.assert_close(*outputs, atol=1e-9, rtol=0)
+    gradients = [torch.autograd.grad(out.square().sum(), [inputs[0], inputs[4], inputs[7]]) for out in outputs]
+    torch.testing.assert_close(*gradients, atol=1e-9, rtol=0)
+
+
 def test_candidates_of_several_precisions_give_the_highest():
     inputs, size = _inputs("2d", dtype=torch.float32)
     candidates = [Candidate(inputs[2].half(), None), *_candidates(inputs)]
