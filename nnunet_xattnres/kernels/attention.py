@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A tile holds all channels of its positions in registers. With 16 numbers a thread the kernels, compiled for compute
-# capabilities 8.0 and 9.0 in float32, take 160 registers at most and spill none.
+# A tile holds all channels of its positions in registers, 16 numbers a thread: compiled for compute capabilities 8.0
+# and 9.0, the two kernels that do so take 160 registers at most in float32 and spill none.
 MAX_CHANNELS = 512
 TILE_NUMBERS = 2048
 NUMBERS_PER_WARP = 512
