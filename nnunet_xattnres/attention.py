@@ -6,8 +6,8 @@
 
 At stage level (XAttnRes, arXiv 2604.03297, after Attention Residuals, arXiv 2603.15031) key_k and value_k are both the
 aligned candidate v_k, and w is one learned vector, the pseudo-query. At block level w is a field, w(p), and memory
-entries bring keys of their own. Two backends compute this function: `reference`, as plain as the formulas, and
-`streaming`, which never holds the stack of aligned candidates.
+entries bring keys of their own. Here are two of the `backends` that compute this function: `reference`, as plain as the
+formulas, and `streaming`, which never holds the stack of aligned candidates.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from nnunet_xattnres.alignment import Slab, SlabAlignment, align, dot, is_finer, resize, slabs
-from nnunet_xattnres.errors import XAttnResError
 
 EPS = 1e-6
 
@@ -80,7 +79,7 @@ def attention_weights(query: Tensor, norm_scale: Tensor, keys: Tensor, eps: floa
     """a_k(p) for a stack of keys before the norm: (K, B, C_key, *size) -> (K, B, *size), at least float32."""
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     keys = keys * torch.rsqrt(keys.square().mean(dim=2, keepdim=True) + eps)
-    query = _scaled(query, norm_scale)
+    query = scaled(query, norm_scale)
     scores = torch.einsum("c,kbc...->kb...", query, keys) if query.ndim == 1 else (query * keys).sum(dim=2)
     return scores.softmax(dim=0)
 
@@ -100,21 +99,7 @@ def attend_streaming(
     """
     features = [resize(source, size) if is_finer(source.shape[2:], size) else source for source, _ in candidates]
     sources = _distinct([*features, *(projection for _, projection in candidates)])
-    return _StreamingAttention.apply(_scaled(query, norm_scale), tuple(size), key_channels, eps, *sources)
-
-
-ATTENTION_BACKENDS: dict[str, Attention] = {"reference": attend_reference, "streaming": attend_streaming}
-
-
-def attention_backend(name: str) -> Attention:
-    """The function that computes the attention. Raises `XAttnResError` for a backend that is not available here."""
-    if name == "auto":
-        name = "streaming"
-    if name not in ATTENTION_BACKENDS:
-        raise XAttnResError(
-            f"the backend {name!r} is not available here: use 'auto' or one of {', '.join(ATTENTION_BACKENDS)}"
-        )
-    return ATTENTION_BACKENDS[name]
+    return _StreamingAttention.apply(scaled(query, norm_scale), tuple(size), key_channels, eps, *sources)
 
 
 class _StreamingAttention(torch.autograd.Function):
@@ -279,7 +264,7 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return distinct
 
 
-def _scaled(query: Tensor, norm_scale: Tensor) -> Tensor:
+def scaled(query: Tensor, norm_scale: Tensor) -> Tensor:
     """w * g, the only way in which the norm's scale enters."""
     return query * norm_scale.view(-1, *(1,) * (query.ndim - 2)) if query.ndim > 1 else query * norm_scale
 

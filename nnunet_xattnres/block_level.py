@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_xattnres.alignment import project
-from nnunet_xattnres.attention import Candidate, attention_backend
+from nnunet_xattnres.attention import Candidate
+from nnunet_xattnres.backends import attention_backend
 from nnunet_xattnres.config import BlockXAttnResConfig
 
 EPS = 1e-8

@@ -18,7 +18,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_xattnres.alignment import is_finer, resize
-from nnunet_xattnres.attention import Candidate, attention_backend
+from nnunet_xattnres.attention import Candidate
+from nnunet_xattnres.backends import attention_backend
 from nnunet_xattnres.block_level import IntraStageAttention, MemoryRouting
 from nnunet_xattnres.config import BlockXAttnResConfig, Config, XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError

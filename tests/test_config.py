@@ -1,7 +1,7 @@
 import pytest
 
 from nnunet_xattnres import XAttnResConfig
-from nnunet_xattnres.attention import attention_backend
+from nnunet_xattnres.backends import attention_backend
 from nnunet_xattnres.errors import XAttnResError
 
 
@@ -31,5 +31,5 @@ def test_only_reading_nowhere_with_skip_connections_is_the_planned_network(confi
 
 
 def test_a_backend_that_is_not_available_here_says_which_are():
-    with pytest.raises(XAttnResError, match=r"'triton' is not available here.*streaming"):
-        attention_backend("triton")
+    with pytest.raises(XAttnResError, match=r"'cuda' is not available here.*reference, streaming, triton$"):
+        attention_backend("cuda")

@@ -598,7 +598,7 @@ def test_no_gpu(refuse, monkeypatch):
 
 
 def test_backend_that_is_not_there(refuse, monkeypatch):
-    monkeypatch.setattr("nnunet_xattnres.attention.ATTENTION_BACKENDS", {"reference": None})
+    monkeypatch.setattr("nnunet_xattnres.backends.ATTENTION_BACKENDS", {"reference": None})
     assert "'triton' is not available here" in refuse("--preset", "msd04", "--backend", "triton")
 
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from nnunet_xattnres import __version__
-from nnunet_xattnres.attention import attention_backend
+from nnunet_xattnres.backends import attention_backend
 from nnunet_xattnres.commands import (
     NnUNet,
     end_process_group,

@@ -1,0 +1,38 @@
+"""The backends: ways to compute the one function that `attention` defines."""
+
+from collections.abc import Callable
+
+from nnunet_xattnres.attention import Attention, attend_reference, attend_streaming
+from nnunet_xattnres.errors import XAttnResError
+
+
+def attention_backend(name: str) -> Attention:
+    """The function that computes the attention. Raises `XAttnResError` for a backend that is not available here."""
+    if name == "auto":
+        name = "streaming"
+    if name not in ATTENTION_BACKENDS:
+        raise XAttnResError(
+            f"the backend {name!r} is not available here: use 'auto' or one of {', '.join(ATTENTION_BACKENDS)}"
+        )
+    return ATTENTION_BACKENDS[name]()
+
+
+def _attend_triton() -> Attention:
+    # Imported on request: Triton is not everywhere, and takes its time.
+    try:
+        from nnunet_xattnres.kernels import attend_triton
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise XAttnResError(
+            "the backend 'triton' needs Triton, which is not installed: pip install triton, or use 'auto'"
+        ) from error
+    return attend_triton
+
+
+# Functions that return the backend.
+ATTENTION_BACKENDS: dict[str, Callable[[], Attention]] = {
+    "reference": lambda: attend_reference,
+    "streaming": lambda: attend_streaming,
+    "triton": _attend_triton,
+}
