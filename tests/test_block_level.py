@@ -260,6 +260,15 @@ def test_a_saved_temperature_stays_with_the_weights():
     assert torch.equal(cold(image), hot(image))
 
 
+def test_a_temperature_is_as_exact_as_float32():
+    config = replace(REFERENCE, temperature=0.1)
+    parts = nn.ModuleDict({"E0_block3": IntraStageAttention(4, config)}).double()
+    nn.init.normal_(parts["E0_block3"].query)
+    bank = [torch.randn(2, 4, 5, 5, dtype=torch.float64) for _ in range(2)]
+    expected = slow_isar(parts, "E0", bank[0], bank, config)
+    torch.testing.assert_close(parts["E0_block3"](bank), expected, atol=1e-6, rtol=0)
+
+
 def test_compute_conv_feature_map_size_adds_the_1x1_convolutions(plan, config, projected_numbers):
     network, image = build(plan, config, "reference")
     with torch.no_grad():
