@@ -40,7 +40,9 @@ def project(features: Tensor, projection: Tensor | None) -> Tensor:
     """Proj: a 1x1 convolution without bias. (B, C_k, *size) -> (B, C_t, *size)"""
     if projection is None:
         return features
-    return torch.einsum("tk,bk...->bt...", projection, features)
+    # An einsum would keep a copy of the features, their axes in another order, for the backward pass.
+    projected = torch.bmm(projection.expand(len(features), -1, -1), features.flatten(2))
+    return projected.unflatten(2, features.shape[2:])
 
 
 def resize(features: Tensor, size: Sequence[int]) -> Tensor:

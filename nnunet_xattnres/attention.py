@@ -40,7 +40,8 @@ class Candidate(NamedTuple):
 class Attention(Protocol):
     """What a backend computes.
 
-    query: w, a vector (C_key,) or a field (B, C_key, *size). norm_scale: g, (C_key,). size: the target's spatial size.
+    query: w, a vector (C_key,) or a field (B, C_key, *size). norm_scale: g, (C_key,), or None: the query is w * g.
+    size: the target's spatial size.
     candidates: what is read, C_t channels each once it is aligned.
     key_channels: None where an aligned candidate is key and value at once (C_key = C_t); else its first `key_channels`
         are the key and the others the value.
@@ -50,7 +51,7 @@ class Attention(Protocol):
     def __call__(
         self,
         query: Tensor,
-        norm_scale: Tensor,
+        norm_scale: Tensor | None,
         candidates: Sequence[Candidate],
         size: Sequence[int],
         key_channels: int | None = None,
@@ -60,7 +61,7 @@ class Attention(Protocol):
 
 def attend_reference(
     query: Tensor,
-    norm_scale: Tensor,
+    norm_scale: Tensor | None,
     candidates: Sequence[Candidate],
     size: Sequence[int],
     key_channels: int | None = None,
@@ -75,7 +76,7 @@ def attend_reference(
     return mixture.to(values.dtype)
 
 
-def attention_weights(query: Tensor, norm_scale: Tensor, keys: Tensor, eps: float = EPS) -> Tensor:
+def attention_weights(query: Tensor, norm_scale: Tensor | None, keys: Tensor, eps: float = EPS) -> Tensor:
     """a_k(p) for a stack of keys before the norm: (K, B, C_key, *size) -> (K, B, *size), at least float32."""
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     keys = keys * torch.rsqrt(keys.square().mean(dim=2, keepdim=True) + eps)
@@ -86,7 +87,7 @@ def attention_weights(query: Tensor, norm_scale: Tensor, keys: Tensor, eps: floa
 
 def attend_streaming(
     query: Tensor,
-    norm_scale: Tensor,
+    norm_scale: Tensor | None,
     candidates: Sequence[Candidate],
     size: Sequence[int],
     key_channels: int | None = None,
@@ -264,8 +265,10 @@ def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return distinct
 
 
-def scaled(query: Tensor, norm_scale: Tensor) -> Tensor:
+def scaled(query: Tensor, norm_scale: Tensor | None) -> Tensor:
     """w * g, the only way in which the norm's scale enters."""
+    if norm_scale is None:
+        return query
     return query * norm_scale.view(-1, *(1,) * (query.ndim - 2)) if query.ndim > 1 else query * norm_scale
 
 

@@ -20,42 +20,53 @@ EPS = 1e-8
 
 
 class IntraStageAttention(nn.Module):
-    """ISAR with its spatial adaptive pseudo-query (SAPQ): a block's new input, from the blocks before it.
+    """ISAR with its spatial adaptive pseudo-query (SAPQ): a block's new input, from what its stage has computed so far.
 
     logits_k(p) = < W(p), RMSNorm(v_k(p)) > / (sqrt(C) * temperature), W = Conv1x1(current), softmax over k, out = sum
-    a_k v_k. The v_k are the bank b_1 .. b_(i-1), opened by the stage's input where the config says so, and once more
-    the current feature b_(i-1). W is zero at initialisation, so that all weights are equal.
+    a_k v_k. The v_k are the bank, b_1 .. b_(i-1) and maybe the stage's input before them, and once more the current
+    feature b_(i-1). W is zero at initialisation, so that all weights are equal.
 
-    channels: C. input_channels: those of the stage's input where it opens the bank, else None; it is averaged down
-    where the stage has a stride, and projected where its channels are others.
+    channels: C.
     """
 
     temperature: Tensor
 
-    def __init__(self, channels: int, input_channels: int | None, config: BlockXAttnResConfig) -> None:
+    def __init__(self, channels: int, config: BlockXAttnResConfig) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(channels, channels))
         self.norm_scale = nn.Parameter(torch.ones(channels))
-        self.input_projection = None
-        if input_channels is not None and input_channels != channels:
-            self.input_projection = nn.Parameter(torch.empty(channels, input_channels))
-            nn.init.kaiming_normal_(self.input_projection, nonlinearity="linear")
-        self.reads_input = input_channels is not None
-        # Saved with the weights: a preset with another temperature must not change a trained network.
+        # Saved with the weights: nnU-Net builds the network for prediction from the trainer class alone, and a class
+        # whose temperature has changed since must not change what a trained network predicts.
         self.register_buffer("temperature", torch.tensor(float(config.temperature)))
         self.attend = attention_backend(config.backend)
 
-    def forward(self, stage_input: Tensor, blocks: Sequence[Tensor]) -> Tensor:
-        """stage_input (B, C_in, *input_size), outputs of the blocks so far (B, C, *size) -> (B, C, *size)"""
-        current = blocks[-1]
-        query = project(current, self.query) / (sqrt(current.shape[1]) * self.temperature)
-        bank = [Candidate(stage_input, self.input_projection)] if self.reads_input else []
-        bank += [Candidate(block, None) for block in blocks]
-        return self.attend(query, self.norm_scale, [*bank, Candidate(current, None)], tuple(current.shape[2:]), eps=EPS)
+    def forward(self, bank: Sequence[Tensor]) -> Tensor:
+        """bank of (B, C, *size), the current feature last -> (B, C, *size)"""
+        current = bank[-1]
+        query = _query_field(current, self.query, self.norm_scale, sqrt(len(self.query)) * self.temperature)
+        candidates = [Candidate(entry, None) for entry in [*bank, current]]
+        return self.attend(query, None, candidates, tuple(current.shape[2:]), eps=EPS)
 
     def compute_conv_feature_map_size(self, positions: int) -> int:
-        """How many numbers the 1x1 convolutions put out for one image, at so many positions."""
-        return positions * len(self.query) * (1 if self.input_projection is None else 2)
+        """How many numbers the 1x1 convolution puts out for one image, at so many positions."""
+        return positions * len(self.query)
+
+
+class InputProjection(nn.Module):
+    """The 1x1 projection of a stage's input, of other channels than its blocks put out, that opens their bank."""
+
+    def __init__(self, channels: int, input_channels: int) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.empty(channels, input_channels))
+        nn.init.kaiming_normal_(self.projection, nonlinearity="linear")
+
+    def forward(self, stage_input: Tensor) -> Tensor:
+        """(B, C_in, *size) -> (B, C, *size)"""
+        return project(stage_input, self.projection)
+
+    def compute_conv_feature_map_size(self, positions: int) -> int:
+        """How many numbers the 1x1 convolution puts out for one image, at so many positions."""
+        return positions * len(self.projection)
 
 
 class MemoryRouting(nn.Module):
@@ -84,10 +95,15 @@ class MemoryRouting(nn.Module):
         """x (B, C, *size), memory of (B, C, *size) -> (B, C, *size)"""
         if not self.key_channels:
             return project(memory[0], self.key_value)
-        query = project(x, self.query) / sqrt(self.key_channels)
+        query = _query_field(x, self.query, self.norm_scale, sqrt(self.key_channels))
         entries = [Candidate(entry, self.key_value) for entry in memory]
-        return self.attend(query, self.norm_scale, entries, tuple(x.shape[2:]), self.key_channels, EPS)
+        return self.attend(query, None, entries, tuple(x.shape[2:]), self.key_channels, EPS)
 
     def compute_conv_feature_map_size(self, positions: int) -> int:
         """How many numbers the 1x1 convolutions put out for one image, at so many positions."""
         return positions * (self.num_entries * len(self.key_value) + self.key_channels)
+
+
+def _query_field(x: Tensor, query: Tensor, norm_scale: Tensor, divisor: float | Tensor) -> Tensor:
+    """Conv1x1(x) * g / divisor; the factors enter its weight, so that a single field is kept for the backward pass."""
+    return project(x, query * norm_scale[:, None] / divisor)

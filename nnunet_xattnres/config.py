@@ -48,11 +48,12 @@ class XAttnResConfig:
 class BlockXAttnResConfig:
     """Block-level XAttnRes: attention among the blocks of a stage (ISAR), and over the blocks behind a skip (DKVMR).
 
-    isar_in_encoder, isar_in_decoder: where blocks read from the earlier blocks of their stage.
+    isar_in_encoder, isar_in_decoder: where blocks read from the earlier blocks of their stage. That takes three blocks
+        a stage, which of planned networks only ResEnc encoders have, or two with `bank_includes_input`.
     bank_includes_input: the stage's input opens the bank that its blocks read from (not in the authors' code).
     kv_ratio: channels of DKVMR's keys as a fraction of the memory's.
     temperature: divides ISAR's scores.
-    backend: as in `XAttnResConfig`.
+    backend: as in `XAttnResConfig`; `"triton"`, whose kernels know stage level only, is `"streaming"` here.
 
     Raises `XAttnResError` for a value that does not exist.
     """

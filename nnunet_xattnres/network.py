@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nnunet_xattnres.alignment import is_finer, resize
 from nnunet_xattnres.attention import Candidate
 from nnunet_xattnres.backends import attention_backend
-from nnunet_xattnres.block_level import IntraStageAttention, MemoryRouting
+from nnunet_xattnres.block_level import InputProjection, IntraStageAttention, MemoryRouting
 from nnunet_xattnres.config import BlockXAttnResConfig, Config, XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError
 
@@ -123,6 +123,10 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
         """What the first encoder stage sees -> the outputs of all decoder stages, the coarsest first."""
         raise NotImplementedError
 
+    def reads_at(self) -> list[str]:
+        """The names under `xattnres` of what chooses: all that has a query."""
+        return [name for name, part in self.xattnres.items() if hasattr(part, "query")]
+
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """How many numbers all convolutions put out for one image of `input_size`, as nnU-Net's networks count it.
 
@@ -207,8 +211,9 @@ class XAttnResUNet(PlannedUNet):
 class BlockXAttnResUNet(PlannedUNet):
     """A planned U-Net with block-level XAttnRes: ISAR between the blocks of a stage, DKVMR in place of its skip.
 
-    Where a part could not change anything there is none: the keys of `xattnres` say what acts where, `D0_memory` for
-    DKVMR in place of a skip connection, `E1_block2` for ISAR before a stage's third block.
+    Where a part could not change anything there is none: the keys of `xattnres` say what there is, counting stages from
+    0, as nnU-Net does, and blocks from 1, as the formulas do. `D0_memory` is DKVMR in place of a skip connection,
+    `E1_block3` ISAR before a stage's third block, `E1_input` the projection of the stage's input that opens the bank.
     """
 
     def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: BlockXAttnResConfig) -> None:
@@ -239,27 +244,35 @@ class BlockXAttnResUNet(PlannedUNet):
     def _projected_numbers(self, positions: list[int]) -> int:
         total = 0
         for name, part in self.xattnres.items():
-            assert isinstance(part, IntraStageAttention | MemoryRouting)
+            assert isinstance(part, IntraStageAttention | InputProjection | MemoryRouting)
             index = int(name.split("_")[0][1:])
             total += part.compute_conv_feature_map_size(positions[index if name.startswith("E") else -2 - index])
         return total
 
     def _add_intra_stage_attention(self, name: str, stage: nn.Module, channels: int) -> None:
-        """ISAR before every block of a stage whose bank holds at least two different entries."""
+        """ISAR before every block whose bank then holds at least two different entries."""
         blocks = _blocks(stage)
-        input_channels = blocks[0].input_channels if self.config.bank_includes_input else None
-        for i in range(2 if input_channels is None else 1, len(blocks)):
-            self.xattnres[f"{name}_block{i}"] = IntraStageAttention(channels, input_channels, self.config)
+        reads_input = self.config.bank_includes_input and len(blocks) > 1
+        if reads_input and blocks[0].input_channels != channels:
+            self.xattnres[f"{name}_input"] = InputProjection(channels, blocks[0].input_channels)
+        for i in range(2 if reads_input else 3, len(blocks) + 1):
+            self.xattnres[f"{name}_block{i}"] = IntraStageAttention(channels, self.config)
 
     def _run_blocks(self, name: str, stage: nn.Module, x: Tensor) -> list[Tensor]:
         """The outputs b_1, b_2, ... of a stage's blocks."""
-        outputs: list[Tensor] = []
-        for i, block in enumerate(_blocks(stage)):
+        first, *others = _blocks(stage)
+        outputs = [first(x)]
+        opening = []
+        if f"{name}_block2" in self.xattnres:  # There is something to choose: the stage's input opens the bank.
+            projection = f"{name}_input"
+            x = resize(x, outputs[0].shape[2:])
+            opening.append(self.xattnres[projection](x) if projection in self.xattnres else x)
+        for i, block in enumerate(others, start=2):
             attention = f"{name}_block{i}"
+            current = outputs[-1]
             if attention in self.xattnres:
-                outputs.append(block(self.xattnres[attention](x, outputs)))
-            else:
-                outputs.append(block(outputs[-1] if outputs else x))
+                current = self.xattnres[attention]([*opening, *outputs])
+            outputs.append(block(current))
         return outputs
 
 

@@ -18,7 +18,7 @@ BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per
 
 
 class XAttnResTrainerMixin(nnUNetTrainer):
-    """An nnU-Net trainer whose network reads from its history pool.
+    """An nnU-Net trainer whose planned network gets XAttnRes, at stage level or at block level.
 
     Put it before any nnU-Net trainer: `class Mine(XAttnResTrainerMixin, nnUNetTrainerDA5): ...`.
 

@@ -1,8 +1,10 @@
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from PIL import Image
 from torch import Tensor
@@ -79,6 +81,22 @@ def projected_numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     for module in (alignment, block_level):
         monkeypatch.setattr(module, "project", counting_project)
     return numbers
+
+
+def saved_bytes(compute: Callable[[], object], given: Iterable[Tensor]) -> int:
+    """What a computation keeps for its backward pass, apart from what it was given."""
+    pointers = {tensor.data_ptr() for tensor in given}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in pointers:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute()
+    return sum(saved.values())
 
 
 def plans_file(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> Path:

@@ -16,12 +16,13 @@ def planned_network(
     strides: Sequence[Sequence[int]] = ISOTROPIC_3D,
     network: type[nn.Module] = PlainConvUNet,
     features: int = 4,
+    max_features: int = 320,
     input_channels: int = 1,
     classes: int = 3,
     deep_supervision: bool = False,
     seed: int = 0,
 ) -> PlainConvUNet | ResidualEncoderUNet:
-    """Initialised as `get_network_from_plans` does it. Features double from stage to stage; anisotropic kernels."""
+    """Initialised as `get_network_from_plans` does it. Anisotropic kernels; features double up to `max_features`."""
     torch.manual_seed(seed)
     num_stages = len(strides)
     three_d = len(strides[0]) == 3
@@ -33,7 +34,7 @@ def planned_network(
         input_channels=input_channels,
         num_classes=classes,
         n_stages=num_stages,
-        features_per_stage=[features * 2**i for i in range(num_stages)],
+        features_per_stage=[min(features * 2**i, max_features) for i in range(num_stages)],
         conv_op=nn.Conv3d if three_d else nn.Conv2d,
         kernel_sizes=[
             [1 if stride[0] == 1 and i == 0 else 3, *[3] * (len(stride) - 1)] for i, stride in enumerate(strides)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import slow
 import torch
+from conftest import saved_bytes
 
 from nnunet_xattnres import attention
 from nnunet_xattnres.attention import Candidate, attend_reference, attend_streaming, attention_weights
@@ -152,23 +153,16 @@ def test_the_result_has_the_precision_of_the_aligned_candidates(attend):
 
 
 def _saved_bytes(attend, num_sources: int, key_channels: int | None, field: bool) -> int:
-    """What one call keeps for its backward pass, apart from query and candidates themselves."""
     sources = [(torch.randn(1, 8, 2, 2, 2), torch.randn(8, 8, requires_grad=True)) for _ in range(num_sources)]
     candidates = [*map(Candidate._make, sources), Candidate(torch.randn(1, 8, 16, 16, 16, requires_grad=True), None)]
     query_channels = key_channels or 8
     query = torch.randn(1, query_channels, 16, 16, 16) if field else torch.randn(query_channels)
-    given = {tensor.data_ptr() for candidate in candidates for tensor in candidate if tensor is not None}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in given:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        attend(query.requires_grad_(), torch.ones(query_channels), candidates, (16, 16, 16), key_channels)
-    return sum(saved.values())
+    # A field comes scaled.
+    norm_scale = None if field else torch.ones(query_channels)
+    given = [tensor for candidate in candidates for tensor in candidate if tensor is not None]
+    return saved_bytes(
+        lambda: attend(query.requires_grad_(), norm_scale, candidates, (16, 16, 16), key_channels), given
+    )
 
 
 @pytest.mark.parametrize("field", [False, True])
@@ -179,5 +173,4 @@ def test_streaming_keeps_no_aligned_copies_for_the_backward_pass(field, key_chan
     assert many - few >= 4 * aligned_copy
     few, many = (_saved_bytes(attend_streaming, number, key_channels, field) for number in (2, 6))
     assert many - few < aligned_copy / 16
-    # A query field is scaled by the norm's scale before it is kept.
-    assert many < aligned_copy / 16 + 2 * field * aligned_copy
+    assert many < aligned_copy / 16 + field * aligned_copy

@@ -1,18 +1,22 @@
 """Block-level XAttnRes against its formulas, written a second time in plain PyTorch operations."""
 
 import copy
-from math import sqrt
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf, nan, sqrt
 
 import pytest
 import torch
+from conftest import saved_bytes
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from planned import ANISOTROPIC_2D, ANISOTROPIC_3D, ISOTROPIC_2D, ISOTROPIC_3D, planned_network, smallest_image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_xattnres import attention
+from nnunet_xattnres.alignment import project
 from nnunet_xattnres.attention import Candidate, attend_reference, attend_streaming, attention_weights
-from nnunet_xattnres.block_level import EPS, IntraStageAttention, MemoryRouting
+from nnunet_xattnres.block_level import EPS, InputProjection, IntraStageAttention, MemoryRouting
 from nnunet_xattnres.config import BlockXAttnResConfig
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.network import BlockXAttnResUNet, add_xattnres
@@ -21,12 +25,14 @@ REFERENCE = BlockXAttnResConfig()
 INPUT = BlockXAttnResConfig(isar_in_encoder=True, bank_includes_input=True, temperature=0.75, kv_ratio=1.5)
 ENCODER = BlockXAttnResConfig(isar_in_encoder=True, isar_in_decoder=False)
 CONFIGS = {"reference": REFERENCE, "input": INPUT, "encoder": ENCODER}
-PLANS = {
-    "plain-3d": (ISOTROPIC_3D, PlainConvUNet),
-    "plain-3d-anisotropic": (ANISOTROPIC_3D, PlainConvUNet),
-    "resenc-3d": (ISOTROPIC_3D, ResidualEncoderUNet),
-    "plain-2d": (ISOTROPIC_2D, PlainConvUNet),
-    "resenc-2d-anisotropic": (ANISOTROPIC_2D, ResidualEncoderUNet),
+PLANS = {  # strides, network, the most features: the last two stages of some have equally many, as in real plans
+    "plain-3d": (ISOTROPIC_3D, PlainConvUNet, 320),
+    "plain-3d-anisotropic": (ANISOTROPIC_3D, PlainConvUNet, 320),
+    "plain-3d-capped": (ISOTROPIC_3D, PlainConvUNet, 8),
+    "resenc-3d": (ISOTROPIC_3D, ResidualEncoderUNet, 320),
+    "plain-2d": (ISOTROPIC_2D, PlainConvUNet, 320),
+    "resenc-2d-anisotropic": (ANISOTROPIC_2D, ResidualEncoderUNet, 320),
+    "resenc-2d-capped": (ISOTROPIC_2D, ResidualEncoderUNet, 16),
 }
 
 
@@ -40,12 +46,15 @@ def config(request):
     return CONFIGS[request.param]
 
 
+def build_planned(plan: str) -> PlainConvUNet | ResidualEncoderUNet:
+    strides, network, max_features = PLANS[plan]
+    return planned_network(strides, network, max_features=max_features, deep_supervision=True)
+
+
 def build(plan: str, config: BlockXAttnResConfig, backend: str = "auto") -> tuple[BlockXAttnResUNet, Tensor]:
-    strides, network = PLANS[plan]
-    planned = planned_network(strides, network, deep_supervision=True)
-    config = BlockXAttnResConfig(**{**config.architecture(), "backend": backend})
+    strides, planned = PLANS[plan][0], build_planned(plan)
     image = torch.randn(2, 1, *smallest_image(strides, (1, 2, 1)[: len(strides[0])]))
-    return BlockXAttnResUNet(planned, config), image
+    return BlockXAttnResUNet(planned, replace(config, backend=backend)), image
 
 
 def randomise(network: nn.Module) -> None:
@@ -64,14 +73,19 @@ def rms_norm(v: Tensor, scale: Tensor) -> Tensor:
     return scale.reshape(-1, *(1,) * (v.ndim - 2)) * v / torch.sqrt((v**2).mean(1, keepdim=True) + 1e-8)
 
 
-def slow_isar(part: IntraStageAttention, stage_input: Tensor, outputs: list[Tensor], temperature: float) -> Tensor:
+def slow_isar(
+    parts: nn.ModuleDict, stage: str, stage_input: Tensor, outputs: list[Tensor], config: BlockXAttnResConfig
+) -> Tensor:
+    """The input of the block after `outputs`."""
+    part = parts[f"{stage}_block{len(outputs) + 1}"]
     stack = [*outputs, outputs[-1]]
-    if part.reads_input:
+    if config.bank_includes_input:
         factors = [a // b for a, b in zip(stage_input.shape[2:], outputs[0].shape[2:], strict=True)]
         pooled = (F.avg_pool2d if len(factors) == 2 else F.avg_pool3d)(stage_input, factors)
-        stack.insert(0, pooled if part.input_projection is None else conv1x1(part.input_projection, pooled))
+        same_channels = stage_input.shape[1] == outputs[0].shape[1]
+        stack.insert(0, pooled if same_channels else conv1x1(parts[f"{stage}_input"].projection, pooled))
     W = conv1x1(part.query, outputs[-1])
-    logits = [(W * rms_norm(v, part.norm_scale)).sum(1) / (sqrt(W.shape[1]) * temperature) for v in stack]
+    logits = [(W * rms_norm(v, part.norm_scale)).sum(1) / (sqrt(W.shape[1]) * config.temperature) for v in stack]
     a = torch.softmax(torch.stack(logits), dim=0)
     return sum(a[k].unsqueeze(1) * v for k, v in enumerate(stack))
 
@@ -91,12 +105,10 @@ def slow_dkvmr(part: MemoryRouting, x: Tensor, memory: list[Tensor], kv_ratio: f
 def slow_forward(network: BlockXAttnResUNet, config: BlockXAttnResConfig, image: Tensor) -> list[Tensor]:
     def run(name: str, blocks: nn.Sequential, x: Tensor, isar: bool) -> list[Tensor]:
         outputs = []
-        for i, block in enumerate(blocks):
-            key = f"{name}_block{i}"
-            if isar and i >= (1 if config.bank_includes_input else 2):
-                outputs.append(block(slow_isar(network.xattnres[key], x, outputs, config.temperature)))
+        for block in blocks:
+            if isar and len(outputs) >= (1 if config.bank_includes_input else 2):
+                outputs.append(block(slow_isar(network.xattnres, name, x, outputs, config)))
             else:
-                assert key not in network.xattnres
                 outputs.append(block(outputs[-1] if outputs else x))
         return outputs
 
@@ -167,16 +179,34 @@ def test_a_query_field_streams_like_the_reference_with_every_gradient(key_channe
 
 
 def test_no_part_exists_where_it_could_change_nothing():
-    def parts(network: type[nn.Module], config: BlockXAttnResConfig) -> set[str]:
-        return set(BlockXAttnResUNet(planned_network(ISOTROPIC_3D, network), config).xattnres)
+    def parts(plan: str, config: BlockXAttnResConfig) -> set[str]:
+        return set(build(plan, config)[0].xattnres)
 
     memories = {"D0_memory", "D1_memory"}
-    assert parts(PlainConvUNet, REFERENCE) == memories
-    assert parts(ResidualEncoderUNet, REFERENCE) == memories
+    assert parts("plain-3d", REFERENCE) == memories
+    assert parts("plain-3d", ENCODER) == memories
+    assert parts("resenc-3d", REFERENCE) == memories
     # E1 of the residual encoder is the only stage with three blocks.
-    assert parts(ResidualEncoderUNet, ENCODER) == memories | {"E1_block2"}
-    assert parts(PlainConvUNet, INPUT) == memories | {f"{stage}_block1" for stage in ("E0", "E1", "E2", "D0", "D1")}
-    assert parts(ResidualEncoderUNet, INPUT) == memories | {"E1_block1", "E1_block2", "E2_block1"}
+    assert parts("resenc-3d", ENCODER) == memories | {"E1_block3"}
+    stages = ("E0", "E1", "E2", "D0", "D1")
+    isar = {f"{stage}_block2" for stage in stages}
+    assert parts("plain-3d", INPUT) == memories | isar | {f"{stage}_input" for stage in stages}
+    isar = {"E1_block2", "E1_block3", "E2_block2"}
+    assert parts("resenc-3d", INPUT) == memories | isar | {"E1_input", "E2_input"}
+
+
+def test_a_stage_input_of_as_many_channels_enters_the_bank_as_it_is():
+    assert {"E2_block2", "E1_input"} < set(build("plain-3d-capped", INPUT)[0].xattnres)
+    assert "E2_input" not in build("plain-3d-capped", INPUT)[0].xattnres
+    assert {"E3_block2", "E2_input"} < set(build("resenc-2d-capped", INPUT)[0].xattnres)
+    assert "E3_input" not in build("resenc-2d-capped", INPUT)[0].xattnres
+
+
+def test_what_has_nothing_to_choose_is_not_said_to_read():
+    # Stage 0 of the residual encoder has one block.
+    assert build("resenc-3d", REFERENCE)[0].reads_at() == ["D0_memory"]
+    assert build("resenc-3d", INPUT)[0].reads_at() == ["E1_block2", "E1_block3", "E2_block2", "D0_memory"]
+    assert build("plain-3d", REFERENCE)[0].reads_at() == ["D0_memory", "D1_memory"]
 
 
 def test_a_memory_of_one_entry_has_neither_query_nor_keys():
@@ -193,10 +223,10 @@ def test_isar_starts_with_equal_weights_over_the_doubled_stack_and_survives_init
     for key, tensor in network.xattnres.state_dict().items():
         assert torch.equal(tensor, before[key])
     stack = torch.randn(3, 2, 4, 5, 5)
-    part = IntraStageAttention(4, None, INPUT)
+    part = IntraStageAttention(4, INPUT)
     query = conv1x1(part.query, stack[-1])
     assert torch.allclose(attention_weights(query, part.norm_scale, stack, EPS), torch.tensor(1 / 3))
-    out = part(torch.empty(0), [stack[0], stack[1]])
+    out = part([stack[0], stack[1]])
     torch.testing.assert_close(out, (stack[0] + 2 * stack[1]) / 3)
 
 
@@ -214,8 +244,7 @@ def test_every_part_learns(plan, config):
 
 
 def test_names_of_the_planned_network_stay(plan, config):
-    strides, architecture = PLANS[plan]
-    planned = planned_network(strides, architecture).state_dict()
+    planned = build_planned(plan).state_dict()
     state = build(plan, config)[0].state_dict()
     rest = {key: tensor.shape for key, tensor in state.items() if not key.startswith("xattnres.")}
     assert rest == {key: tensor.shape for key, tensor in planned.items()}
@@ -223,8 +252,7 @@ def test_names_of_the_planned_network_stay(plan, config):
 
 def test_a_saved_temperature_stays_with_the_weights():
     hot = BlockXAttnResUNet(planned_network(ISOTROPIC_2D), INPUT)
-    other = BlockXAttnResConfig(**{**INPUT.architecture(), "temperature": 5.0})
-    cold = BlockXAttnResUNet(planned_network(ISOTROPIC_2D), other)
+    cold = BlockXAttnResUNet(planned_network(ISOTROPIC_2D), replace(INPUT, temperature=5.0))
     cold.load_state_dict(hot.state_dict())
     image = torch.randn(1, 1, 16, 16)
     randomise(hot)
@@ -232,32 +260,93 @@ def test_a_saved_temperature_stays_with_the_weights():
     assert torch.equal(cold(image), hot(image))
 
 
+def test_a_temperature_is_as_exact_as_float32():
+    config = replace(REFERENCE, temperature=0.1)
+    parts = nn.ModuleDict({"E0_block3": IntraStageAttention(4, config)}).double()
+    nn.init.normal_(parts["E0_block3"].query)
+    bank = [torch.randn(2, 4, 5, 5, dtype=torch.float64) for _ in range(2)]
+    expected = slow_isar(parts, "E0", bank[0], bank, config)
+    torch.testing.assert_close(parts["E0_block3"](bank), expected, atol=1e-6, rtol=0)
+
+
 def test_compute_conv_feature_map_size_adds_the_1x1_convolutions(plan, config, projected_numbers):
     network, image = build(plan, config, "reference")
-    strides, architecture = PLANS[plan]
-    planned = planned_network(strides, architecture, deep_supervision=True)
     with torch.no_grad():
         network(image)
     size = image.shape[2:]
-    expected = planned.compute_conv_feature_map_size(size) + sum(projected_numbers)
+    expected = build_planned(plan).compute_conv_feature_map_size(size) + sum(projected_numbers)
     assert network.compute_conv_feature_map_size(size) == expected
 
 
-@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
-def test_float16_under_autocast_stays_finite(attend):
-    part = MemoryRouting(8, 2, REFERENCE)
-    memory = [torch.full((1, 8, 4, 4), 300.0, requires_grad=True), torch.full((1, 8, 4, 4), -200.0)]
-    part.attend = attend
+def isar(backend: str) -> tuple[IntraStageAttention, Callable[[nn.Module, list[Tensor]], Tensor]]:
+    """The part, and how to run it on three feature maps of eight channels."""
+    return IntraStageAttention(8, replace(REFERENCE, backend=backend)), lambda part, features: part(features)
+
+
+def dkvmr(backend: str) -> tuple[MemoryRouting, Callable[[nn.Module, list[Tensor]], Tensor]]:
+    part = MemoryRouting(8, 2, replace(REFERENCE, backend=backend))
+    return part, lambda part, features: part(features[0], features[1:])
+
+
+@pytest.mark.parametrize("backend", ["reference", "streaming"])
+@pytest.mark.parametrize("part_of", [isar, dkvmr])
+def test_float16_features_of_thousands_come_close_to_float64_under_autocast(part_of, backend):
+    torch.manual_seed(0)
+    part, run = part_of(backend)
+    # Scores of some units, which make weights neither uniform nor all but zero.
+    nn.init.normal_(part.query, std=1e-3)
+    nn.init.uniform_(part.norm_scale, 0.5, 1.5)
+    features = [1000 * torch.randn(2, 8, 4, 6) for _ in range(3)]
+    exact = copy.deepcopy(part).double()
+    expected = run(exact, [h.double() for h in features])
     with torch.autocast("cpu", torch.float16):
-        out = part(torch.ones(1, 8, 4, 4), memory)
-    out.float().sum().backward()
-    assert out.isfinite().all()
-    assert memory[0].grad.isfinite().all()
+        out = run(part, [h.half() for h in features])
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.double(), expected, atol=0.02 * expected.abs().max().item(), rtol=0)
+    gradient = torch.randn_like(expected) / expected.numel()
+    out.backward(gradient.half())
+    expected.backward(gradient)
+    for (name, parameter), other in zip(part.named_parameters(), exact.parameters(), strict=True):
+        assert parameter.grad.any(), name
+        tolerance = 0.02 * other.grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad.double(), other.grad, atol=tolerance, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("part_of", [isar, dkvmr])
+def test_a_part_keeps_its_query_field_alone_for_the_backward_pass(part_of):
+    part, run = part_of("streaming")
+    features = [torch.randn(2, 8, 8, 8, 8, requires_grad=True) for _ in range(3)]
+    assert saved_bytes(lambda: run(part, features), features) < 1.1 * features[0].nbytes
+
+
+def test_projections_preserve_variance():
+    torch.manual_seed(0)
+    routing = MemoryRouting(512, 2, REFERENCE)
+    keys, values = routing.key_value.split([256, 512])
+    single = MemoryRouting(512, 1, REFERENCE).key_value
+    stage_input = InputProjection(512, 64).projection
+    for projection in (keys, values, routing.query, single, stage_input):
+        projected = project(torch.randn(4, projection.shape[1], 32, 32), projection)
+        assert projected.var().item() == pytest.approx(1, rel=0.1)
+
+
+def test_defaults_are_those_of_the_reference():
+    assert BlockXAttnResConfig().architecture() == {
+        "isar_in_encoder": False,
+        "isar_in_decoder": True,
+        "bank_includes_input": False,
+        "kv_ratio": 0.5,
+        "temperature": 1.0,
+    }
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("kv_ratio", 0), ("kv_ratio", -1.0), ("temperature", 0.0), ("temperature", "hot"), ("isar_in_encoder", 1)],
+    [
+        *(("kv_ratio", 0), ("kv_ratio", -1.0), ("kv_ratio", True)),
+        *(("temperature", 0.0), ("temperature", "hot"), ("temperature", inf), ("temperature", nan)),
+        *(("isar_in_encoder", 1), ("backend", "cuda")),
+    ],
 )
 def test_a_bad_value_is_named(field, value):
     with pytest.raises(XAttnResError, match=rf"BlockXAttnResConfig\.{field} .*{value!r}"):

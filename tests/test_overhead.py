@@ -215,8 +215,8 @@ def test_a_measurement_knows_everything(trainer, nnunet_folders):
             PLANNED: [],
             NO_SKIP: ["E2", "D0", "D1"],
             "nnUNetTrainerXAttnResBlockInput": [
-                *("E0_block1", "E1_block1", "E2_block1"),
-                *("D0_memory", "D0_block1", "D1_memory", "D1_block1"),
+                *("E0_block2", "E1_block2", "E2_block2"),
+                *("D0_memory", "D0_block2", "D1_memory", "D1_block2"),
             ],
         }[trainer]
     )
@@ -368,7 +368,7 @@ def many_comparisons():
             Row("nnUNetTrainerXAttnResNoSkip_250epochs", [Answer(OUT_OF_MEMORY, parameters=5, flops=10**13)]),
             Row("MyOwnTrainer", [Answer(FAILED, "ValueError: my mistake")]),
         ]
-        rows[1].answers[0] = replace(rows[1].answers[0], reads_at=[f"E{i}_block{j}" for i in range(8) for j in (1, 2)])
+        rows[1].answers[0] = replace(rows[1].answers[0], reads_at=[f"E{i}_block{j}" for i in range(8) for j in (2, 3)])
         comparisons.append(Comparison(from_preset(preset, "3d_fullres", "nnUNetPlans"), rows))
     return comparisons
 
@@ -384,7 +384,7 @@ def test_the_table_fits_and_says_what_happened():
     assert "[123, 157] 10.02x" in row["XAttnRes"]
     assert "out of memory" in row["XAttnResNoSkip_250epochs"]
     assert "failed" in row["MyOwnTrainer"]
-    assert "XAttnRes reads at: E0_block1 E0_block2 E1_block1" in table
+    assert "XAttnRes reads at: E0_block2 E0_block3 E1_block2" in table
     assert lines[-1] == "MyOwnTrainer failed: ValueError: my mistake"
 
 

@@ -3,7 +3,7 @@ from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 
 class nnUNetTrainerXAttnResBlock(XAttnResTrainerMixin):
-    """Block level, as the authors' reference code: memory routing (DKVMR) in place of the skip connections."""
+    """Block level, the reference's defaults: DKVMR replaces every skip connection; ISAR acts in no planned network."""
 
     xattnres_config = BlockXAttnResConfig()
 

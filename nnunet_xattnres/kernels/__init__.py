@@ -15,7 +15,7 @@ from nnunet_xattnres.kernels.attention import INTERPRETED, MAX_CHANNELS, mix, mi
 
 def attend_triton(
     query: Tensor,
-    norm_scale: Tensor,
+    norm_scale: Tensor | None,
     candidates: Sequence[Candidate],
     size: Sequence[int],
     key_channels: int | None = None,

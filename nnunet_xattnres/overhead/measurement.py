@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_xattnres.errors import XAttnResError, one_line
 from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.network import PlannedUNet
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 from nnunet_xattnres.trainer_lookup import find_trainer
 
@@ -68,7 +69,7 @@ class Answer:
 
     status: `MEASURED`, `OUT_OF_MEMORY` or `FAILED`, the latter with a reason in one line.
     flops: of the matrix products and convolutions of one training step.
-    reads_at: the stages that read, E2, E3, ..., D0, D1, ..., or at block level the parts that act.
+    reads_at: the stages that read, E2, E3, ..., D0, D1, ..., or at block level the parts that choose.
     step_seconds, inference_seconds: one per repetition, of a training step and of one patch's inference.
     peak_memory: in bytes during a training step; on a GPU what PyTorch allocates, on a CPU how far the process grows.
     compiled: whether nnU-Net compiled the network to train. threads: of PyTorch's operations. device_name: the GPU's.
@@ -186,7 +187,7 @@ class Measurement:
         return {
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "flops": counter.get_total_flops(),
-            "reads_at": list(getattr(network, "xattnres", ())),
+            "reads_at": network.reads_at() if isinstance(network, PlannedUNet) else [],
             "threads": torch.get_num_threads(),
             "device_name": torch.cuda.get_device_name() if trainer.device.type == "cuda" else None,
         }
