@@ -70,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo, after_interruption="the same command continues")
     _add_overhead(commands)
     _add_warm_start(commands)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check whether training would work here",
+        description="Check versions, environment variables, trainers and GPU: one line each, ok or what to do. "
+        "The exit status is 0 only if training would work.",
+    )
+    doctor.set_defaults(run=_doctor, after_interruption="nothing was changed")
     return parser
 
 
@@ -196,3 +204,9 @@ def _warm_start(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.warm_start import Options, run_warm_start
 
     run_warm_start(Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)}))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from nnunet_xattnres.doctor import run_doctor
+
+    run_doctor()
