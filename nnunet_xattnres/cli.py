@@ -1,16 +1,15 @@
 """The command `nnunet-xattnres`."""
 
 import argparse
-import ast
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from nnunet_xattnres import __version__
 from nnunet_xattnres.config import BACKENDS
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.installation import check_nnunet_version, trainers_folder
+from nnunet_xattnres.installation import check_nnunet_version, list_trainers, trainers_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,6 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo, after_interruption="the same command continues")
     _add_overhead(commands)
+    _add_warm_start(commands)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check whether training would work here",
+        description="Check versions, environment variables, trainers and GPU: one line each, ok or what to do. "
+        "The exit status is 0 only if training would work.",
+    )
+    doctor.set_defaults(run=_doctor, after_interruption="nothing was changed")
     return parser
 
 
@@ -133,20 +141,51 @@ def _add_overhead(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     overhead.set_defaults(run=_overhead, after_interruption="the files hold the plans that were finished")
 
 
+def _add_warm_start(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    warm_start = commands.add_parser(
+        "warm-start",
+        help="turn a trained plain nnU-Net into the start of a fine-tuning with XAttnRes",
+        description="Turn a trained plain nnU-Net into a model folder that computes the same, and that a trainer with "
+        "residual fusion trains on.",
+    )
+    warm_start.add_argument(
+        "--from",
+        type=Path,
+        required=True,
+        dest="source",
+        metavar="MODEL_FOLDER_OR_CHECKPOINT",
+        help="the trained network: a folder with plans.json, dataset.json and fold_*, or a .pth file",
+    )
+    warm_start.add_argument("-f", dest="fold", metavar="FOLD", help="fold of the model folder (default: its only one)")
+    warm_start.add_argument(
+        "--trainer", default="nnUNetTrainerXAttnResFinetune", metavar="NAME", help="trainer (default: %(default)s)"
+    )
+    warm_start.add_argument(
+        "-d", required=True, dest="dataset", metavar="DATASET", help="name or number of the dataset to train on"
+    )
+    warm_start.add_argument(
+        "-c", required=True, dest="configuration", metavar="CONFIG", help="its configuration, planned and preprocessed"
+    )
+    warm_start.add_argument(
+        "-p", default="nnUNetPlans", dest="plans_name", metavar="PLANS", help="its plans (default: %(default)s)"
+    )
+    warm_start.add_argument(
+        "-o", type=Path, required=True, dest="output", metavar="FOLDER", help="the model folder to write"
+    )
+    warm_start.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="read a checkpoint that holds other things than nnU-Net stores, which may run any code",
+    )
+    warm_start.set_defaults(run=_warm_start, after_interruption="nothing was written")
+
+
 def _trainers(arguments: argparse.Namespace) -> None:
     if not arguments.list:
         print(trainers_folder())
         return
     for name, description in list_trainers():
         print(f"{name:42} {description}")
-
-
-def list_trainers() -> Iterator[tuple[str, str]]:
-    """Name and first line of documentation of every trainer, read from source: importing nnU-Net takes seconds."""
-    for path in sorted(trainers_folder().glob("nnUNetTrainer*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef):
-                yield node.name, (ast.get_docstring(node) or "").partition("\n")[0]
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -159,3 +198,15 @@ def _overhead(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.overhead.runner import Options, run_overhead
 
     run_overhead(Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)}))
+
+
+def _warm_start(arguments: argparse.Namespace) -> None:
+    from nnunet_xattnres.warm_start import Options, run_warm_start
+
+    run_warm_start(Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)}))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from nnunet_xattnres.doctor import run_doctor
+
+    run_doctor()

@@ -100,6 +100,20 @@ def external_trainers() -> str:
     return os.pathsep.join(dict.fromkeys([*filter(None, already_set), str(trainers_folder())]))
 
 
+@contextmanager
+def environment_with(**variables: str) -> Iterator[None]:
+    """Environment variables of this process, set for a while."""
+    previous = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
 def find_command(name: str) -> str:
     """The path of a console command: beside this Python (a virtual environment need not be active), or on PATH."""
     search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

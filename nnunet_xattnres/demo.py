@@ -34,6 +34,7 @@ from nnunet_xattnres.datasets import (
     reader_for,
 )
 from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.files import written_atomically
 from nnunet_xattnres.plans import (
     TrainingBudget,
     add_small_configuration,
@@ -222,7 +223,8 @@ class Demo:
         print(f"Dice on {len(self.held_out_cases)} held-out cases of {self.source.dataset}\n")
         print(dice_table(summaries, self.dataset_json["labels"]), end="\n\n")
         picture = self.output / "demo.png"
-        self._draw(summaries).savefig(picture, dpi=150)
+        with written_atomically(picture) as temporary:
+            self._draw(summaries).savefig(temporary, format="png", dpi=150)
         print(f"Picture:     {picture}")
         for trainer in trainers:
             print(f"Predictions: {self._predictions(trainer)}")

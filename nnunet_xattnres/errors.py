@@ -1,7 +1,8 @@
 """Mistakes that a user can mend, and what their messages are made of."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class XAttnResError(ValueError):
@@ -16,3 +17,11 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """A question that names what `name` may have been meant to be; empty where nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
     return f"did you mean {', '.join(near)}?" if near else ""
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs, by name; a name that one of the two lacks counts as None. Empty where nothing does."""
+    names = dict.fromkeys([*here, *there])
+    return ", ".join(
+        f"{name}={there.get(name)!r} (here {here.get(name)!r})" for name in names if there.get(name) != here.get(name)
+    )

@@ -1,6 +1,8 @@
 """Where the plugin is installed and whether nnU-Net can use it from there."""
 
+import ast
 import importlib.util
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +20,14 @@ def trainers_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise XAttnResError("nnunet-xattnres finds no trainers: install it with pip, or leave its source folder")
     return Path(spec.submodule_search_locations[0])
+
+
+def list_trainers() -> Iterator[tuple[str, str]]:
+    """Name and first line of documentation of every trainer, read from source: importing nnU-Net takes seconds."""
+    for path in sorted(trainers_folder().glob("nnUNetTrainer*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                yield node.name, (ast.get_docstring(node) or "").partition("\n")[0]
 
 
 def check_nnunet_version() -> None:

@@ -10,8 +10,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_xattnres import __version__
+from nnunet_xattnres.checkpoint import read_checkpoint
 from nnunet_xattnres.config import Config, XAttnResConfig
-from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.errors import XAttnResError, differences
 from nnunet_xattnres.network import add_xattnres, check_architecture
 
 BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
@@ -91,7 +92,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
     def _check_checkpoint(self, filename: str) -> None:
         """Raise `XAttnResError` unless this class's network wrote the checkpoint."""
-        checkpoint = _read_checkpoint(filename)
+        # Trusted, because nnU-Net reads it without restrictions right afterwards.
+        checkpoint = read_checkpoint(Path(filename), "delete it to continue from another one", trusted=True)
         written_by = checkpoint["trainer_name"]
         record: dict[str, Any] | None = checkpoint["init_args"].get("xattnres")
         if record is None:
@@ -100,9 +102,9 @@ class XAttnResTrainerMixin(nnUNetTrainer):
             )
         config = self.xattnres_config.architecture()
         if record["config"] != config:
-            differences = _differences(record["config"], config)
+            preset = _differences(record["config"], config)
             raise XAttnResError(
-                f"{filename} was written by {written_by} of nnunet-xattnres {record['version']} with {differences}: "
+                f"{filename} was written by {written_by} of nnunet-xattnres {record['version']} with {preset}: "
                 f"continue it with that trainer and version, not with {type(self).__name__} of {__version__}"
             )
         if record["version"] != __version__:
@@ -112,26 +114,9 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
 
 def _differences(recorded: dict[str, Any], here: dict[str, Any]) -> str:
-    if recorded.keys() != here.keys():
+    if not recorded.keys() & here.keys():
         return f"another kind of preset ({', '.join(recorded)})"
-    return ", ".join(f"{key}={recorded[key]!r} (here {here[key]!r})" for key in here if recorded[key] != here[key])
-
-
-def _read_checkpoint(filename: str) -> dict[str, Any]:
-    """What a checkpoint of nnU-Net says of itself; its tensors stay on disk."""
-    try:
-        # nnU-Net's checkpoints hold numpy objects, which the restricted loader refuses.
-        checkpoint = torch.load(filename, map_location="cpu", mmap=True, weights_only=False)
-        for key in ("trainer_name", "init_args"):
-            checkpoint[key]
-    except FileNotFoundError:
-        raise XAttnResError(f"{filename} does not exist") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise XAttnResError(
-            f"{filename} is damaged or no nnU-Net checkpoint ({reason}): delete it to continue from another one"
-        ) from error
-    return checkpoint
+    return differences(recorded, here)
 
 
 def _check_budget(budget: Any, configuration: str) -> None:

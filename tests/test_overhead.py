@@ -37,8 +37,8 @@ from nnunet_xattnres.overhead.measurement import (
 from nnunet_xattnres.overhead.presets import RESENC_PATCHES, TASKS, build_preset
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, draw_ratios, paired_ratio
 from nnunet_xattnres.overhead.runner import measure_in_new_process
-from nnunet_xattnres.overhead.sources import from_preset, with_batch_size
 from nnunet_xattnres.plans import TrainingBudget, add_small_configuration
+from nnunet_xattnres.sources import from_preset, with_batch_size
 
 PLANNED = "nnUNetTrainerPlanned"
 NO_SKIP = "nnUNetTrainerXAttnResNoSkip"

@@ -14,9 +14,9 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig, XAttnResUNet
-from nnunet_xattnres.cli import list_trainers
 from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.installation import list_trainers
 from nnunet_xattnres.network import PlannedUNet
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
@@ -178,6 +178,37 @@ class TestCheckpoints:
         make_and_save(nnunet_environment, recursive_find("XAttnResBlock"), path)
         with pytest.raises(XAttnResError, match=r"nnUNetTrainerXAttnResBlock .* another kind of preset \(isar"):
             trainer.load_checkpoint(path)
+
+    @pytest.mark.parametrize(
+        "config, message",
+        [
+            ({}, "written by nnunet-xattnres 0.0.1, this is"),
+            ({"fusion": "sum"}, r"nnunet-xattnres 0.0.1 with fusion='sum' \(here 'replace'\): continue it with that"),
+            (
+                {"window": 3},
+                r"nnunet-xattnres 0.0.1 with window=3 \(here None\): continue it with that",
+            ),
+        ],
+    )
+    def test_a_checkpoint_of_another_version_is_compared(self, trainer, tmp_path, capsys, config, message):
+        path = str(tmp_path / "checkpoint.pth")
+        trainer.save_checkpoint(path)
+        checkpoint = torch.load(path, weights_only=False)
+        recorded = XAttnResConfig().architecture() | config
+        checkpoint["init_args"]["xattnres"] = {"version": "0.0.1", "config": recorded}
+        torch.save(checkpoint, path)
+        if config:
+            with pytest.raises(XAttnResError, match=message):
+                trainer.load_checkpoint(path)
+        else:
+            trainer.load_checkpoint(path)
+            assert message in capsys.readouterr().out
+
+    def test_a_foreign_file_is_refused(self, trainer, tmp_path):
+        path = tmp_path / "checkpoint.pth"
+        torch.save({"state_dict": trainer.network.state_dict()}, path)
+        with pytest.raises(XAttnResError, match=r"no nnU-Net checkpoint \('trainer_name'\): delete it to continue"):
+            trainer.load_checkpoint(str(path))
 
     @pytest.mark.parametrize("length", [0, 100, 5000])
     def test_a_truncated_checkpoint_is_refused(self, trainer, tmp_path, length):

@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, Answer
-from nnunet_xattnres.overhead.sources import PlannedNetwork
 from nnunet_xattnres.report import COLOURS, align_columns
+from nnunet_xattnres.sources import PlannedNetwork
 
 NOTHING = "-"
 PREFIX = "nnUNetTrainer"

@@ -31,8 +31,8 @@ from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.files import written_atomically
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, NO_MEMORY_LEFT, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
-from nnunet_xattnres.overhead.sources import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
 from nnunet_xattnres.plans import write_json_atomically
+from nnunet_xattnres.sources import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
 from nnunet_xattnres.trainer_lookup import find_trainer
 
 PLANNED = "nnUNetTrainerPlanned"

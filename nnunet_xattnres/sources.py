@@ -52,7 +52,7 @@ def from_dataset(dataset: str, configuration: str, plans_name: str) -> PlannedNe
     Raises `XAttnResError` if they are not there or unusable.
     """
     if not nnUNet_preprocessed.is_set():
-        raise XAttnResError("nnUNet_preprocessed is not set: export it, or use --preset or --plans")
+        raise XAttnResError("nnUNet_preprocessed is not set: export it")
     root = Path(nnUNet_preprocessed)
     datasets = [folder.name for folder in sorted(root.glob("Dataset*")) if folder.is_dir()]
     known = suggestion(dataset, datasets) or f"there are {', '.join(datasets) or 'none'}"
@@ -77,11 +77,21 @@ def from_file(path: Path, configuration: str) -> PlannedNetwork:
     """
     plans = _read_json(path, "give a plans file of nnU-Net")
     dataset_json = _read_json(path.parent / "dataset.json", "nnU-Net puts it beside the plans: copy it there")
+    return from_content(plans, configuration, dataset_json, f"{path} and its dataset.json")
+
+
+def from_content(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], origin: str
+) -> PlannedNetwork:
+    """What a plans file and a dataset.json hold. origin: where they are from, for messages.
+
+    Raises `XAttnResError` if they are unusable.
+    """
     try:
         configurations = plans["configurations"]
         if configuration not in configurations:
             near = suggestion(configuration, configurations) or f"choose from {', '.join(configurations)}"
-            raise XAttnResError(f"{path} has no configuration {configuration}: {near}")
+            raise XAttnResError(f"{origin}: no configuration {configuration} in the plans: {near}")
         planned = PlannedNetwork(plans["dataset_name"], plans, configuration, dataset_json)
         determine_num_input_channels(PlansManager(plans), configuration, dataset_json)
         check_architecture(planned.manager)
@@ -90,7 +100,7 @@ def from_file(path: Path, configuration: str) -> PlannedNetwork:
         raise
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
-        raise XAttnResError(f"{path} and its dataset.json are no plans that nnU-Net can use ({reason})") from None
+        raise XAttnResError(f"{origin} are no plans that nnU-Net can use ({reason})") from None
     return planned
 
 

@@ -1,0 +1,109 @@
+"""What interrupts a training or breaks its files, and what is left to continue from."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PHANTOM
+from training import train
+
+from nnunet_xattnres.files import folder_written_atomically, written_atomically
+from nnunet_xattnres.plans import write_json_atomically
+
+MORTAL = """
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from nnunet_xattnres.trainer import XAttnResTrainerMixin
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while_writing(checkpoint, filename):
+    Path(filename).write_bytes(b"half a checkpoint")
+    die()
+
+
+class nnUNetTrainerMortal(XAttnResTrainerMixin):
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 3
+        self.save_every = 1
+
+    def train_step(self, batch):
+        result = super().train_step(batch)
+        if self.current_epoch == 1:
+            dies_at = os.environ.get("DIES_AT")
+            if dies_at == "training":
+                die()
+            elif dies_at == "writing":
+                torch.save = die_while_writing
+        return result
+"""
+
+
+def test_a_killed_training_continues_and_ends(nnunet_environment, tmp_path, monkeypatch):
+    trainers = tmp_path / "trainers"
+    trainers.mkdir()
+    (trainers / "nnUNetTrainerMortal.py").write_text(MORTAL)
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    fold = Path(os.environ["nnUNet_results"], PHANTOM, "nnUNetTrainerMortal__nnUNetPlans__2d_small", "fold_0")
+    what = (PHANTOM, "2d_small", "nnUNetTrainerMortal")
+    script = Path(__file__).with_name("training.py")
+    first_checkpoint = None
+    for dies_at, resume in (("training", ""), ("writing", "--c")):
+        environment = os.environ | {"DIES_AT": dies_at}
+        ended = subprocess.run([sys.executable, str(script), *what, resume], env=environment)
+        assert ended.returncode == -signal.SIGKILL
+        checkpoint = (fold / "checkpoint_latest.pth").read_bytes()
+        first_checkpoint = first_checkpoint or checkpoint
+        assert checkpoint == first_checkpoint
+    assert (fold / "checkpoint_latest.pth.tmp").read_bytes() == b"half a checkpoint"
+    finished = train(*what, resume=True)
+    assert len(finished.logger.get_value("train_losses", None)) == 3
+    assert (fold / "checkpoint_final.pth").is_file()
+    assert not list(fold.glob("*.tmp"))
+
+
+class TestFullDisk:
+    def test_a_file_keeps_its_previous_version(self, tmp_path, monkeypatch):
+        path = tmp_path / "plans.json"
+        write_json_atomically({"plans": "previous"}, path)
+        previous = path.read_bytes()
+
+        def disk_full(self, text):
+            self.write_bytes(text.encode()[:5])
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            write_json_atomically({"plans": "next"}, path)
+        assert path.read_bytes() == previous
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_folder_is_there_whole_or_not_at_all(self, tmp_path):
+        path = tmp_path / "model"
+        with pytest.raises(OSError, match="No space left"), folder_written_atomically(path) as folder:
+            (folder / "plans.json").write_text("{}")
+            raise OSError("No space left on device")
+        assert not list(tmp_path.iterdir())
+        with folder_written_atomically(path) as folder:
+            (folder / "plans.json").write_text("{}")
+        assert [file.name for file in path.iterdir()] == ["plans.json"]
+        with pytest.raises(OSError), folder_written_atomically(path) as folder:
+            (folder / "other.json").write_text("{}")
+        assert [file.name for file in path.iterdir()] == ["plans.json"]
+
+    def test_a_file_may_be_new(self, tmp_path):
+        with written_atomically(tmp_path / "new.txt") as temporary:
+            temporary.write_text("new")
+        assert [file.read_text() for file in tmp_path.iterdir()] == ["new"]
