@@ -16,6 +16,7 @@ CONFIGS = {
     "no-skips": XAttnResConfig(skip_connections=False),
     "residual": XAttnResConfig(fusion="residual"),
     "block": BlockXAttnResConfig(),
+    "block-encoder": BlockXAttnResConfig(isar_in_encoder=True),
     "block-input": BlockXAttnResConfig(isar_in_encoder=True, bank_includes_input=True),
 }
 
@@ -40,6 +41,22 @@ def test_2d_plans_with_many_stages(large_2d_plans, config):
     with torch.device("meta"):  # shapes without arithmetic
         network = build_network_from_plans(manager, 1, 2, config, deep_supervision=False)
         assert network(torch.empty(2, 1, 512, 512)).shape == (2, 2, 512, 512)
+
+
+@pytest.mark.parametrize("identifier", ["nnUNetPlans", "nnUNetResEncUNetMPlans"])
+@pytest.mark.parametrize("config, first", [("block", None), ("block-encoder", 3), ("block-input", 2)])
+def test_isar_acts_where_the_readme_says(nnunet, identifier, config, first):
+    manager = PlansManager(str(plans_file(nnunet, identifier))).get_configuration("3d_fullres")
+    with torch.device("meta"):
+        network = build_network_from_plans(manager, 1, 3, CONFIGS[config])
+    architecture = manager.network_arch_init_kwargs
+    stages = len(architecture["strides"])
+    if identifier == "nnUNetPlans":
+        blocks = {f"{side}{i}": 2 for side, count in (("E", stages), ("D", stages - 1)) for i in range(count)}
+    else:
+        blocks = {f"E{i}": count for i, count in enumerate([1, 3, 4, *[6] * (stages - 3)])}
+    expected = {f"{stage}_block{b}" for stage, count in blocks.items() for b in range(first or 9, count + 1)}
+    assert {name for name in network.reads_at() if "block" in name} == expected
 
 
 def test_where_nothing_changes_the_planned_network_is_returned(nnunet):
