@@ -51,7 +51,7 @@ def make_model(
     trained.logger.local_logger.my_fantastic_logging["train_losses"] = [np.float32(1.0), np.float64(0.5)]
     trained._best_ema = np.mean([0.5])
     folder = Path(trained.output_folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     trained.save_checkpoint(str(folder / "checkpoint_final.pth"))
     model = folder.parent
     (model / "plans.json").write_text(json.dumps(trained.plans_manager.plans | plans))
