@@ -15,7 +15,6 @@ from matplotlib.text import Text
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from planned import planned_network
 from test_trainers import make_trainer
-from torch import distributed, multiprocessing
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig
@@ -24,7 +23,7 @@ from nnunet_xattnres.network import PlannedUNet, add_xattnres
 from nnunet_xattnres.routing import recording
 from nnunet_xattnres.routing.collecting import WeightMeans, in_pool_order
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
-from nnunet_xattnres.routing.recording import RoutingHistory, ValidationRecorder
+from nnunet_xattnres.routing.recording import RoutingHistory
 
 CONFIGS = {
     "stage": XAttnResConfig(),
@@ -344,29 +343,3 @@ class TestTraining:
         recorded = RoutingHistory.read(validate(trainer)).epochs
         assert counter.frame_count == compiled
         assert recorded == expected
-
-
-def record_on(rank: int, distribute: bool) -> ValidationRecorder:
-    """A recorder that has seen data of its own, of the network that all ranks have."""
-    network: torch.nn.Module = network_of("stage", random_queries=True)
-    if distribute:
-        network = torch.nn.parallel.DistributedDataParallel(network)
-    recorder = ValidationRecorder(network, torch.device("cpu"))
-    recorder.observe(torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(rank)))
-    return recorder
-
-
-def record_in_a_process(rank: int, folder: Path) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
-    torch.save(record_on(rank, distribute=True).means(), folder / f"rank{rank}.pth")
-    distributed.destroy_process_group()
-
-
-def test_processes_of_a_training_record_their_common_mean(tmp_path):
-    multiprocessing.spawn(record_in_a_process, (tmp_path,), nprocs=2)
-    means, of_the_other = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
-    assert means == of_the_other
-    alone = [record_on(rank, distribute=False).means() for rank in range(2)]
-    for target, weights in means.items():
-        assert weights == pytest.approx(np.mean([each[target] for each in alone], axis=0), abs=1e-5)
-    assert alone[0]["D1"] != pytest.approx(alone[1]["D1"], abs=1e-3)

@@ -26,7 +26,8 @@ from nnunet_xattnres.routing.recording import RoutingHistory
 # Told apart with every kind of colour vision, and in print without colours.
 COLOURS = colormaps["viridis"]
 NOTHING_TO_READ = "0.93"
-DPI = 150
+DPI = 120
+POINTS_PER_LINE = 250  # drawn again after every epoch: a few inches show no more
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 6.5
 
@@ -154,7 +155,7 @@ def _draw_weights(
 ) -> None:
     draw_slice(axis, picture.image, picture.spacing)
     pixel_aspect = picture.spacing[0] / picture.spacing[1]
-    axis.imshow(weights, cmap=COLOURS, norm=scale, alpha=0.7, interpolation="nearest", aspect=pixel_aspect)
+    axis.imshow(weights, cmap=COLOURS, norm=scale, alpha=0.8, interpolation="nearest", aspect=pixel_aspect)
     outlined: list[AbstractPathEffect] = [withStroke(linewidth=1.6, foreground="black")]
     if 0 < (picture.prediction > 0).mean() < 1:
         contours = axis.contour(picture.prediction > 0, levels=[0.5], colors="white", linewidths=0.7)
@@ -206,6 +207,7 @@ def _draw_heat_map(
 
 def _draw_course(axis: Axes, history: RoutingHistory, target: str, all_sources: list[str]) -> None:
     epochs = sorted(history.epochs)
+    epochs = epochs[:: -(-len(epochs) // POINTS_PER_LINE)]
     for k, source in enumerate(history.sources[target]):
         weights = [history.epochs[epoch][target][k] for epoch in epochs]
         course = np.array([np.nan if weight is None else weight for weight in weights])

@@ -36,6 +36,10 @@ from nnunet_xattnres.trainer_lookup import find_trainer
 CHECKPOINT = "checkpoint_final.pth"
 PLACES = ("interior", "boundary")
 
+# nnU-Net blends tiles in half precision, and a tile's corners count as little as its smallest number, 6e-8, while up to
+# eight centres that count 10 may meet. Weights that are so much larger neither vanish in the corners nor overflow.
+BLENDING_SCALE = 256
+
 Volume = NDArray[np.floating]
 LabelMap = NDArray[np.integer]
 
@@ -125,7 +129,7 @@ def inspect_case(model: "Model", case: str, files: Sequence[str], folder: Path, 
 class NetworkWithWeights(nn.Module):
     """The logits of a network and, as further channels, the weights of targets, at the resolution of the image.
 
-    nnU-Net's sliding window then mirrors and blends weights as it does logits.
+    nnU-Net's sliding window then mirrors and blends weights, times `BLENDING_SCALE`, as it does logits.
     """
 
     def __init__(self, network: PlannedUNet, targets: Sequence[str]) -> None:
@@ -138,7 +142,7 @@ class NetworkWithWeights(nn.Module):
         with self.network.routing(self.targets) as weights:
             logits = self.network(image)
         maps = [resize(weights[target][0].transpose(0, 1), image.shape[2:]) for target in self.targets]
-        return torch.cat((logits, *maps), dim=1)
+        return torch.cat((logits, *(BLENDING_SCALE * weights_of_target for weights_of_target in maps)), dim=1)
 
 
 class Model:
@@ -208,7 +212,7 @@ class Model:
         )
         channels = self.predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).cpu()
         logits, weights = channels[: self.num_heads], channels[self.num_heads :].float().numpy()
-        # Blended in half precision.
+        # That removes the scale and what half precision has rounded.
         for of_target in np.split(weights, np.cumsum([len(sources) for sources in self.sources.values()])[:-1]):
             of_target /= of_target.sum(axis=0)
         return logits, weights
