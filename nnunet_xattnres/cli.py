@@ -163,7 +163,7 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     inspect.add_argument("-o", dest="output", type=Path, required=True, metavar="OUT", help="where the folders go")
     inspect.add_argument(
         "--targets",
-        type=lambda names: names.split(","),
+        type=lambda names: [name.strip() for name in names.split(",")],
         metavar="D3,D4",
         help="which targets (default: all); maps of fewer take less memory and time",
     )

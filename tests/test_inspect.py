@@ -245,6 +245,14 @@ class TestMistakes:
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
         assert "inspect the model of 3d_lowres" in error
 
+    def test_a_full_disk(self, model, image, tmp_path, capsys, monkeypatch):
+        def disk_full(*arguments: object) -> None:
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(inspection, "write_nifti", disk_full)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "cannot write the maps of case (No space left on device)" in error
+
     def test_a_failure_midway_keeps_the_finished_cases_whole(self, model, nnunet_environment, tmp_path, monkeypatch):
         rotated_image(nnunet_environment, tmp_path / "images", "a")
         rotated_image(nnunet_environment, tmp_path / "images", "b")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnunet_xattnres.alignment import resize
+from nnunet_xattnres.commands import termination_as_exception
 from nnunet_xattnres.datasets import check_nifti_files
 from nnunet_xattnres.errors import XAttnResError, one_line
 from nnunet_xattnres.network import PlannedUNet
@@ -75,12 +76,21 @@ def run_inspect(options: Options) -> None:
     cases = find_cases(options.images, model.dataset_json["file_ending"])
     check_nifti_files(Path(file) for files in cases.values() for file in files)
     formats = ["png", "pdf"] if options.pdf else ["png"]
-    with _staging_folder(options.output) as staging, tqdm(cases.items(), unit="case") as progress:
+    with (
+        termination_as_exception(),
+        _staging_folder(options.output) as staging,
+        tqdm(cases.items(), unit="case") as progress,
+    ):
         for case, files in progress:
             progress.set_postfix_str(case)
             folder = staging / case
             folder.mkdir()
-            inspect_case(model, case, files, folder, formats)
+            try:
+                inspect_case(model, case, files, folder, formats)
+            except OSError as error:
+                raise XAttnResError(
+                    f"cannot write the maps of {case} ({error}): make room or choose --targets"
+                ) from None
             _put(folder, options.output / case)
         record = model.folder / RECORD
         if options.pdf and record.is_file():
