@@ -103,6 +103,26 @@ def attend_streaming(
     return _StreamingAttention.apply(scaled(query, norm_scale), tuple(size), key_channels, eps, *sources)
 
 
+@torch.no_grad()
+def streaming_weights(
+    query: Tensor,
+    norm_scale: Tensor | None,
+    candidates: Sequence[Candidate],
+    size: Sequence[int],
+    key_channels: int | None = None,
+    eps: float = EPS,
+) -> Tensor:
+    """a_k(p) of a call, slab by slab: (K, B, *size), at least float32; the arguments are those of `Attention`."""
+    features = [resize(source, size) if is_finer(source.shape[2:], size) else source for source, _ in candidates]
+    sources = [*features, *(projection for _, projection in candidates)]
+    with _without_autocast(query):
+        call = _StreamingCall(scaled(query, norm_scale), tuple(size), key_channels, eps, sources)
+        weights = call.query.new_empty(len(features[0]), len(candidates), *size)
+        for slab in call.slabs():
+            slab.of(weights).copy_(call.read(slab).scores.softmax(dim=0).transpose(0, 1))
+    return weights.transpose(0, 1)
+
+
 class _StreamingAttention(torch.autograd.Function):
     """Attention whose softmax, and whose whole backward pass, see one slab of positions at a time.
 

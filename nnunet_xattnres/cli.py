@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "The exit status is 0 only if training would work.",
     )
     doctor.set_defaults(run=_doctor, after_interruption="nothing was changed")
+    _add_inspect(commands)
     return parser
 
 
@@ -180,6 +181,44 @@ def _add_warm_start(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     warm_start.set_defaults(run=_warm_start, after_interruption="nothing was written")
 
 
+def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what a trained model reads in any case",
+        description="Run a trained model through nnU-Net's own preprocessing and inference, and write, in a folder per "
+        "case, its attention weights as NIfTI over the image, their means by predicted label (routing.json), a picture "
+        "(routing.png) and the prediction.",
+    )
+    inspect.add_argument(
+        "-m",
+        dest="model",
+        type=Path,
+        required=True,
+        metavar="MODEL_FOLDER",
+        help="in nnUNet_results: TRAINER__PLANS__CONFIGURATION",
+    )
+    inspect.add_argument("-f", dest="fold", required=True, metavar="FOLD", help="a number, or all")
+    inspect.add_argument(
+        "-i",
+        dest="images",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="IMAGE",
+        help="a folder, or files; named as nnU-Net wants them, CASE_0000.nii.gz and one more file per channel",
+    )
+    inspect.add_argument("-o", dest="output", type=Path, required=True, metavar="OUT", help="where the folders go")
+    inspect.add_argument(
+        "--targets",
+        type=lambda names: [name.strip() for name in names.split(",")],
+        metavar="D3,D4",
+        help="which targets (default: all); maps of fewer take less memory and time",
+    )
+    inspect.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    inspect.add_argument("--pdf", action="store_true", help="pictures as PDF too, and that of the training")
+    inspect.set_defaults(run=_inspect, after_interruption="the cases that were finished are there")
+
+
 def _trainers(arguments: argparse.Namespace) -> None:
     if not arguments.list:
         print(trainers_folder())
@@ -210,3 +249,9 @@ def _doctor(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.doctor import run_doctor
 
     run_doctor()
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from nnunet_xattnres.routing.inspection import Options, run_inspect
+
+    run_inspect(Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)}))

@@ -107,7 +107,7 @@ def _msd_source(data: Path) -> Source:
 
     def convert(nnunet: NnUNet, folder: Path) -> None:
         # Before the converter splits a truncated image into channels that look whole.
-        _check_nifti_files([*(data / "imagesTr").glob("[!._]*.nii.gz"), *(data / "labelsTr").glob("[!._]*.nii.gz")])
+        check_nifti_files([*(data / "imagesTr").glob("[!._]*.nii.gz"), *(data / "labelsTr").glob("[!._]*.nii.gz")])
         # The command refuses a number that any of nnU-Net's folders knows already.
         elsewhere = dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), str(folder))
         command = ("nnUNetv2_convert_MSD_dataset", "-i", str(data))
@@ -145,7 +145,7 @@ def check_raw_dataset(folder: Path) -> Cases:
     for name, case in cases.items():
         if not Path(case["label"]).is_file():
             raise XAttnResError(f"training case {name} has no label: add {case['label']} or remove the case")
-    _check_nifti_files(Path(file) for case in cases.values() for file in [*case["images"], case["label"]])
+    check_nifti_files(Path(file) for case in cases.values() for file in [*case["images"], case["label"]])
     try:
         # A file that cannot be opened makes nnU-Net print a traceback.
         with redirect_stderr(io.StringIO()):
@@ -158,7 +158,7 @@ def check_raw_dataset(folder: Path) -> Cases:
     return cases
 
 
-def _check_nifti_files(files: Iterable[Path]) -> None:
+def check_nifti_files(files: Iterable[Path]) -> None:
     """SimpleITK, nnU-Net's reader, takes a truncated NIfTI file for a dark one; nibabel does not."""
 
     def damage(file: Path) -> str | None:

@@ -1,6 +1,7 @@
 """The encoder/decoder that nnU-Net planned, with XAttnRes at stage level or at block level."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pydoc import locate
 from typing import Any
@@ -16,6 +17,8 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_xattnres.alignment import is_finer, resize
 from nnunet_xattnres.attention import Candidate
@@ -23,6 +26,7 @@ from nnunet_xattnres.backends import attention_backend
 from nnunet_xattnres.block_level import InputProjection, IntraStageAttention, MemoryRouting
 from nnunet_xattnres.config import BlockXAttnResConfig, Config, XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.routing.collecting import Receiver, collected
 
 
 class HistoryPool:
@@ -123,9 +127,38 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
         """What the first encoder stage sees -> the outputs of all decoder stages, the coarsest first."""
         raise NotImplementedError
 
-    def reads_at(self) -> list[str]:
-        """The names under `xattnres` of what chooses: all that has a query."""
-        return [name for name, part in self.xattnres.items() if hasattr(part, "query")]
+    @property
+    def routing_sources(self) -> dict[str, list[str]]:
+        """What every target chooses from, by name: its sources, in the order of its weights."""
+        raise NotImplementedError
+
+    @contextmanager
+    def routing(
+        self, targets: Collection[str] | None = None, receive: Receiver | None = None
+    ) -> Iterator[dict[str, list[Tensor]]]:
+        """Collect the attention weights of the calls inside.
+
+            with network.routing() as weights:
+                network(image)
+            weights["D0"]  # a tensor per call, (K, B, *size), that sums to one over its K sources
+            network.routing_sources["D0"]  # their names: E0, E1, ..., current
+
+        B is the batch size and size that of the target's input. The weights are computed without gradients, in float32
+        or better, beside the call itself, which computes what it always does. Call the network as it is, not what
+        torch.compile has made of it.
+
+        targets: to collect from; default: all.
+        receive: is given target and weights of every call, in place of keeping them.
+
+        Raises `XAttnResError` for a target that the network does not have.
+        """
+        known = self.routing_sources
+        for target in targets or ():
+            if target not in known:
+                raise XAttnResError(f"the network has no target {target}: choose from {', '.join(known) or 'none'}")
+        weights: dict[str, list[Tensor]] = {target: [] for target in (known if targets is None else targets)}
+        with collected({target: self.xattnres[target] for target in weights}, receive or _keep_in(weights)):
+            yield weights
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """How many numbers all convolutions put out for one image of `input_size`, as nnU-Net's networks count it.
@@ -175,6 +208,17 @@ class XAttnResUNet(PlannedUNet):
         if not config.skip_connections:
             for stage in self.decoder.stages:
                 _drop_skip_channels(stage).apply(self.initialize)
+
+    @property
+    def routing_sources(self) -> dict[str, list[str]]:
+        pool = [f"E{i}" for i in range(len(self.encoder_channels))] + [
+            f"D{d}" for d in range(len(self.decoder_channels))
+        ]
+        sources = {}
+        for target, attention in self.xattnres.items():
+            assert isinstance(attention, HistoryAttention)
+            sources[target] = pool[: len(attention.projections)] + ["current"] * (attention.gamma is None)
+        return sources
 
     def decoder_features(self, x: Tensor) -> list[Tensor]:
         pool = HistoryPool()
@@ -228,6 +272,19 @@ class BlockXAttnResUNet(PlannedUNet):
             if config.isar_in_decoder:
                 self._add_intra_stage_attention(f"D{d}", self.decoder.stages[d], channels)
 
+    @property
+    def routing_sources(self) -> dict[str, list[str]]:
+        """Blocks count from 1 in their stage, those of a memory in the encoder stage that it stands for."""
+        sources = {}
+        for target, part in self.xattnres.items():
+            if isinstance(part, IntraStageAttention):
+                stage, _, number = target.partition("_block")
+                earlier = [f"block{i}" for i in range(1, int(number))]
+                sources[target] = ["input"] * self._opens_bank_with_input(stage) + [*earlier, "current"]
+            elif isinstance(part, MemoryRouting) and part.num_entries > 1:
+                sources[target] = [f"block{i}" for i in range(1, part.num_entries + 1)]
+        return sources
+
     def decoder_features(self, x: Tensor) -> list[Tensor]:
         memories = []  # by encoder stage, the outputs of its blocks
         for i, stage in enumerate(self.encoder.stages):
@@ -258,12 +315,16 @@ class BlockXAttnResUNet(PlannedUNet):
         for i in range(2 if reads_input else 3, len(blocks) + 1):
             self.xattnres[f"{name}_block{i}"] = IntraStageAttention(channels, self.config)
 
+    def _opens_bank_with_input(self, name: str) -> bool:
+        # Only then is there something to choose before the second block.
+        return f"{name}_block2" in self.xattnres
+
     def _run_blocks(self, name: str, stage: nn.Module, x: Tensor) -> list[Tensor]:
         """The outputs b_1, b_2, ... of a stage's blocks."""
         first, *others = _blocks(stage)
         outputs = [first(x)]
         opening = []
-        if f"{name}_block2" in self.xattnres:  # There is something to choose: the stage's input opens the bank.
+        if self._opens_bank_with_input(name):
             projection = f"{name}_input"
             x = resize(x, outputs[0].shape[2:])
             opening.append(self.xattnres[projection](x) if projection in self.xattnres else x)
@@ -316,6 +377,13 @@ def check_architecture(configuration: ConfigurationManager) -> None:
         _check_class(network_class)
 
 
+def uncompiled(network: nn.Module) -> nn.Module:
+    """The network inside what torch.compile and distributed training wrap around it."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
 def _check_class(network_class: type) -> None:
     # Not their subclasses either, whose own forward would be lost.
     if network_class not in (PlainConvUNet, ResidualEncoderUNet):
@@ -323,6 +391,10 @@ def _check_class(network_class: type) -> None:
             f"XAttnRes cannot read in a {network_class.__name__}: choose plans whose architecture is a PlainConvUNet "
             "or ResidualEncoderUNet, such as nnUNetPlans or nnUNetResEncUNetMPlans"
         )
+
+
+def _keep_in(weights: dict[str, list[Tensor]]) -> Receiver:
+    return lambda target, of_call: weights[target].append(of_call)
 
 
 def _blocks(stage: nn.Module) -> Any:

@@ -96,30 +96,35 @@ def draw_cases(cases: list[PicturedCase], names: dict[int, str]) -> Figure:
     for case, column in zip(cases, axes.T, strict=True):
         plane = int(np.isin(case.reference, list(names)).sum(axis=(1, 2)).argmax())
         for axis, label_map in zip(column, [None, case.reference, *case.predictions.values()], strict=True):
-            _draw_panel(axis, case, plane, label_map)
+            labels = None if label_map is None else label_map[plane]
+            draw_slice(axis, case.image[plane], case.spacing, labels)
+            axis.set_anchor("N")
         column[0].set_title(f"{case.name}\nslice {plane}", fontsize=9)
         for axis, trainer in zip(column[2:], trainers, strict=True):
             axis.set_title(f"Dice {case.dice[trainer]:.2f}", fontsize=9)
     for axis, label in zip(axes[:, 0], ["image", "reference", *trainers], strict=True):
         # In two lines, for a panel is not as high as a trainer's name is long.
         axis.set_ylabel(label.replace("nnUNetTrainer", "nnUNetTrainer\n"), fontsize=9)
-    handles = [Patch(color=_colour(value), label=name) for value, name in names.items()]
+    handles = [Patch(color=label_colour(value), label=name) for value, name in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9, frameon=False)
     return figure
 
 
-def _draw_panel(axis: Axes, case: PicturedCase, plane: int, label_map: NDArray[np.integer] | None) -> None:
-    pixel_aspect = case.spacing[0] / case.spacing[1]
-    darkest, brightest = np.percentile(case.image[plane], (1, 99.5))
-    axis.imshow(case.image[plane], cmap="gray", vmin=darkest, vmax=brightest, aspect=pixel_aspect)
-    if label_map is not None:
-        overlay = np.zeros((*label_map[plane].shape, 4))
-        for value in np.unique(label_map[plane][label_map[plane] > 0]):
-            overlay[label_map[plane] == value] = to_rgba(_colour(value), alpha=0.65)
+def draw_slice(
+    axis: Axes, image: NDArray[np.floating], spacing: tuple[float, float], labels: NDArray[np.integer] | None = None
+) -> None:
+    """A slice [y, x] in grey, and in colours a label map on top of it. spacing: of y and x in mm."""
+    pixel_aspect = spacing[0] / spacing[1]
+    darkest, brightest = np.percentile(image, (1, 99.5))
+    axis.imshow(image, cmap="gray", vmin=darkest, vmax=brightest, aspect=pixel_aspect)
+    if labels is not None:
+        overlay = np.zeros((*labels.shape, 4))
+        for value in np.unique(labels[labels > 0]):
+            overlay[labels == value] = to_rgba(label_colour(value), alpha=0.65)
         axis.imshow(overlay, interpolation="nearest", aspect=pixel_aspect)
-    axis.set(xticks=[], yticks=[], anchor="N")
+    axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 
 
-def _colour(value: int) -> str:
+def label_colour(value: int) -> str:
     return COLOURS[(int(value) - 1) % len(COLOURS)]

@@ -14,6 +14,8 @@ from nnunet_xattnres.checkpoint import read_checkpoint
 from nnunet_xattnres.config import Config, XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError, differences
 from nnunet_xattnres.network import add_xattnres, check_architecture
+from nnunet_xattnres.routing.drawing import draw_history, save_figure
+from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
 
 BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
@@ -26,6 +28,9 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     xattnres_config: what is added to the planned network. It belongs to the class, because nnU-Net builds the network
         for inference from the class alone. It is recorded in every checkpoint and checked when one is loaded.
     default_num_epochs: the number of epochs where the plans say nothing; None for the base trainer's.
+
+    After every validation the mean attention weights go to `xattnres_routing.json` and `.png` beside `progress.png`,
+    and to the loggers that nnU-Net has beside its own.
 
     A configuration in the plans may hold a budget, `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
     "num_val_iterations_per_epoch": ...}`, each key optional, which then takes precedence.
@@ -69,6 +74,20 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         )
         return add_xattnres(planned, cls.xattnres_config)
 
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.routing_recorder = ValidationRecorder(self.network, self.device)
+
+    def validation_step(self, batch: dict) -> dict:
+        self.routing_recorder.observe(batch["data"])
+        return super().validation_step(batch)
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        means = self.routing_recorder.means()
+        if means and self.local_rank == 0:
+            self._save_routing(means)
+
     def save_checkpoint(self, filename: str) -> None:
         """Write the checkpoint whole or not at all: a process that is killed leaves the previous one."""
         # nnU-Net stores `my_init_kwargs` in every checkpoint and reads it by key.
@@ -89,6 +108,32 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         if isinstance(filename_or_checkpoint, str):
             self._check_checkpoint(filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
+
+    def _save_routing(self, means: dict[str, list[float | None]]) -> None:
+        history = self._routing_history()
+        history.record(self.current_epoch, means)
+        history.write(Path(self.output_folder, RECORD))
+        save_figure(lambda: draw_history(history), Path(self.output_folder, PICTURE))
+        for target, sources in history.sources.items():
+            for source, weight in zip(sources, means[target], strict=True):
+                if weight is not None:
+                    for logger in self.logger.loggers:
+                        logger.log(f"routing/{target}/{source}", weight, self.current_epoch)
+
+    def _routing_history(self) -> RoutingHistory:
+        """That of the training so far, or a new one."""
+        path = Path(self.output_folder, RECORD)
+        new = RoutingHistory(self.routing_recorder.sources)
+        if not path.exists():
+            return new
+        try:
+            history = RoutingHistory.read(path)
+            if history.sources != new.sources:
+                raise XAttnResError(f"{path} is of another network")
+        except XAttnResError as error:
+            self.print_to_log_file(f"{error}; the record starts anew")
+            return new
+        return history
 
     def _check_checkpoint(self, filename: str) -> None:
         """Raise `XAttnResError` unless this class's network wrote the checkpoint."""

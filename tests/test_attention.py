@@ -5,7 +5,14 @@ import torch
 from conftest import saved_bytes
 
 from nnunet_xattnres import attention
-from nnunet_xattnres.attention import Candidate, attend_reference, attend_streaming, attention_weights
+from nnunet_xattnres.alignment import align
+from nnunet_xattnres.attention import (
+    Candidate,
+    attend_reference,
+    attend_streaming,
+    attention_weights,
+    streaming_weights,
+)
 
 CASES = {  # target size: source sizes
     "2d": ((4, 6), [(4, 6), (2, 3), (8, 12), (1, 3), (4, 2)]),
@@ -95,6 +102,22 @@ def test_streaming_passes_gradcheck():
         return attend_streaming(tensors[0], tensors[1], _candidates(list(tensors)), (2, 4))
 
     assert torch.autograd.gradcheck(attend, inputs)
+
+
+@pytest.mark.parametrize("field", [False, True])
+@pytest.mark.parametrize("key_channels", [None, 3])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("slab_numbers")
+def test_streaming_weights_equal_those_of_the_formulas(case, key_channels, field):
+    inputs, size = _inputs(case)
+    query_channels = key_channels or CHANNELS
+    query = torch.randn(3, query_channels, *size, dtype=torch.float64) if field else inputs[0][:query_channels]
+    norm_scale, candidates = inputs[1][:query_channels], _candidates(inputs)
+    keys = torch.stack([align(features, projection, size) for features, projection in candidates])
+    expected = attention_weights(query, norm_scale, keys[:, :, :key_channels])
+    weights = streaming_weights(query, norm_scale, candidates, size, key_channels)
+    assert not weights.requires_grad
+    torch.testing.assert_close(weights, expected.detach(), atol=1e-9, rtol=0)
 
 
 def test_a_zero_query_weighs_all_candidates_alike():

@@ -204,9 +204,9 @@ def test_a_stage_input_of_as_many_channels_enters_the_bank_as_it_is():
 
 def test_what_has_nothing_to_choose_is_not_said_to_read():
     # Stage 0 of the residual encoder has one block.
-    assert build("resenc-3d", REFERENCE)[0].reads_at() == ["D0_memory"]
-    assert build("resenc-3d", INPUT)[0].reads_at() == ["E1_block2", "E1_block3", "E2_block2", "D0_memory"]
-    assert build("plain-3d", REFERENCE)[0].reads_at() == ["D0_memory", "D1_memory"]
+    assert list(build("resenc-3d", REFERENCE)[0].routing_sources) == ["D0_memory"]
+    assert list(build("resenc-3d", INPUT)[0].routing_sources) == ["E1_block2", "E1_block3", "E2_block2", "D0_memory"]
+    assert list(build("plain-3d", REFERENCE)[0].routing_sources) == ["D0_memory", "D1_memory"]
 
 
 def test_a_memory_of_one_entry_has_neither_query_nor_keys():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from planned import planned_network
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig
 from nnunet_xattnres.network import add_xattnres
+from nnunet_xattnres.routing.recording import ValidationRecorder
 
 CONFIGS = {
     "stage": XAttnResConfig(),
@@ -54,3 +56,29 @@ def test_every_parameter_of_ours_gets_a_gradient(config, deep_supervision):
     logits = network(torch.randn(1, 1, 8, 8, 8))
     sum(map(torch.sum, logits if deep_supervision else [logits])).backward()
     assert [name for name, parameter in network.xattnres.named_parameters() if parameter.grad is None] == []
+
+
+def record_on(rank: int, distribute: bool) -> ValidationRecorder:
+    """A recorder that has seen data of its own, of the network that all ranks have."""
+    network = build("stage", deep_supervision=True)
+    for target in network.routing_sources:
+        torch.nn.init.normal_(network.xattnres[target].query)
+    recorder = ValidationRecorder(DistributedDataParallel(network) if distribute else network, torch.device("cpu"))
+    recorder.observe(torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(rank)))
+    return recorder
+
+
+def record_in_a_process(rank: int, folder: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    torch.save(record_on(rank, distribute=True).means(), folder / f"rank{rank}.pth")
+    distributed.destroy_process_group()
+
+
+def test_processes_of_a_training_record_their_common_mean(tmp_path):
+    multiprocessing.spawn(record_in_a_process, (tmp_path,), nprocs=2)
+    means, of_the_other = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
+    assert means == of_the_other
+    alone = [record_on(rank, distribute=False).means() for rank in range(2)]
+    for target, weights in means.items():
+        assert weights == pytest.approx(np.mean([each[target] for each in alone], axis=0), abs=1e-5)
+    assert alone[0]["D1"] != pytest.approx(alone[1]["D1"], abs=1e-3)

@@ -56,7 +56,7 @@ def test_isar_acts_where_the_readme_says(nnunet, identifier, config, first):
     else:
         blocks = {f"E{i}": count for i, count in enumerate([1, 3, 4, *[6] * (stages - 3)])}
     expected = {f"{stage}_block{b}" for stage, count in blocks.items() for b in range(first or 9, count + 1)}
-    assert {name for name in network.reads_at() if "block" in name} == expected
+    assert {name for name in network.routing_sources if "block" in name} == expected
 
 
 def test_where_nothing_changes_the_planned_network_is_returned(nnunet):

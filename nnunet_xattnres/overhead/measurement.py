@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_xattnres.errors import XAttnResError, one_line
 from nnunet_xattnres.files import written_atomically
-from nnunet_xattnres.network import PlannedUNet
+from nnunet_xattnres.network import PlannedUNet, uncompiled
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 from nnunet_xattnres.trainer_lookup import find_trainer
 
@@ -175,7 +175,7 @@ class Measurement:
         plans, configuration = trainer.plans_manager, trainer.configuration_manager
         channels = determine_num_input_channels(plans, configuration, trainer.dataset_json)
         with device:
-            network = trainer.network and _eager(trainer.network)
+            network = trainer.network and uncompiled(trainer.network)
             if network is None:
                 network = trainer.build_network_architecture(
                     plans, configuration, channels, trainer.label_manager.num_segmentation_heads, True
@@ -187,7 +187,7 @@ class Measurement:
         return {
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "flops": counter.get_total_flops(),
-            "reads_at": network.reads_at() if isinstance(network, PlannedUNet) else [],
+            "reads_at": list(network.routing_sources) if isinstance(network, PlannedUNet) else [],
             "threads": torch.get_num_threads(),
             "device_name": torch.cuda.get_device_name() if trainer.device.type == "cuda" else None,
         }
@@ -242,7 +242,7 @@ class Measurement:
     def _inference_seconds(self, patch: Tensor) -> list[float]:
         """As nnU-Net's predictor computes one tile, without mirroring."""
         trainer = self.trainer
-        network: Callable[[Tensor], object] = _eager(trainer.network).eval()
+        network: Callable[[Tensor], object] = uncompiled(trainer.network).eval()
         # The predictor compiles only where it is told to.
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):
             network = torch.compile(network)
@@ -304,10 +304,6 @@ def _times(function: Callable[[], object], seconds: float) -> list[float]:
     """Seconds per call, after a call that is not timed; for `seconds` altogether, or once."""
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).times
-
-
-def _eager(network: nn.Module) -> nn.Module:
-    return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
 def _place_dataset(folder: Path) -> None:

@@ -1,0 +1,70 @@
+"""Attention weights of the calls of a network, collected beside what it computes."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from nnunet_xattnres.attention import EPS, Attention, Candidate, streaming_weights
+
+# What takes in the weights of a call, (K, B, *size), which sum to one over the K sources of a target.
+Receiver = Callable[[str, Tensor], None]
+
+# In the order in which a picture shows sources of several targets.
+KINDS_OF_SOURCES = ("input", "E", "D", "block", "current")
+
+
+@contextmanager
+def collected(attentions: Mapping[str, nn.Module], receive: Receiver) -> Iterator[None]:
+    """Give the weights of every call of the attentions, which are named by target, to `receive`."""
+    backends: dict[str, Attention] = {target: module.attend for target, module in attentions.items()}  # type: ignore
+    for target, module in attentions.items():
+        module.attend = _also_collecting(backends[target], target, receive)  # type: ignore
+    try:
+        yield
+    finally:
+        for target, module in attentions.items():
+            module.attend = backends[target]  # type: ignore
+
+
+class WeightMeans:
+    """The mean weight of every source, over batch items, positions and calls; no map is kept."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
+
+    def add(self, target: str, weights: Tensor) -> None:
+        mean = weights.flatten(1).mean(dim=1)
+        self._sums[target] = self._sums[target] + mean if target in self._sums else mean
+        self._calls[target] = self._calls.get(target, 0) + 1
+
+    def means(self) -> dict[str, Tensor]:
+        """By target, (K,)."""
+        return {target: total / self._calls[target] for target, total in self._sums.items()}
+
+
+def in_pool_order(sources: Iterable[str]) -> list[str]:
+    """Names of sources, each once: E0, E1, ..., D0, ..., current."""
+
+    def rank(name: str) -> tuple[int, int]:
+        kind, number = re.fullmatch(r"(\D+)(\d*)", name).groups()  # type: ignore[union-attr]
+        return KINDS_OF_SOURCES.index(kind), int(number or 0)
+
+    return sorted(set(sources), key=rank)
+
+
+def _also_collecting(attend: Attention, target: str, receive: Receiver) -> Attention:
+    def attend_and_collect(
+        query: Tensor,
+        norm_scale: Tensor | None,
+        candidates: Sequence[Candidate],
+        size: Sequence[int],
+        key_channels: int | None = None,
+        eps: float = EPS,
+    ) -> Tensor:
+        receive(target, streaming_weights(query, norm_scale, candidates, size, key_channels, eps))
+        return attend(query, norm_scale, candidates, size, key_channels, eps)
+
+    return attend_and_collect

@@ -1,0 +1,236 @@
+"""Pictures of what a network reads: of a training, and of a case."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, style
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import AbstractPathEffect, withStroke
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.report import draw_slice, label_colour
+from nnunet_xattnres.routing.collecting import in_pool_order
+from nnunet_xattnres.routing.recording import RoutingHistory
+
+# Told apart with every kind of colour vision, and in print without colours.
+COLOURS = colormaps["viridis"]
+NOTHING_TO_READ = "0.93"
+DPI = 120
+POINTS_PER_LINE = 250  # drawn again after every epoch: a few inches show no more
+FONT_SIZE = 8
+SMALL_FONT_SIZE = 6.5
+
+
+def save_figure(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw a figure and write it, whole or not at all, in the format that the path's name says."""
+    # nnU-Net's progress plot changes matplotlib's defaults for the whole process. In a PDF, text stays text.
+    with style.context(["default", {"pdf.fonttype": 42}]), written_atomically(path) as temporary:
+        draw().savefig(temporary, dpi=DPI, format=path.suffix[1:])
+
+
+class _Page:
+    """A figure on which axes are placed in inches from the upper left corner.
+
+    A layout that matplotlib computes would cost several times the drawing.
+    """
+
+    def __init__(self, width: float, height: float) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height))
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        bottom = self.height - top - height
+        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
+
+    def text(self, left: float, top: float, text: str, **alignment: Any) -> None:
+        self.figure.text(left / self.width, 1 - top / self.height, text, fontsize=FONT_SIZE, **alignment)
+
+
+def draw_history(history: RoutingHistory) -> Figure:
+    """The mean weights of the latest epoch, targets by sources, and beneath how those of every target moved."""
+    cell, plot_height, gap, per_row, legend_columns = 0.42, 1.2, 0.45, 4, 8
+    targets, sources = list(history.sources), history.all_sources
+    map_width, map_height = cell * len(sources), cell * len(targets)
+    plots_top = map_height + 1.3
+    legend_top = plots_top - (-len(targets) // per_row) * (plot_height + gap) + 0.1
+    legend_height = 0.2 * -(-len(sources) // legend_columns)
+    page = _Page(max(map_width + 2.6, 8.0), legend_top + legend_height + 0.1)
+
+    _draw_heat_map(page, history, sources, ((page.width - map_width) / 2, 0.75, map_width, map_height))
+    plot_width = (page.width - 0.6) / per_row
+    for i, target in enumerate(targets):
+        row, column = divmod(i, per_row)
+        left, top = 0.6 + column * plot_width, plots_top + row * (plot_height + gap)
+        axis = page.axes(left, top, plot_width - 0.4, plot_height)
+        _draw_course(axis, history, target, sources)
+        if i + per_row >= len(targets):
+            axis.set_xlabel("epoch", fontsize=FONT_SIZE)
+        if column == 0:
+            axis.set_ylabel("mean weight", fontsize=FONT_SIZE)
+    lines = [Line2D([], [], label=source, **_line_style(source, sources)) for source in sources]
+    page.figure.legend(
+        handles=lines, loc="lower center", ncols=legend_columns, fontsize=FONT_SIZE, frameon=False, handlelength=2.5
+    )
+    return page.figure
+
+
+@dataclass
+class CasePicture:
+    """One slice of a case, and of its weight maps.
+
+    image, prediction: [y, x]. spacing: of y and x in mm. labels: the names of the prediction's values.
+    maps: by target and source, a slice and the mean over the predicted foreground of the whole case.
+    """
+
+    case: str
+    plane: int
+    image: NDArray[np.floating]
+    prediction: NDArray[np.integer]
+    spacing: tuple[float, float]
+    labels: dict[int, str]
+    maps: dict[str, dict[str, tuple[NDArray[np.floating], float]]] = field(default_factory=dict)
+
+
+def draw_case(picture: CasePicture) -> Figure:
+    """A row per target, a column per source: the weights over the image, in every row on a scale of its own."""
+    sources = in_pool_order(chain(*picture.maps.values()))
+    (rows, columns), (y_spacing, x_spacing) = picture.image.shape, picture.spacing
+    aspect = float(np.clip(rows * y_spacing / (columns * x_spacing), 0.4, 2.5))
+    gap, left_margin, right_margin, top_margin = 0.06, 1.0, 0.6, 0.35
+    width = float(np.clip(9 / len(sources), 0.75, 1.4))
+    height = width * aspect
+    rows_top = top_margin + height + 0.45
+    page = _Page(
+        max(left_margin + len(sources) * (width + gap) + right_margin, 4.5),
+        rows_top + len(picture.maps) * (height + gap) + 0.3,
+    )
+    _draw_title(page, f"{picture.case}, slice {picture.plane}: attention weights")
+    for i, labels in enumerate((None, picture.prediction)):
+        axis = page.axes(left_margin + i * (width + gap), top_margin, width, height)
+        draw_slice(axis, picture.image, picture.spacing, labels)
+    handles = [Patch(color=label_colour(value), label=name) for value, name in picture.labels.items() if value]
+    page.figure.legend(
+        handles=handles,
+        title="image and prediction",
+        loc="center left",
+        bbox_to_anchor=((left_margin + 2 * (width + gap)) / page.width, 1 - (top_margin + height / 2) / page.height),
+        fontsize=FONT_SIZE,
+        title_fontsize=FONT_SIZE,
+        frameon=False,
+    )
+    for row, (target, maps) in enumerate(picture.maps.items()):
+        top = rows_top + row * (height + gap)
+        scale = Normalize(0, max(max(weights.max() for weights, _ in maps.values()), 1e-6))
+        page.text(left_margin - 0.1, top + height / 2, target, ha="right", va="center")
+        for source, (weights, mean) in maps.items():
+            left = left_margin + sources.index(source) * (width + gap)
+            _draw_weights(page.axes(left, top, width, height), picture, weights, mean, scale)
+        end = left_margin + len(sources) * (width + gap)
+        _draw_colour_bar(page.axes(end + 0.04, top + 0.08, 0.08, height - 0.16), scale)
+    for column, source in enumerate(sources):
+        page.text(left_margin + column * (width + gap) + width / 2, rows_top - 0.06, source, ha="center", va="bottom")
+    page.text(
+        left_margin,
+        page.height - 0.1,
+        "rows: targets; columns: sources; numbers: mean over the predicted foreground of the whole case",
+        ha="left",
+        va="bottom",
+    )
+    return page.figure
+
+
+def _draw_weights(
+    axis: Axes, picture: CasePicture, weights: NDArray[np.floating], mean: float, scale: Normalize
+) -> None:
+    draw_slice(axis, picture.image, picture.spacing)
+    pixel_aspect = picture.spacing[0] / picture.spacing[1]
+    axis.imshow(weights, cmap=COLOURS, norm=scale, alpha=0.8, interpolation="nearest", aspect=pixel_aspect)
+    outlined: list[AbstractPathEffect] = [withStroke(linewidth=1.6, foreground="black")]
+    if 0 < (picture.prediction > 0).mean() < 1:
+        contours = axis.contour(picture.prediction > 0, levels=[0.5], colors="white", linewidths=0.7)
+        contours.set_path_effects(outlined)
+    axis.text(
+        0.04,
+        0.04,
+        f"{mean:.2f}",
+        transform=axis.transAxes,
+        color="white",
+        fontsize=SMALL_FONT_SIZE,
+        path_effects=outlined,
+    )
+
+
+def _draw_title(page: _Page, title: str) -> None:
+    page.figure.suptitle(title, fontsize=10, y=1 - 0.1 / page.height, va="top")
+
+
+def _draw_heat_map(
+    page: _Page, history: RoutingHistory, sources: list[str], place: tuple[float, float, float, float]
+) -> None:
+    epoch = max(history.epochs)
+    weights = np.full((len(history.sources), len(sources)), np.nan)
+    for row, (target, of_target) in enumerate(history.sources.items()):
+        for source, weight in zip(of_target, history.epochs[epoch][target], strict=True):
+            weights[row, sources.index(source)] = np.nan if weight is None else weight
+    scale = Normalize(0, max(np.nanmax(weights, initial=0.0), 1e-6))
+    axis = page.axes(*place)
+    axis.pcolormesh(np.ma.masked_invalid(weights), cmap=COLOURS, norm=scale, edgecolors="white", linewidth=0.5)
+    for (row, column), weight in np.ndenumerate(weights):
+        if not np.isnan(weight):
+            colour = "black" if scale(weight) > 0.6 else "white"
+            position = (column + 0.5, row + 0.5)
+            axis.text(*position, f"{weight:.2f}", ha="center", va="center", color=colour, fontsize=SMALL_FONT_SIZE)
+    axis.set_xticks(np.arange(len(sources)) + 0.5, sources, fontsize=FONT_SIZE)
+    axis.set_yticks(np.arange(len(history.sources)) + 0.5, history.sources, fontsize=FONT_SIZE)
+    axis.set(ylim=(len(history.sources), 0), facecolor=NOTHING_TO_READ)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("source", fontsize=FONT_SIZE)
+    axis.xaxis.set_label_position("top")
+    axis.set_ylabel("target", fontsize=FONT_SIZE)
+    _draw_title(page, f"Mean attention weight in the validation of epoch {epoch}")
+    left, top, width, height = place
+    _draw_colour_bar(page.axes(left + width + 0.12, top, 0.12, height), scale)
+
+
+def _draw_course(axis: Axes, history: RoutingHistory, target: str, all_sources: list[str]) -> None:
+    epochs = sorted(history.epochs)
+    epochs = epochs[:: -(-len(epochs) // POINTS_PER_LINE)]
+    for k, source in enumerate(history.sources[target]):
+        weights = [history.epochs[epoch][target][k] for epoch in epochs]
+        course = np.array([np.nan if weight is None else weight for weight in weights])
+        # A single epoch makes no line.
+        axis.plot(epochs, course, marker="." if len(epochs) == 1 else "", **_line_style(source, all_sources))
+    axis.set_title(target, fontsize=FONT_SIZE, pad=3)
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.02)
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.tick_params(labelsize=SMALL_FONT_SIZE, length=2, pad=2)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _line_style(source: str, sources: list[str]) -> dict[str, Any]:
+    """By place in the pool a shade; encoder, decoder and the current input by dashes too."""
+    if source == "current":
+        return {"color": "black", "linestyle": ":", "linewidth": 1.2}
+    in_pool = [name for name in sources if name != "current"]
+    shade = in_pool.index(source) / max(1, len(in_pool) - 1)
+    return {"color": COLOURS(0.95 * shade), "linestyle": "--" if source.startswith("D") else "-", "linewidth": 1.2}
+
+
+def _draw_colour_bar(axis: Axes, scale: Normalize) -> None:
+    bar = axis.figure.colorbar(ScalarMappable(scale, COLOURS), cax=axis, ticks=MaxNLocator(3))
+    bar.outline.set_visible(False)
+    axis.tick_params(labelsize=SMALL_FONT_SIZE, length=2, pad=2)

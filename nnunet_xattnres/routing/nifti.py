@@ -1,0 +1,50 @@
+"""Maps as NIfTI files that open over the image they belong to."""
+
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.orientations import io_orientation, ornt_transform
+from numpy.typing import NDArray
+
+
+def write_nifti(volume: NDArray[np.floating], path: Path, properties: dict[str, Any], image: Path) -> None:
+    """Write a volume [z, y, x] as float32, in the geometry of the image.
+
+    properties: what nnU-Net's reader has said of `image`, as which axes `volume` has.
+    """
+    nifti = nibabel.Nifti1Image(volume.astype(np.float32, copy=False).T, _affine(properties))
+    if image.name.endswith((".nii", ".nii.gz")):
+        original = nibabel.load(image)
+        if _is_reoriented(properties):
+            turned = ornt_transform(io_orientation(nifti.affine), io_orientation(original.affine))
+            nifti = nifti.as_reoriented(turned)
+        # Exactly the image's affine, and what it says that space to be, but not the grey values it says to show.
+        header = original.header.copy()
+        header.set_data_dtype(np.float32)
+        header["cal_min"] = header["cal_max"] = 0
+        nifti = nibabel.Nifti1Image(np.asarray(nifti.dataobj).reshape(original.shape[:3]), original.affine, header)
+    nibabel.save(nifti, path)
+
+
+def _is_reoriented(properties: dict[str, Any]) -> bool:
+    return "reoriented_affine" in properties.get("nibabel_stuff", {}) or "original_orientation" in properties.get(
+        "sitk_stuff", {}
+    )
+
+
+def _affine(properties: dict[str, Any]) -> NDArray[np.floating]:
+    """From voxels [x, y, z] to NIfTI's millimetres."""
+    if "nibabel_stuff" in properties:
+        affines = properties["nibabel_stuff"]
+        return affines.get("reoriented_affine", affines["original_affine"])
+    if "sitk_stuff" in properties:
+        geometry = properties["sitk_stuff"]
+        axes = len(geometry["spacing"])
+        affine = np.eye(4)
+        affine[:axes, :axes] = np.reshape(geometry["direction"], (axes, axes)) * geometry["spacing"]
+        affine[:axes, 3] = geometry["origin"]
+        # ITK's x and y axes point the other way.
+        return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    return np.diag([*properties["spacing"][::-1], 1.0])

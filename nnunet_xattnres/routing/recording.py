@@ -1,0 +1,105 @@
+"""What a network reads on average, recorded in every validation of its training."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+
+from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.network import PlannedUNet, uncompiled
+from nnunet_xattnres.routing.collecting import WeightMeans, in_pool_order
+
+RECORD = "xattnres_routing.json"
+PICTURE = "xattnres_routing.png"
+DECIMALS = 6
+
+# Each costs a forward pass more: two are less than 1 % of an epoch of nnU-Net's 250 training and 50 validation steps.
+RECORDED_BATCHES = 2
+
+
+@dataclass
+class RoutingHistory:
+    """What every target read, on average, in every epoch.
+
+    sources: by target, in the order of its weights.
+    epochs: by epoch and target. None takes the place of a weight that is no number.
+    """
+
+    sources: dict[str, list[str]]
+    epochs: dict[int, dict[str, list[float | None]]] = field(default_factory=dict)
+
+    @property
+    def all_sources(self) -> list[str]:
+        return in_pool_order(chain(*self.sources.values()))
+
+    @classmethod
+    def read(cls, path: Path) -> "RoutingHistory":
+        """Raises `XAttnResError` for a file that is damaged or something else."""
+        try:
+            content = json.loads(path.read_text())
+            history = cls(
+                {target: list(sources) for target, sources in content["sources"].items()},
+                {int(epoch): dict(weights) for epoch, weights in content["epochs"].items()},
+            )
+            for weights in history.epochs.values():
+                for target, sources in history.sources.items():
+                    if len(weights[target]) != len(sources):
+                        raise ValueError(f"{target} has {len(weights[target])} weights for {len(sources)} sources")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise XAttnResError(f"{path} is no record of attention weights ({error!r})") from None
+        return history
+
+    def record(self, epoch: int, means: dict[str, list[float | None]]) -> None:
+        """Add an epoch. What was recorded of it and of later ones, by a training that went on from here, goes."""
+        self.epochs = {earlier: of_epoch for earlier, of_epoch in self.epochs.items() if earlier < epoch}
+        self.epochs[epoch] = means
+
+    def write(self, path: Path) -> None:
+        with written_atomically(path) as temporary:
+            temporary.write_text(json.dumps({"sources": self.sources, "epochs": self.epochs}, allow_nan=False))
+
+
+class ValidationRecorder:
+    """The mean weights of the first batches of a validation.
+
+    Each of them runs through the network once more, uncompiled: what torch.compile has made of it is never touched.
+
+    network: the trainer's, compiled and distributed as it may be.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.network = uncompiled(network)
+        self.device = device
+        self.sources = self.network.routing_sources if isinstance(self.network, PlannedUNet) else {}
+        self._batches_to_record = RECORDED_BATCHES if self.sources else 0
+        self._means = WeightMeans()
+
+    @torch.no_grad()
+    def observe(self, data: Tensor) -> None:
+        """Record a batch, unless there have been enough."""
+        if not self._batches_to_record:
+            return
+        assert isinstance(self.network, PlannedUNet)
+        self._batches_to_record -= 1
+        # nnU-Net validates in mixed precision on a GPU, and nowhere else.
+        mixed_precision = torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+        with mixed_precision, self.network.routing(receive=self._means.add):
+            self.network(data.to(self.device, non_blocking=True))
+
+    def means(self) -> dict[str, list[float | None]]:
+        """Over all processes of the training, of which each calls this. Empty where the network has no targets."""
+        means = self._means.means()
+        if not means:
+            return {}
+        flat = torch.cat(list(means.values()))
+        if distributed.is_initialized():
+            distributed.all_reduce(flat)
+            flat /= distributed.get_world_size()
+        numbers = iter([round(value, DECIMALS) if isfinite(value) else None for value in flat.tolist()])
+        return {target: [next(numbers) for _ in mean] for target, mean in means.items()}

@@ -1,0 +1,402 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import PHANTOM
+from matplotlib import style
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from scipy.spatial.transform import Rotation
+from test_routing import assert_no_texts_overlap, force_to_read, history_of
+from test_trainers import make_trainer
+from torch import nn
+
+from nnunet_xattnres.cli import main
+from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.routing import inspection
+from nnunet_xattnres.routing.drawing import CasePicture, draw_case
+from nnunet_xattnres.routing.inspection import Model, NetworkWithWeights, Regions, find_cases, on_boundary
+from nnunet_xattnres.routing.nifti import write_nifti
+
+CPU = torch.device("cpu")
+
+
+def make_model(
+    nnunet,
+    trainer: str = "nnUNetTrainerXAttnRes",
+    configuration: str = "3d_small",
+    forced: tuple[str, str] | None = None,
+    **plans: Any,
+) -> Path:
+    """A model's folder as nnU-Net leaves it behind. The network is untrained, its queries random or forced."""
+    trained = make_trainer(nnunet, recursive_find_trainer_class_by_name(trainer), configuration)
+    torch.manual_seed(0)
+    trained.initialize()
+    network = trained.network
+    if hasattr(network, "xattnres"):
+        for name, parameter in network.xattnres.named_parameters():
+            if name.endswith("query"):
+                nn.init.normal_(parameter)
+    if forced:
+        force_to_read(network, *forced)
+    # Numbers of numpy, as nnU-Net logs them.
+    trained.logger.local_logger.my_fantastic_logging["train_losses"] = [np.float32(1.0), np.float64(0.5)]
+    trained._best_ema = np.mean([0.5])
+    folder = Path(trained.output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    trained.save_checkpoint(str(folder / "checkpoint_final.pth"))
+    model = folder.parent
+    (model / "plans.json").write_text(json.dumps(trained.plans_manager.plans | plans))
+    shutil.copy(nnunet.raw / PHANTOM / "dataset.json", model)
+    return model
+
+
+def rotated_image(nnunet, folder: Path, name: str = "case") -> Path:
+    """A phantom in an oblique, flipped and anisotropic geometry, with a margin that nnU-Net crops."""
+    phantom = nibabel.load(nnunet.raw / PHANTOM / "imagesTr" / "phantom_000_0000.nii.gz").get_fdata()
+    data = np.pad(phantom[:, :, ::2], ((3, 5), (0, 4), (2, 1))).astype(np.float32)
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", (20, -35, 100), degrees=True).as_matrix() @ np.diag((-1.1, 0.9, 2.4))
+    affine[:3, 3] = (12.5, -80.25, 33.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(data, affine)
+    image.header["cal_max"] = 500
+    nibabel.save(image, folder / f"{name}_0000.nii.gz")
+    return folder / f"{name}_0000.nii.gz"
+
+
+def inspect(*arguments: object) -> int:
+    return main(["inspect", *map(str, arguments), "--device", "cpu"])
+
+
+def maps_of(case: Path) -> dict[str, nibabel.Nifti1Image]:
+    return {file.name.removesuffix(".nii.gz"): nibabel.load(file) for file in sorted(case.glob("*_from_*.nii.gz"))}
+
+
+class TestInspect:
+    @pytest.mark.parametrize("configuration", ["3d_small", "2d_small"])
+    def test_maps_lie_over_the_image_and_sum_to_one(self, nnunet_environment, tmp_path, configuration):
+        model = make_model(nnunet_environment, configuration=configuration)
+        image = rotated_image(nnunet_environment, tmp_path / "images")
+        out = tmp_path / "out"
+        assert inspect("-m", model, "-f", 0, "-i", image, "-o", out, "--targets", "E2,D1") == 0
+        assert sorted(file.name for file in out.iterdir()) == ["case"]
+        original, maps = nibabel.load(image), maps_of(out / "case")
+        encoder = ("E0", "E1", "E2", "E3", "E4", "E5", "E6")
+        record = json.loads((out / "case" / "routing.json").read_text())
+        sources = {target: list(means["background"]["interior"]) for target, means in record["mean_weights"].items()}
+        assert sources["E2"] == ["E0", "current"]
+        assert sources["D1"] == [*encoder[: len(sources["D1"]) - 2], "D0", "current"]
+        assert maps.keys() == {f"{target}_from_{source}" for target in sources for source in sources[target]}
+        cropped = np.asarray(original.dataobj) != 0
+        for target, names in sources.items():
+            total = np.zeros(original.shape)
+            for source in names:
+                weights = maps[f"{target}_from_{source}"]
+                assert np.array_equal(weights.affine, original.affine)
+                assert weights.header.get_zooms() == original.header.get_zooms()
+                assert weights.get_data_dtype() == np.float32
+                assert weights.header["cal_max"] == 0
+                total += weights.get_fdata()
+            np.testing.assert_allclose(total[cropped], 1, atol=1e-5)
+            assert set(np.unique(total[:3])) == {0}
+            assert maps[f"{target}_from_{names[0]}"].get_fdata()[cropped].std() > 1e-3
+        assert (out / "case" / "routing.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_equal_weights_stay_equal_up_to_the_corners_of_a_tile(self, nnunet_environment, tmp_path):
+        model = make_model(nnunet_environment)
+        file = model / "fold_0" / "checkpoint_final.pth"
+        checkpoint = torch.load(file, weights_only=False)
+        for name, parameter in checkpoint["network_weights"].items():
+            if name.endswith("query"):
+                parameter.zero_()
+        torch.save(checkpoint, file)
+        image = nnunet_environment.raw / PHANTOM / "imagesTr" / "phantom_000_0000.nii.gz"
+        assert inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "D1") == 0
+        maps = maps_of(tmp_path / "out" / "phantom_000")
+        for weights in maps.values():
+            np.testing.assert_allclose(weights.get_fdata(), 1 / len(maps), atol=0.01)
+
+    def test_the_prediction_is_that_of_nnunet(self, nnunet_environment, tmp_path):
+        model = make_model(nnunet_environment)
+        image = rotated_image(nnunet_environment, tmp_path / "images")
+        assert inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "D0") == 0
+        predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(model), (0,))
+        expected = predictor.predict_single_npy_array(*SimpleITKIO().read_images([str(image)]))
+        prediction, _ = SimpleITKIO().read_seg(str(tmp_path / "out" / "case" / "prediction.nii.gz"))
+        assert len(np.unique(expected)) > 1
+        assert np.array_equal(prediction[0], expected)
+
+    def test_the_source_that_is_read_is_the_one_that_is_shown(self, nnunet_environment, tmp_path, monkeypatch):
+        pictures = []
+        monkeypatch.setattr(inspection, "draw_case", lambda picture: pictures.append(picture) or draw_case(picture))
+        model = make_model(nnunet_environment, forced=("D1", "E1"))
+        image = rotated_image(nnunet_environment, tmp_path / "images")
+        assert inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "D1") == 0
+        weights = maps_of(tmp_path / "out" / "case")["D1_from_E1"].get_fdata()
+        assert weights[np.asarray(nibabel.load(image).dataobj) != 0].mean() > 0.99
+        shown = {source: mean for source, (_, mean) in pictures[0].maps["D1"].items()}
+        assert max(shown, key=lambda source: shown[source]) == "E1"
+        record = json.loads((tmp_path / "out" / "case" / "routing.json").read_text())
+        for places in record["mean_weights"]["D1"].values():
+            for weights in places.values():
+                assert weights["E1"] > 0.95
+                assert sum(weights.values()) == pytest.approx(1, abs=1e-4)
+
+    def test_block_level_and_a_folder_and_vectors(self, nnunet_environment, tmp_path):
+        model = make_model(nnunet_environment, "nnUNetTrainerXAttnResBlockInput", "2d_small")
+        history_of(4, 2).write(model / "fold_0" / "xattnres_routing.json")
+        rotated_image(nnunet_environment, tmp_path / "images", "a")
+        rotated_image(nnunet_environment, tmp_path / "images", "b")
+        out = tmp_path / "out"
+        arguments = ("-m", model, "-f", 0, "-i", tmp_path / "images", "-o", out, "--targets", "D0_memory,E0_block2")
+        assert inspect(*arguments, "--pdf") == 0
+        assert sorted(file.name for file in out.iterdir()) == ["a", "b", "training.pdf"]
+        assert maps_of(out / "b").keys() == {
+            *(f"D0_memory_from_block{i}" for i in range(2)),
+            *(f"E0_block2_from_{source}" for source in ("input", "block1", "current")),
+        }
+        assert (out / "a" / "routing.pdf").read_bytes().startswith(b"%PDF")
+        assert inspect(*arguments) == 0  # again: earlier results are replaced
+        assert not list(out.glob("*/routing.pdf"))
+        assert not list(tmp_path.glob(".out*"))
+
+
+class TestMistakes:
+    @pytest.fixture
+    def model(self, nnunet_environment) -> Path:
+        return make_model(nnunet_environment, configuration="2d_small")
+
+    @pytest.fixture
+    def image(self, nnunet_environment, tmp_path) -> Path:
+        return rotated_image(nnunet_environment, tmp_path / "images")
+
+    def complaint(self, capsys, tmp_path: Path, *arguments: object) -> str:
+        """The one line of an inspection that fails and leaves nothing behind."""
+        before = sorted(tmp_path.iterdir())
+        assert inspect(*arguments, "-o", tmp_path / "out") == 1
+        captured = capsys.readouterr().err
+        lines = [line for line in captured.splitlines() if line.startswith("nnunet-xattnres: ")]
+        assert len(lines) == 1 and captured.endswith(lines[0] + "\n")
+        assert sorted(tmp_path.iterdir()) == before
+        return lines[0]
+
+    def test_an_unknown_target(self, model, image, tmp_path, capsys):
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image, "--targets", "D0,D9")
+        assert "no target D9: choose from E2, E3" in error
+
+    @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerPlanned", "nnUNetTrainerNoSkip"])
+    def test_a_model_without_attention(self, nnunet_environment, image, tmp_path, capsys, trainer):
+        model = make_model(nnunet_environment, trainer, "2d_small")
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert f"was trained by {trainer}, whose network has no attention" in error
+
+    def test_a_folder_that_is_no_model(self, image, tmp_path, capsys):
+        assert "dataset.json does not exist" in self.complaint(capsys, tmp_path, "-m", tmp_path, "-f", 0, "-i", image)
+
+    def test_a_fold_that_is_not_there(self, model, image, tmp_path, capsys):
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 3, "-i", image)
+        assert "fold_3/checkpoint_final.pth does not exist; finished folds" in error
+        assert error.endswith(": 0")
+
+    def test_a_checkpoint_that_would_run_code(self, model, image, tmp_path, capsys):
+        file = model / "fold_0" / "checkpoint_final.pth"
+        checkpoint = torch.load(file, weights_only=False)
+        torch.save(checkpoint | {"trap": Trap(tmp_path / "sprung")}, file)
+        assert "is damaged or no checkpoint" in self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+
+    def test_weights_of_another_network(self, model, image, tmp_path, capsys):
+        file = model / "fold_0" / "checkpoint_final.pth"
+        checkpoint = torch.load(file, weights_only=False)
+        del checkpoint["network_weights"]["xattnres.D0.query"]
+        torch.save(checkpoint, file)
+        assert "not those of today's" in self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+
+    @pytest.mark.parametrize("content", [b"", b"no image", None])
+    def test_an_image_that_cannot_be_read(self, model, image, tmp_path, capsys, content):
+        damaged = image.with_name("damaged_0000.nii.gz")
+        damaged.write_bytes(image.read_bytes()[:-5000] if content is None else content)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image, damaged)
+        assert "damaged_0000.nii.gz" in error and "get the file again" in error
+
+    def test_a_missing_channel(self, model, image, tmp_path, capsys):
+        shutil.copy(image, image.with_name("case_0001.nii.gz"))
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image.parent)
+        assert "comes with 2 channels, but the model reads 1: _0000 phantom" in error
+
+    def test_channels_that_do_not_fit_each_other(self, model, image, tmp_path, capsys):
+        other = image.with_name("case_0001.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), other)
+        assert "same shape" in self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image.parent)
+
+    def test_a_second_stage_of_a_cascade(self, nnunet_environment, model, image, tmp_path, capsys):
+        plans = json.loads((model / "plans.json").read_text())
+        plans["configurations"]["2d_small"]["previous_stage"] = "3d_lowres"
+        (model / "plans.json").write_text(json.dumps(plans))
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "inspect the model of 3d_lowres" in error
+
+    def test_a_full_disk(self, model, image, tmp_path, capsys, monkeypatch):
+        def disk_full(*arguments: object) -> None:
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(inspection, "write_nifti", disk_full)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "cannot write the maps of case (No space left on device)" in error
+
+    def test_a_failure_midway_keeps_the_finished_cases_whole(self, model, nnunet_environment, tmp_path, monkeypatch):
+        rotated_image(nnunet_environment, tmp_path / "images", "a")
+        rotated_image(nnunet_environment, tmp_path / "images", "b")
+
+        def write_one_case(volume, path, properties, image):
+            write_nifti(volume, path, properties, image)
+            if "b_0000" in image.name:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(inspection, "write_nifti", write_one_case)
+        arguments = ("-m", model, "-f", 0, "-i", tmp_path / "images", "-o", tmp_path / "out", "--targets", "D0")
+        assert inspect(*arguments) == 130
+        assert sorted(file.name for file in tmp_path.iterdir() if file.name != "results") == ["images", "out"]
+        assert [file.name for file in (tmp_path / "out").iterdir()] == ["a"]
+
+
+class Trap:
+    """Something that a pickle can do: touch a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("transpose", [(0, 1, 2), (2, 0, 1)])
+def test_what_is_computed_of_the_preprocessed_image_returns_to_its_place(nnunet_environment, tmp_path, transpose):
+    plans = {"transpose_forward": list(transpose), "transpose_backward": np.argsort(transpose).tolist()}
+    folder = make_model(nnunet_environment, **plans)
+    file = rotated_image(nnunet_environment, tmp_path)
+    model = Model(folder, "0", ["D0"], CPU)
+    image, properties = model.read([str(file)])
+    data, _, _ = model.preprocessor.run_case_npy(
+        image, None, properties, model.plans, model.configuration, model.dataset_json
+    )
+    returned = model.in_image_geometry(data[0], properties)
+    assert returned.shape == image.shape[1:]
+    inside = image[0] != 0
+    assert np.corrcoef(returned[inside], image[0][inside])[0, 1] > 0.95
+    assert not returned[:2].any()
+
+
+def test_the_network_puts_weights_behind_its_logits(nnunet_environment):
+    model = Model(make_model(nnunet_environment), "0", ["E2", "D0"], CPU)
+    wrapped = model.predictor.network
+    assert isinstance(wrapped, NetworkWithWeights)
+    image = torch.randn(2, 1, *model.configuration.patch_size)
+    with torch.no_grad(), wrapped.network.routing() as weights:
+        logits = wrapped.network(image)
+        channels = wrapped(image)
+    assert torch.equal(channels[:, : model.num_heads], logits)
+    assert channels.shape[1] == model.num_heads + len(weights["E2"][0]) + len(weights["D0"][0])
+    mean = inspection.BLENDING_SCALE * weights["E2"][0][1].mean()
+    torch.testing.assert_close(channels[:, model.num_heads + 1].mean(), mean, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
+def test_what_any_reader_reads_is_written_over_the_image(nnunet, tmp_path, reader, axes):
+    file = rotated_image(nnunet, tmp_path)
+    image = nibabel.load(file)
+    permuted = nibabel.Nifti1Image(
+        np.asarray(image.dataobj).transpose(axes), image.affine[:, [*axes, 3]], dtype=np.float32
+    )
+    nibabel.save(permuted, file)
+    volume, properties = reader().read_images([str(file)])
+    write_nifti(volume[0], tmp_path / "map.nii.gz", properties, file)
+    written, original = nibabel.load(tmp_path / "map.nii.gz"), nibabel.load(file)
+    assert np.array_equal(written.affine, original.affine)
+    assert np.array_equal(written.get_fdata(), original.get_fdata())
+
+
+def test_an_image_in_another_format_keeps_its_geometry(nnunet, tmp_path):
+    file = rotated_image(nnunet, tmp_path)
+    sitk.WriteImage(sitk.ReadImage(file), tmp_path / "case_0000.nrrd")
+    volume, properties = SimpleITKIO().read_images([str(tmp_path / "case_0000.nrrd")])
+    write_nifti(volume[0], tmp_path / "map.nii.gz", properties, tmp_path / "case_0000.nrrd")
+    written, original = nibabel.load(tmp_path / "map.nii.gz"), nibabel.load(file)
+    np.testing.assert_allclose(written.affine, original.affine, atol=1e-4)
+    assert np.array_equal(written.get_fdata(), original.get_fdata())
+
+
+def test_boundary_voxels_have_a_neighbour_of_another_label():
+    labels = np.zeros((1, 5, 5), np.uint8)
+    labels[0, 1:4, 1:4] = 2
+    boundary = on_boundary(labels)
+    assert boundary.sum() == 8 + 12
+    assert not boundary[0, 2, 2] and not boundary[0, 0, 0]
+
+
+def test_means_are_taken_by_label_and_place_inside_only():
+    labels = np.zeros((1, 5, 5), np.uint8)
+    labels[0, 1:4, 1:4] = 2
+    inside = np.ones(labels.shape, bool)
+    inside[:, 0] = False
+    regions = Regions(labels, inside, {0: "background", 1: "head", 2: "tail"})
+    assert regions.voxels == {
+        "background": {"interior": 2, "boundary": 9},
+        "tail": {"interior": 1, "boundary": 8},
+    }
+    weights = np.where(on_boundary(labels), 0.25, 1.0)
+    weights[0, 2, 2] = 0.5
+    weights[:, 0] = 100
+    assert regions.means(weights) == {
+        "background": {"interior": 1.0, "boundary": 0.25},
+        "tail": {"interior": 0.5, "boundary": 0.25},
+    }
+    assert regions.foreground_mean(weights) == pytest.approx((0.5 + 8 * 0.25) / 9)
+
+
+class TestCases:
+    def test_channels_of_a_case_belong_together(self, tmp_path):
+        for name in ("b_0001.nii.gz", "b_0000.nii.gz", "a_1_0000.nii.gz", "notes.txt"):
+            (tmp_path / name).touch()
+        cases = find_cases([tmp_path], ".nii.gz")
+        names = {case: [Path(file).name for file in files] for case, files in cases.items()}
+        assert names == {"a_1": ["a_1_0000.nii.gz"], "b": ["b_0000.nii.gz", "b_0001.nii.gz"]}
+        assert find_cases([tmp_path / "b_0000.nii.gz", tmp_path / "b_0001.nii.gz"], ".nii.gz")["b"] == cases["b"]
+
+    @pytest.mark.parametrize(
+        "name, complaint", [("case.nii.gz", "not named"), ("case_0000.png", "not named"), (None, "does not exist")]
+    )
+    def test_a_name_that_is_none_is_an_error(self, tmp_path, name, complaint):
+        file = tmp_path / (name or "missing_0000.nii.gz")
+        if name:
+            file.touch()
+        with pytest.raises(XAttnResError, match=complaint):
+            find_cases([file], ".nii.gz")
+
+    def test_an_empty_folder_is_an_error(self, tmp_path):
+        with pytest.raises(XAttnResError, match="no image that ends in _0000"):
+            find_cases([tmp_path], ".nii.gz")
+
+
+@pytest.mark.parametrize("num_stages, shape", [(8, (40, 50)), (3, (80, 20)), (3, (20, 90))])
+def test_no_texts_of_a_case_overlap(num_stages, shape):
+    sources = history_of(num_stages, 1).sources
+    rng = np.random.default_rng(0)
+    prediction = np.zeros(shape, np.uint8)
+    prediction[5:9, 5:9] = 1
+    labels = {0: "background", 1: "Anterior", 2: "Posterior"}
+    picture = CasePicture("hippocampus_020", 17, rng.random(shape), prediction, (1.0, 1.2), labels)
+    for target, names in sources.items():
+        picture.maps[target] = {name: (rng.random(shape), 0.12) for name in names}
+    with style.context("default"):
+        assert_no_texts_overlap(draw_case(picture))
