@@ -162,7 +162,7 @@ class TestInspect:
         assert inspect(*arguments, "--pdf") == 0
         assert sorted(file.name for file in out.iterdir()) == ["a", "b", "training.pdf"]
         assert maps_of(out / "b").keys() == {
-            *(f"D0_memory_from_block{i}" for i in range(2)),
+            *(f"D0_memory_from_block{i}" for i in (1, 2)),
             *(f"E0_block2_from_{source}" for source in ("input", "block1", "current")),
         }
         assert (out / "a" / "routing.pdf").read_bytes().startswith(b"%PDF")
