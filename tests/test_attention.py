@@ -174,3 +174,23 @@ def test_streaming_keeps_no_aligned_copies_for_the_backward_pass(field, key_chan
     few, many = (_saved_bytes(attend_streaming, number, key_channels, field) for number in (2, 6))
     assert many - few < aligned_copy / 16
     assert many < aligned_copy / 16 + field * aligned_copy
+
+
+def test_a_compiled_graph_does_not_grow_with_the_number_of_slabs(monkeypatch):
+    inputs, size = _inputs("3d", torch.float32)
+
+    def compiled_nodes() -> int:
+        graphs = []
+
+        def count(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> object:
+            # Together with the graphs of an autograd.Function's forward and backward.
+            graphs.extend(part for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
+            return graph
+
+        torch._dynamo.reset()
+        torch.compile(attend_streaming, fullgraph=True, backend=count)(inputs[0], inputs[1], _candidates(inputs), size)
+        return sum(len(graph.graph.nodes) for graph in graphs)
+
+    nodes = compiled_nodes()
+    monkeypatch.setitem(attention.SLAB_NUMBERS, "cpu", 50)
+    assert compiled_nodes() == nodes
