@@ -176,6 +176,14 @@ def test_streaming_keeps_no_aligned_copies_for_the_backward_pass(field, key_chan
     assert many < aligned_copy / 16 + field * aligned_copy
 
 
+def test_a_compiler_keeps_no_aligned_copies_either():
+    """It merges what forward and backward pass have in common, and does not like to compute a matrix product twice."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attend_streaming, fullgraph=True, backend="aot_eager_decomp_partition")
+    few, many = (_saved_bytes(compiled, number, None, field=False) for number in (2, 6))
+    assert many - few < 8 * 16**3 * 4 / 16
+
+
 def test_a_compiled_graph_does_not_grow_with_the_number_of_slabs(monkeypatch):
     inputs, size = _inputs("3d", torch.float32)
 
