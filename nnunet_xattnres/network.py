@@ -208,6 +208,7 @@ class XAttnResUNet(PlannedUNet):
         if stage not in self.xattnres:
             return x
         attention = self.xattnres[stage]
+        assert isinstance(attention, HistoryAttention)
         # An encoder stage leaves out the newest output: it is x itself.
         return attention(x, pool.at(x.shape[2:], len(attention.projections)))
 
