@@ -28,16 +28,21 @@ def attend_triton(
     What the kernels do not compute, `attend_streaming` does: query fields and keys apart from values (block level),
     more than 512 channels, and feature maps of 2^31 numbers a batch item.
 
-    Raises `XAttnResError` on a CPU, except under Triton's interpreter.
+    Raises `XAttnResError` where `check_device` does.
     """
-    if query.device.type == "cpu" and not INTERPRETED:
-        raise XAttnResError("the backend 'triton' needs a GPU, and the network is on the CPU: use the backend 'auto'")
+    check_device(query.device.type)
     beyond_stage_level = query.ndim > 1 or key_channels is not None
     if beyond_stage_level or len(query) > MAX_CHANNELS or _largest_offset(candidates, size) > MAX_NUMBERS:
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
     sources = [_projected(candidate, size) for candidate in candidates]
     dtype = reduce(torch.promote_types, [source.dtype for source in sources])
     return attend_upsampled(scaled(query, norm_scale), [source.to(dtype) for source in sources], size, eps)
+
+
+def check_device(device: str) -> None:
+    """Raise `XAttnResError` on a CPU, except under Triton's interpreter."""
+    if device == "cpu" and not INTERPRETED:
+        raise XAttnResError("the backend 'triton' needs a GPU, and the network is on the CPU: use the backend 'auto'")
 
 
 def _largest_offset(candidates: Sequence[Candidate], size: Sequence[int]) -> int:
