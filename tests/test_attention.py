@@ -124,7 +124,9 @@ def test_under_autocast_squares_do_not_overflow(attend):
 
 
 @pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
-@pytest.mark.parametrize("source_size, size", [((2, 4), (4, 8)), ((2, 1, 4), (4, 4, 8))])
+@pytest.mark.parametrize(
+    "source_size, size", [((2, 4), (4, 8)), ((2, 1, 4), (4, 4, 8)), ((8, 8), (4, 8)), ((8, 4, 16), (4, 4, 8))]
+)
 def test_the_largest_half_precision_values_stay_finite(attend, source_size, size):
     candidates = [
         Candidate(torch.empty(1, CHANNELS, *extents).uniform_(-60000, 60000).half().requires_grad_(), None)
@@ -133,8 +135,8 @@ def test_the_largest_half_precision_values_stay_finite(attend, source_size, size
     query, norm_scale = torch.randn(CHANNELS, requires_grad=True), torch.ones(CHANNELS, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
         out = attend(query, norm_scale, candidates, size)
-    assert out.dtype == torch.float16
-    assert out.isfinite().all()
+    # On a CPU, autocast averages three axes in single precision.
+    assert out.half().isfinite().all()
     parameters = [query, norm_scale, *(candidate.features for candidate in candidates)]
     # nnU-Net's loss is a mean, scaled by up to 2^16 against underflow.
     for gradient in torch.autograd.grad(out.float().mean(), parameters):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nnunet_xattnres.attention import Candidate, attend_streaming
-from nnunet_xattnres.backends import attention_backend
+from nnunet_xattnres.backends import ATTENTION_BACKENDS, attention_backend
+from nnunet_xattnres.config import BACKENDS
 from nnunet_xattnres.errors import XAttnResError
 
 TESTS = Path(__file__).parent
@@ -72,6 +73,10 @@ def test_a_network_on_the_cpu_is_told_to_use_another_backend(monkeypatch):
     attend = attention_backend("triton")
     with pytest.raises(XAttnResError, match=r"needs a GPU.*'auto'$"):
         attend(torch.ones(2), torch.ones(2), [Candidate(torch.ones(1, 2, 4, 4), None)], (4, 4))
+
+
+def test_every_backend_that_can_be_configured_is_there():
+    assert set(BACKENDS) == {"auto", *ATTENTION_BACKENDS}
 
 
 def test_auto_is_not_triton_and_triton_is_imported_on_request_only():

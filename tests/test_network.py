@@ -277,6 +277,23 @@ def test_a_half_precision_network_keeps_its_precision():
     assert all(p.grad.dtype == torch.bfloat16 for p in network.xattnres.parameters())
 
 
+@pytest.mark.parametrize("backend", ["reference", "streaming"])
+def test_residual_fusion_keeps_the_largest_half_precision_values_finite(backend):
+    attention = HistoryAttention(4, [4, 4], XAttnResConfig(fusion="residual", backend=backend))
+    nn.init.normal_(attention.query)
+    nn.init.constant_(attention.gamma, 0.5)
+    for projection in attention.projections:
+        nn.init.eye_(projection)
+    pool = [torch.empty(1, 4, *size).uniform_(-60000, 60000).half().requires_grad_() for size in [(2, 2), (8, 8)]]
+    x = torch.randn(1, 4, 4, 4).half().requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        out = attention(x, pool)
+    assert out.isfinite().all()
+    for gradient in torch.autograd.grad(out.float().mean(), [x, *pool, *attention.parameters()]):
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
 def test_an_architecture_without_encoder_and_decoder_is_an_error():
     residual_decoder = planned_network(ISOTROPIC_2D, ResidualUNet)
     for network in (residual_decoder, nn.Sequential()):
