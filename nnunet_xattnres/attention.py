@@ -233,7 +233,9 @@ class _StreamingCall:
         return last.features.new_empty(last.features.shape[0], value_channels, *self.size)
 
     def slabs(self) -> Iterator[Slab]:
-        numbers = SLAB_NUMBERS.get(self.query.device.type, SLAB_NUMBERS_ELSEWHERE)
+        # A compiler would unroll the loop over many small slabs.
+        known = {} if torch.compiler.is_compiling() else SLAB_NUMBERS
+        numbers = known.get(self.query.device.type, SLAB_NUMBERS_ELSEWHERE)
         first = self.alignments[0]
         positions = max(1, numbers // (len(self.alignments) * first.channels))
         return slabs(first.features.shape[0], self.size, positions)

@@ -17,6 +17,15 @@ def attention_backend(name: str) -> Attention:
     return ATTENTION_BACKENDS[name]()
 
 
+def check_backend(name: str, device: str) -> None:
+    """Raise `XAttnResError` for a backend that is not available here, or not on a device, "cpu" or "cuda"."""
+    attention_backend(name)
+    if name == "triton":
+        from nnunet_xattnres.kernels import check_device
+
+        check_device(device)
+
+
 def _attend_triton() -> Attention:
     # Imported on request: Triton is not everywhere, and takes its time.
     try:

@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 from nnunet_xattnres import __version__
 from nnunet_xattnres.config import BACKENDS
@@ -15,6 +17,8 @@ from nnunet_xattnres.installation import check_nnunet_version, list_trainers, tr
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit status: 1 after a mistake, explained in a line on stderr; 130 after Ctrl-C."""
     parsed = _parser().parse_args(arguments)
+    # Of what nnU-Net imports; no user can mend it.
+    warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
     try:
         check_nnunet_version()
         parsed.run(parsed)
@@ -27,10 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nnunet-xattnres", description="Cross-stage attention residuals (XAttnRes) for nnU-Net v2."
-    )
+class _Parser(argparse.ArgumentParser):
+    """Answers a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="nnunet-xattnres", description="Cross-stage attention residuals (XAttnRes) for nnU-Net v2.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -82,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_overhead(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_overhead(commands: "argparse._SubParsersAction[_Parser]") -> None:
     overhead = commands.add_parser(
         "overhead",
         help="measure time and memory beside the planned network",
@@ -105,10 +114,9 @@ def _add_overhead(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     overhead.add_argument(
         "-p",
-        default="nnUNetPlans",
         dest="plans_name",
         metavar="PLANS",
-        help="plans of the dataset or preset (default: %(default)s); msd03 and msd07 also have "
+        help="plans of the dataset or preset (default: nnUNetPlans); msd03 and msd07 also have "
         "nnUNetResEncUNetMPlans and nnUNetResEncUNetLPlans",
     )
     overhead.add_argument(
@@ -139,10 +147,10 @@ def _add_overhead(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
             metavar="FILE",
             help=f"where it is written (default: {default or 'not written'})",
         )
-    overhead.set_defaults(run=_overhead, after_interruption="the files hold the plans that were finished")
+    overhead.set_defaults(run=_overhead, after_interruption="plans whose table was printed are in the files")
 
 
-def _add_warm_start(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_warm_start(commands: "argparse._SubParsersAction[_Parser]") -> None:
     warm_start = commands.add_parser(
         "warm-start",
         help="turn a trained plain nnU-Net into the start of a fine-tuning with XAttnRes",

@@ -33,26 +33,27 @@ class HistoryPool:
     """The global feature history pool H = [h_0, h_1, ...]: the outputs of the stages so far, in order of computation.
 
     Many stages read a fine output at a coarse resolution. Area averages compose, so every output is averaged from one
-    resolution to the next, once for all who read it.
+    resolution to the next, as far as somebody reads it, once for all who do.
     """
 
     def __init__(self) -> None:
         self._averages: list[list[Tensor]] = []  # of every output: itself, and ever coarser averages
 
     def append(self, h: Tensor) -> None:
-        size = h.shape[2:]
-        for averages in self._averages:
-            if is_finer(averages[-1].shape[2:], size):
-                averages.append(resize(averages[-1], size))
         self._averages.append([h])
 
     @property
     def outputs(self) -> list[Tensor]:
         return [averages[0] for averages in self._averages]
 
-    def at(self, size: Sequence[int]) -> list[Tensor]:
-        """Every output, (B, C_k, *size_k), averaged down to `size` where it is finer."""
-        return [next(h for h in averages if not is_finer(h.shape[2:], size)) for averages in self._averages]
+    def at(self, size: Sequence[int], count: int) -> list[Tensor]:
+        """The first `count` outputs, (B, C_k, *size_k), averaged down to `size`, that of an output, where finer."""
+        resolutions = [h.shape[2:] for h in self.outputs]
+        for averages in self._averages[:count]:
+            for resolution in resolutions:
+                if is_finer(averages[-1].shape[2:], resolution) and not is_finer(size, resolution):
+                    averages.append(resize(averages[-1], resolution))
+        return [next(h for h in averages if not is_finer(h.shape[2:], size)) for averages in self._averages[:count]]
 
 
 class HistoryAttention(nn.Module):
@@ -223,13 +224,12 @@ class XAttnResUNet(PlannedUNet):
     def decoder_features(self, x: Tensor) -> list[Tensor]:
         pool = HistoryPool()
         for i, stage in enumerate(self.encoder.stages):
-            # The newest output is x itself.
-            x = stage(self._read(f"E{i}", x, pool.at(x.shape[2:])[:-1]))
+            x = stage(self._read(f"E{i}", x, pool))
             pool.append(x)
         skips = pool.outputs[-2::-1]
         for d, stage in enumerate(self.decoder.stages):
             x = self.decoder.transpconvs[d](x)
-            x = self._read(f"D{d}", x, pool.at(x.shape[2:]))
+            x = self._read(f"D{d}", x, pool)
             if self.config.skip_connections:
                 x = torch.cat((x, skips[d]), dim=1)
             x = stage(x)
@@ -247,9 +247,14 @@ class XAttnResUNet(PlannedUNet):
             total += len(attention.query) * sum(min(source, target) for source in sources)
         return total
 
-    def _read(self, stage: str, x: Tensor, pool: Sequence[Tensor]) -> Tensor:
+    def _read(self, stage: str, x: Tensor, pool: HistoryPool) -> Tensor:
         """The input of a stage: what it reads from the pool if it reads, else x."""
-        return self.xattnres[stage](x, pool) if stage in self.xattnres else x
+        if stage not in self.xattnres:
+            return x
+        attention = self.xattnres[stage]
+        assert isinstance(attention, HistoryAttention)
+        # An encoder stage leaves out the newest output: it is x itself.
+        return attention(x, pool.at(x.shape[2:], len(attention.projections)))
 
 
 class BlockXAttnResUNet(PlannedUNet):

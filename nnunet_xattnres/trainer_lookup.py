@@ -30,10 +30,12 @@ def _trainer_names() -> list[str]:
     """All class names in the folders that nnU-Net searches, without importing anything."""
     own = Path(nnunetv2.__path__[0], "training", "nnUNetTrainer")
     folders = [own, *map(Path, external_trainers().split(os.pathsep))]
-    return [
-        node.name
-        for folder in folders
-        for file in folder.rglob("*.py")
-        for node in ast.parse(file.read_bytes()).body
-        if isinstance(node, ast.ClassDef)
-    ]
+    return [name for folder in folders for file in folder.rglob("*.py") for name in _class_names(file)]
+
+
+def _class_names(file: Path) -> list[str]:
+    try:
+        body = ast.parse(file.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return []  # Whatever it is, it suggests no name.
+    return [node.name for node in body if isinstance(node, ast.ClassDef)]

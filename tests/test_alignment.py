@@ -8,12 +8,15 @@ from nnunet_xattnres.errors import XAttnResError
 
 SIZES = [  # source size, target size
     pytest.param((3, 4), (6, 8), id="2d-up"),
+    pytest.param((2, 3), (8, 6), id="2d-up-by-4"),
     pytest.param((6, 8), (3, 2), id="2d-down"),
     pytest.param((5, 2), (5, 6), id="2d-up-anisotropic"),
     pytest.param((5, 7), (5, 7), id="2d-equal"),
     pytest.param((1, 2, 3), (4, 8, 6), id="3d-up"),
     pytest.param((5, 7, 5), (10, 14, 10), id="3d-up-odd"),
     pytest.param((4, 2, 3), (4, 8, 6), id="3d-up-anisotropic"),
+    pytest.param((3, 2, 1), (9, 2, 3), id="3d-up-by-3"),
+    pytest.param((4, 1, 2), (16, 1, 8), id="3d-up-by-4"),
     pytest.param((8, 4, 6), (2, 4, 3), id="3d-down-anisotropic"),
     pytest.param((2, 3, 2), (2, 3, 2), id="3d-equal"),
 ]

@@ -41,12 +41,23 @@ def test_a_missing_nnunet_is_an_error(monkeypatch, capsys):
     assert "nnunetv2 is not installed: pip install" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["trianers"], ["demo", "--dta", "x"]])
-def test_a_typo_is_answered_with_the_usage(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], "nnunet-xattnres: the following arguments are required: COMMAND; see nnunet-xattnres --help"),
+        (["trianers"], "'trianers' (choose from"),
+        (["demo", "--dta", "x"], "nnunet-xattnres: unrecognized arguments: --dta x; see"),
+        (["overhead", "--repeats", "x"], "nnunet-xattnres overhead: argument --repeats: invalid int value: 'x'; see"),
+        (["overhead", "--backend", "tritn"], "; see nnunet-xattnres overhead --help"),
+    ],
+)
+def test_a_typo_is_answered_in_one_line(arguments, expected, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert "usage: nnunet-xattnres" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert expected in err
 
 
 @pytest.mark.parametrize("installed", ["2.8.0", "2.9rc1", "2.10.3+local"])

@@ -24,24 +24,29 @@ def build(config: str, deep_supervision: bool) -> torch.nn.Module:
     return add_xattnres(planned_network(deep_supervision=deep_supervision), CONFIGS[config])
 
 
-def train_two_steps(rank: int, folder: Path, config: str) -> None:
+def train_two_steps(rank: int, folder: Path, config: str, deep_supervision: bool) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
-    network = DistributedDataParallel(build(config, deep_supervision=True))
+    network = build(config, deep_supervision)
+    if not deep_supervision:
+        # nnU-Net leaves these without a gradient, which DistributedDataParallel refuses.
+        network.decoder.seg_layers[:-1].requires_grad_(False)
+    network = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     torch.manual_seed(rank)  # every process has data of its own
     for _ in range(2):
         optimizer.zero_grad()
-        sum(logits.square().mean() for logits in network(torch.randn(2, 1, 8, 8, 8))).backward()
+        logits = network(torch.randn(2, 1, 8, 8, 8))
+        sum(x.square().mean() for x in (logits if deep_supervision else [logits])).backward()
         optimizer.step()
     torch.save(network.module.state_dict(), folder / f"rank{rank}.pth")
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("config", ["stage", "block"])
-def test_two_processes_end_with_equal_weights(config, tmp_path):
-    multiprocessing.spawn(train_two_steps, (tmp_path, config), nprocs=2)
+@pytest.mark.parametrize("config, deep_supervision", [("stage", True), ("stage", False), ("block", True)])
+def test_two_processes_end_with_equal_weights(config, deep_supervision, tmp_path):
+    multiprocessing.spawn(train_two_steps, (tmp_path, config, deep_supervision), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
-    untrained = build(config, deep_supervision=True).state_dict()
+    untrained = build(config, deep_supervision).state_dict()
     for name, weights in first.items():
         assert torch.equal(weights, second[name]), name
     moved = {name for name, weights in first.items() if not torch.equal(weights, untrained[name])}

@@ -255,13 +255,14 @@ def test_flops_are_those_of_the_batch_and_of_the_network(nnunet_folders):
     assert flops("nnUNetTrainerNoSkip") < flops(PLANNED) < flops("nnUNetTrainerXAttnRes")
 
 
-def test_what_shapes_alone_do_not_tell_is_counted_on_the_device(nnunet_folders, monkeypatch):
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, TypeError, ValueError])
+def test_what_shapes_alone_do_not_tell_is_counted_on_the_device(error, nnunet_folders, monkeypatch):
     *_, expected = measure(request(NO_SKIP))
     counts = Measurement.counts
 
     def without_meta(self, device):
         if device.type == "meta":
-            raise NotImplementedError("needs numbers")
+            raise error("needs numbers")
         return counts(self, device)
 
     monkeypatch.setattr(Measurement, "counts", without_meta)
@@ -272,6 +273,15 @@ def test_what_shapes_alone_do_not_tell_is_counted_on_the_device(nnunet_folders, 
         expected.flops,
         expected.reads_at,
     )
+
+
+def test_what_the_user_can_mend_fails_before_anything_is_timed(nnunet_folders, monkeypatch):
+    def counts(self, device):
+        raise XAttnResError("mend it")
+
+    monkeypatch.setattr(Measurement, "counts", counts)
+    monkeypatch.setattr(Measurement, "costs", None)
+    assert list(measure(request(NO_SKIP))) == [Answer(FAILED, "mend it")]
 
 
 def test_the_backend_replaces_the_trainers(nnunet_folders):
@@ -468,7 +478,9 @@ def test_an_interrupted_run_keeps_the_finished_plans(monkeypatch, outputs, capsy
     arguments = ["--preset", "msd04", "msd05", "--trainers", NO_SKIP, "--repeats", "1", *outputs]
     status, _ = run_with(answer_of, monkeypatch, *arguments)
     assert status == 130
-    assert "the files hold the plans that were finished" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "plans whose table was printed are in the files" in captured.err
+    assert [preset in captured.out for preset in ("msd04", "msd05")] == [True, False]
     assert [plans["name"] for plans in json.loads(Path(outputs[1]).read_text())["plans"]] == ["msd04 (Hippocampus)"]
     assert sorted(path.name for path in Path(outputs[1]).parent.iterdir()) == ["o.csv", "o.json", "o.png"]
 
@@ -581,9 +593,12 @@ def refuse(monkeypatch, capsys, outputs, plans_file):
         (["--preset", "msd04", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["--preset", "msd04", "--repeats", "0"], "--repeats must be at least 1, not 0"),
         (["--preset", "msd04", "--device", "cpu", "--compile"], "never compiles on a CPU"),
-        (["--preset", "msd04", "--json", "nowhere/o.json"], "cannot write to nowhere"),
+        (["--preset", "msd04", "--json", "nowhere/o.json"], "cannot write nowhere/o.json (No such file or directory)"),
         (["--preset", "msd04", "--chart", "o.tiffany"], "use .png, .pdf or .svg"),
         (["--preset", "msd04", "--csv", "."], "is a folder"),
+        (["--preset", "msd04", "--csv", "x" * 300], "File name too long"),
+        (["--preset", "msd04", "--csv", "x" * 250], "File name too long"),
+        (["--plans", "nowhere.json", "-p", "nnUNetPlans"], "-p goes with -d or --preset"),
         (["--plans", "nowhere.json"], "cannot read nowhere.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -600,6 +615,22 @@ def test_no_gpu(refuse, monkeypatch):
 def test_backend_that_is_not_there(refuse, monkeypatch):
     monkeypatch.setattr("nnunet_xattnres.backends.ATTENTION_BACKENDS", {"reference": None})
     assert "'triton' is not available here" in refuse("--preset", "msd04", "--backend", "triton")
+
+
+def test_triton_on_a_cpu(refuse, monkeypatch):
+    kernels = pytest.importorskip("nnunet_xattnres.kernels", reason="Triton is not installed")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    assert "'triton' needs a GPU" in refuse("--preset", "msd04", "--device", "cpu", "--backend", "triton")
+
+
+def test_files_that_are_not_python_beside_trainers(refuse, tmp_path, monkeypatch):
+    folder = tmp_path / "mine" / "drafts"  # which nnU-Net does not import
+    folder.mkdir(parents=True)
+    (folder / "draft.py").write_text("class nnUNetTrainerDraft(\n")
+    (folder / "null.py").write_bytes(b"\0")
+    (folder / "latin1.py").write_bytes(b"# \xe9\n")
+    monkeypatch.setenv("nnUNet_extTrainer", str(folder.parent))
+    assert "did you mean nnUNetTrainerXAttnRes" in refuse("--preset", "msd04", "--trainers", "nnUNetTrainerXAtnRes")
 
 
 def test_two_outputs_in_one_file(refuse, tmp_path):

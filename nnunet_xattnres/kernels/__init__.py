@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
+from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from nnunet_xattnres.alignment import is_finer, project, resize
 from nnunet_xattnres.attention import EPS, Candidate, attend_streaming, scaled
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.kernels.attention import INTERPRETED, MAX_CHANNELS, mix, mix_gradients
+from nnunet_xattnres.kernels.triton_attention import INTERPRETED, MAX_CHANNELS, MAX_NUMBERS, mix, mix_gradients
 
 
 def attend_triton(
@@ -25,17 +26,29 @@ def attend_triton(
 
     Kept for the backward pass are the query and the projected candidates, coarser ones at their own resolution.
     What the kernels do not compute, `attend_streaming` does: query fields and keys apart from values (block level),
-    and more than 512 channels.
+    more than 512 channels, and feature maps of 2^31 numbers a batch item.
 
-    Raises `XAttnResError` on a CPU, except under Triton's interpreter.
+    Raises `XAttnResError` where `check_device` does.
     """
-    if query.device.type == "cpu" and not INTERPRETED:
-        raise XAttnResError("the backend 'triton' needs a GPU, and the network is on the CPU: use the backend 'auto'")
-    if query.ndim > 1 or key_channels is not None or len(query) > MAX_CHANNELS:
+    check_device(query.device.type)
+    beyond_stage_level = query.ndim > 1 or key_channels is not None
+    if beyond_stage_level or len(query) > MAX_CHANNELS or _largest_offset(candidates, size) > MAX_NUMBERS:
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
     sources = [_projected(candidate, size) for candidate in candidates]
     dtype = reduce(torch.promote_types, [source.dtype for source in sources])
     return attend_upsampled(scaled(query, norm_scale), [source.to(dtype) for source in sources], size, eps)
+
+
+def check_device(device: str) -> None:
+    """Raise `XAttnResError` on a CPU, except under Triton's interpreter."""
+    if device == "cpu" and not INTERPRETED:
+        raise XAttnResError("the backend 'triton' needs a GPU, and the network is on the CPU: use the backend 'auto'")
+
+
+def _largest_offset(candidates: Sequence[Candidate], size: Sequence[int]) -> int:
+    features, projection = candidates[0]
+    channels = features.shape[1] if projection is None else len(projection)
+    return max(channels, 2 * len(features)) * prod(size)
 
 
 def _projected(candidate: Candidate, size: Sequence[int]) -> Tensor:

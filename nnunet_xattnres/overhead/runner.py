@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import matplotlib.backend_bases
@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from nnunet_xattnres import __version__
-from nnunet_xattnres.backends import attention_backend
+from nnunet_xattnres.backends import check_backend
 from nnunet_xattnres.commands import (
     NnUNet,
     end_process_group,
@@ -44,6 +44,7 @@ class Options:
     """What to measure and where to write it.
 
     dataset, presets, plans: exactly one of them says where the plans come from.
+    plans_name: of a dataset or preset; None for nnU-Net's default.
     trainers: measured beside nnUNetTrainerPlanned.
     backend: how the attention is computed; None for what each trainer says.
     batch_size: None for the planned one. device: "cpu" or "cuda"; None for CUDA where there is a GPU.
@@ -55,7 +56,7 @@ class Options:
     presets: Sequence[str]
     plans: Path | None
     configuration: str
-    plans_name: str
+    plans_name: str | None
     trainers: Sequence[str]
     backend: str | None
     batch_size: int | None
@@ -79,7 +80,7 @@ def run_overhead(options: Options) -> None:
     for trainer in trainers:
         find_trainer(trainer)
     if options.backend is not None:
-        attention_backend(options.backend)
+        check_backend(options.backend, device)
     all_planned = _all_planned(options)
     _check_outputs(options)
 
@@ -88,8 +89,7 @@ def run_overhead(options: Options) -> None:
         for planned in all_planned:
             comparisons.append(_compare(planned, trainers, options, device, progress))
             _write(comparisons, options, device)
-    for comparison in comparisons:
-        print(f"\n{cost_table(comparison)}")
+            progress.write(f"\n{cost_table(comparisons[-1])}")
     print(f"\n{_footnote(comparisons, options, device)}")
     written = ", ".join(str(path) for path in (options.json, options.csv, options.chart) if path is not None)
     print(f"Every single time, and the machine: {written}")
@@ -117,13 +117,16 @@ def _check_numbers(options: Options) -> None:
 def _all_planned(options: Options) -> list[PlannedNetwork]:
     if sum(map(bool, (options.dataset, options.presets, options.plans))) != 1:
         raise XAttnResError("say whose plans: one of -d DATASET, --preset NAME ... and --plans FILE")
+    if options.plans is not None and options.plans_name is not None:
+        raise XAttnResError("-p goes with -d or --preset: leave it out, --plans FILE says which plans")
+    plans_name = options.plans_name or "nnUNetPlans"
     if options.plans is not None:
         all_planned = [from_file(options.plans, options.configuration)]
     elif options.dataset is not None:
-        all_planned = [from_dataset(options.dataset, options.configuration, options.plans_name)]
+        all_planned = [from_dataset(options.dataset, options.configuration, plans_name)]
     else:
         presets = dict.fromkeys(options.presets)
-        all_planned = [from_preset(preset, options.configuration, options.plans_name) for preset in presets]
+        all_planned = [from_preset(preset, options.configuration, plans_name) for preset in presets]
     if options.batch_size is None:
         return all_planned
     return [with_batch_size(planned, options.batch_size) for planned in all_planned]
@@ -135,13 +138,14 @@ def _check_outputs(options: Options) -> None:
     if len({path.resolve() for path in paths.values()}) < len(paths):
         raise XAttnResError(f"{', '.join(paths)} must be different files")
     for option, path in paths.items():
-        if path.is_dir():
-            raise XAttnResError(f"{option} {path} is a folder: name a file")
         try:
-            with TemporaryFile(dir=path.parent):
+            if path.is_dir():
+                raise XAttnResError(f"{option} {path} is a folder: name a file")
+            # The name is the one it is first written under, or longer.
+            with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"):
                 pass
         except OSError as error:
-            raise XAttnResError(f"cannot write to {path.parent} ({error.strerror}): choose another {option}") from None
+            raise XAttnResError(f"cannot write {path} ({error.strerror}): choose another {option}") from None
     formats = matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes()
     if options.chart.suffix[1:].lower() not in formats:
         raise XAttnResError(f"--chart {options.chart} has no suffix of a picture: use .png, .pdf or .svg")

@@ -30,6 +30,8 @@ MAX_CHANNELS = 512
 TILE_NUMBERS = 2048
 NUMBERS_PER_WARP = 512
 MIN_TILE_POSITIONS, MAX_TILE_POSITIONS = 16, 128
+# Offsets within a batch item, and from one coefficient to another, have 32 bits.
+MAX_NUMBERS = 2**31 - 1
 
 # The sums over target positions: channels and target positions of a tile, and how many tiles one part of a sum has.
 SUM_CHANNELS = 32
@@ -49,8 +51,7 @@ def mix(query: Tensor, sources: Sequence[Tensor], size: Sequence[int], eps: floa
             tuple(sources),
             mixture,
             *_three_axes(size),
-            eps,
-            **_tile_options(sources, size, _precision(query, sources)),
+            **_tile_options(sources, size, eps, _precision(query, sources)),
         )
     return mixture
 
@@ -69,8 +70,7 @@ def mix_gradients(
             gradient,
             coefficients,
             *_three_axes(size),
-            eps,
-            **_tile_options(sources, size, precision),
+            **_tile_options(sources, size, eps, precision),
             BLOCK_SOURCES=triton.next_power_of_2(len(sources)),
         )
         query_parts, source_gradients = zip(
@@ -157,7 +157,7 @@ def _grid(target: Tensor) -> tuple[int, int]:
     return triton.cdiv(prod(size), _tile_positions(channels)), batch_size
 
 
-def _tile_options(sources: Sequence[Tensor], size: Sequence[int], precision: torch.dtype) -> dict[str, Any]:
+def _tile_options(sources: Sequence[Tensor], size: Sequence[int], eps: float, precision: torch.dtype) -> dict[str, Any]:
     channels = sources[0].shape[1]
     block_channels = triton.next_power_of_2(channels)
     tile = _tile_positions(channels)
@@ -166,6 +166,8 @@ def _tile_options(sources: Sequence[Tensor], size: Sequence[int], precision: tor
         "CHANNELS": channels,
         "BLOCK_CHANNELS": block_channels,
         "TILE": tile,
+        # A constant, because Triton passes numbers in float32.
+        "EPS": eps,
         "PRECISION": _TRITON_DTYPES[precision],
         "num_warps": max(4, block_channels * tile // NUMBERS_PER_WARP),
     }
@@ -179,11 +181,11 @@ def _mix_kernel(
     size_z,
     size_y,
     size_x,
-    eps,
     FACTORS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
+    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     position = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -199,7 +201,7 @@ def _mix_kernel(
     weighted = tl.zeros((BLOCK_CHANNELS, TILE), PRECISION)
     for k in range(len(FACTORS)):
         v = _upsample(sources, k, item, position, channel, inside, size_z, size_y, size_x, FACTORS, CHANNELS, PRECISION)
-        inverse_rms = tl.rsqrt(tl.sum(v * v, axis=0) / CHANNELS + eps)
+        inverse_rms = tl.rsqrt(tl.sum(v * v, axis=0) / CHANNELS + EPS)
         score = tl.sum(q[:, None] * v, axis=0) * inverse_rms
         new_largest = tl.maximum(largest, score)
         rescale = tl.exp(largest - new_largest)
@@ -222,11 +224,11 @@ def _coefficients_kernel(
     size_z,
     size_y,
     size_x,
-    eps,
     FACTORS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
+    EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_SOURCES: tl.constexpr,
 ):
@@ -246,7 +248,7 @@ def _coefficients_kernel(
     products = tl.zeros((BLOCK_SOURCES, TILE), PRECISION)
     for k in range(len(FACTORS)):
         v = _upsample(sources, k, item, position, channel, inside, size_z, size_y, size_x, FACTORS, CHANNELS, PRECISION)
-        inverse_rms_k = tl.rsqrt(tl.sum(v * v, axis=0) / CHANNELS + eps)
+        inverse_rms_k = tl.rsqrt(tl.sum(v * v, axis=0) / CHANNELS + EPS)
         score = tl.sum(q[:, None] * v, axis=0) * inverse_rms_k
         inverse_rms = tl.where(row == k, inverse_rms_k[None, :], inverse_rms)
         scores = tl.where(row == k, score[None, :], scores)

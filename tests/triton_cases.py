@@ -1,6 +1,6 @@
 """The Triton backend against the formulas. `test_kernels.py` runs this file under Triton's interpreter, on a CPU.
 
-On a machine with a GPU, `pytest tests/kernels.py` runs it with compiled kernels.
+On a machine with a GPU, `pytest tests/triton_cases.py` runs it with compiled kernels.
 """
 
 import pytest
@@ -8,16 +8,16 @@ import torch
 
 from nnunet_xattnres.attention import Candidate, attend_reference
 from nnunet_xattnres.kernels import attend_triton, attend_upsampled, attend_upsampled_backward
-from nnunet_xattnres.kernels import attention as kernels
+from nnunet_xattnres.kernels import triton_attention as kernels
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 CASES = {  # batch size, target size, source sizes
     "2d": (2, (5, 7), [(5, 7), (5, 1), (10, 14)]),
     "2d, odd factors": (2, (3, 10), [(1, 2), (3, 5)]),
-    "2d, large factors": (1, (2, 96), [(1, 2), (1, 4)]),
+    "2d, large factors": (2, (2, 96), [(1, 2), (1, 4)]),
     "3d": (1, (4, 6, 6), [(2, 3, 3), (1, 3, 1), (4, 6, 6)]),
     "3d, anisotropic": (2, (3, 2, 26), [(3, 1, 13), (3, 4, 52), (1, 2, 26)]),
-    "3d, factors of 4, 8, 8": (1, (8, 8, 16), [(2, 1, 2)]),
+    "3d, factors of 4, 8, 8": (2, (8, 8, 16), [(2, 1, 2)]),
 }
 CHANNELS = 5
 Inputs = tuple[list[torch.Tensor], tuple[int, ...]]
@@ -62,6 +62,14 @@ def test_it_equals_the_reference_in_output_and_every_gradient(case):
 def test_sums_of_several_parts_equal_the_reference(monkeypatch):
     monkeypatch.setattr(kernels, "SUM_TILES", 2)
     _assert_equals_reference(*_inputs("2d, large factors"))
+
+
+def test_values_as_small_as_eps_equal_the_reference():
+    inputs, size = _inputs("2d")
+    inputs = [inputs[0], inputs[1], *((1e-4 * tensor).detach().requires_grad_() for tensor in inputs[2:])]
+    computed = _output_and_gradients(attend_triton, inputs, size)
+    for a, b in zip(computed, _output_and_gradients(attend_reference, inputs, size), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12 * b.abs().max().item(), rtol=0)
 
 
 def test_channels_of_several_blocks_equal_the_reference():
@@ -131,6 +139,18 @@ def test_more_channels_than_a_tile_holds_equal_the_reference():
     candidates = [Candidate(torch.randn(1, channels, 1, extent, device=DEVICE), None) for extent in (1, 2)]
     arguments = torch.randn(channels, device=DEVICE), torch.ones(channels, device=DEVICE), candidates, (1, 2)
     torch.testing.assert_close(attend_triton(*arguments), attend_reference(*arguments))
+
+
+def test_more_numbers_than_32_bits_address_equal_the_reference(monkeypatch):
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("the kernels were called")
+
+    monkeypatch.setattr("nnunet_xattnres.kernels.attend_upsampled", refuse)
+    inputs, size = _inputs("2d")
+    with pytest.raises(AssertionError):
+        attend_triton(inputs[0], inputs[1], _candidates(inputs), size)
+    monkeypatch.setattr("nnunet_xattnres.kernels.MAX_NUMBERS", CHANNELS * 5 * 7 - 1)
+    _assert_equals_reference(inputs, size)
 
 
 def test_two_runs_are_identical_to_the_bit():
