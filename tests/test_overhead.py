@@ -485,6 +485,16 @@ def test_an_interrupted_run_keeps_the_finished_plans(monkeypatch, outputs, capsy
     assert sorted(path.name for path in Path(outputs[1]).parent.iterdir()) == ["o.csv", "o.json", "o.png"]
 
 
+def test_a_run_that_is_interrupted_early_has_neither_table_nor_files(monkeypatch, outputs, capsys):
+    def answer_of(trainer, number):
+        raise KeyboardInterrupt
+
+    status, _ = run_with(answer_of, monkeypatch, "--preset", "msd04", *outputs)
+    assert status == 130
+    assert capsys.readouterr().out == ""
+    assert not any(Path(path).exists() for path in outputs[1::2])
+
+
 def test_the_whole_command(plans_file, outputs, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_preprocessed", str(plans_file.parents[1]))
     monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
