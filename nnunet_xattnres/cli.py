@@ -189,7 +189,7 @@ def _add_warm_start(commands: "argparse._SubParsersAction[_Parser]") -> None:
     warm_start.set_defaults(run=_warm_start, after_interruption="nothing was written")
 
 
-def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
     inspect = commands.add_parser(
         "inspect",
         help="show what a trained model reads in any case",
