@@ -181,11 +181,7 @@ def _add_warm_start(commands: "argparse._SubParsersAction[_Parser]") -> None:
     warm_start.add_argument(
         "-o", type=Path, required=True, dest="output", metavar="FOLDER", help="the model folder to write"
     )
-    warm_start.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="read a checkpoint that holds other things than nnU-Net stores, which may run any code",
-    )
+    _add_trust_checkpoint(warm_start)
     warm_start.set_defaults(run=_warm_start, after_interruption="nothing was written")
 
 
@@ -224,7 +220,16 @@ def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     inspect.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     inspect.add_argument("--pdf", action="store_true", help="pictures as PDF too, and that of the training")
+    _add_trust_checkpoint(inspect)
     inspect.set_defaults(run=_inspect, after_interruption="the cases that were finished are there")
+
+
+def _add_trust_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="read a checkpoint that holds other things than nnU-Net stores, which may run any code",
+    )
 
 
 def _trainers(arguments: argparse.Namespace) -> None:

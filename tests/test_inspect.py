@@ -212,7 +212,8 @@ class TestMistakes:
         file = model / "fold_0" / "checkpoint_final.pth"
         checkpoint = torch.load(file, weights_only=False)
         torch.save(checkpoint | {"trap": Trap(tmp_path / "sprung")}, file)
-        assert "is damaged or no checkpoint" in self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "nnU-Net does not store" in error and "--trust-checkpoint" in error
 
     def test_weights_of_another_network(self, model, image, tmp_path, capsys):
         file = model / "fold_0" / "checkpoint_final.pth"

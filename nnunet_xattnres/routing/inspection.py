@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnunet_xattnres.alignment import resize
+from nnunet_xattnres.checkpoint import read_checkpoint
 from nnunet_xattnres.commands import termination_as_exception
 from nnunet_xattnres.datasets import check_nifti_files
 from nnunet_xattnres.errors import XAttnResError, one_line
@@ -55,6 +56,7 @@ class Options:
     targets: by name; None for all.
     device: "cpu" or "cuda"; None for a GPU where there is one.
     pdf: pictures as vectors too.
+    trust_checkpoint: see `read_checkpoint`.
     """
 
     model: Path
@@ -64,6 +66,7 @@ class Options:
     targets: list[str] | None
     device: str | None
     pdf: bool
+    trust_checkpoint: bool
 
 
 def run_inspect(options: Options) -> None:
@@ -72,7 +75,7 @@ def run_inspect(options: Options) -> None:
     Raises `XAttnResError` for a folder that holds no XAttnRes model, a target that the model does not have, and images
     that cannot be read or do not fit the model.
     """
-    model = Model(options.model, options.fold, options.targets, _device(options.device))
+    model = Model(options.model, options.fold, options.targets, _device(options.device), options.trust_checkpoint)
     cases = find_cases(options.images, model.dataset_json["file_ending"])
     check_nifti_files(Path(file) for files in cases.values() for file in files)
     formats = ["png", "pdf"] if options.pdf else ["png"]
@@ -161,12 +164,14 @@ class Model:
     sources: of the chosen targets.
     """
 
-    def __init__(self, folder: Path, fold: str, targets: list[str] | None, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, fold: str, targets: list[str] | None, device: torch.device, trust_checkpoint: bool = False
+    ) -> None:
         self.fold = fold
         self.folder = folder / f"fold_{fold}"
         self.dataset_json = _read_json(folder / "dataset.json")
         self.plans = PlansManager(_read_json(folder / "plans.json"))
-        checkpoint = _read_checkpoint(folder, self.folder)
+        checkpoint = _read_checkpoint(folder, self.folder, trust_checkpoint)
         self.trainer = checkpoint["trainer_name"]
         self.configuration = self.plans.get_configuration(checkpoint["init_args"]["configuration"])
         if self.configuration.previous_stage_name is not None:
@@ -191,7 +196,7 @@ class Model:
                 None,
                 self.dataset_json,
                 self.trainer,
-                checkpoint["inference_allowed_mirroring_axes"],
+                checkpoint.get("inference_allowed_mirroring_axes"),
             )
         # Uncompiled, whatever the environment says; and the sliding window asks how many channels there will be.
         self.predictor.network = NetworkWithWeights(network, list(self.sources))
@@ -360,25 +365,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise XAttnResError(f"cannot read {path} ({one_line(str(error))}): get the model again") from None
 
 
-def _read_checkpoint(model: Path, fold: Path) -> dict[str, Any]:
-    """A checkpoint of nnU-Net, without running any code that it may hold."""
-    # nnU-Net's log holds numpy's scalars, which numpy 1 and 2 pickle under different names.
-    scalar = np.float64().__reduce__()[0]
-    allowed: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    allowed += [np.dtype, *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_))]
+def _read_checkpoint(model: Path, fold: Path, trusted: bool) -> dict[str, Any]:
     path = fold / CHECKPOINT
-    try:
-        with torch.serialization.safe_globals(allowed):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("trainer_name", "init_args", "network_weights", "inference_allowed_mirroring_axes"):
-            checkpoint[key]
-    except FileNotFoundError:
+    if not path.exists():
         folds = sorted(file.parent.name.removeprefix("fold_") for file in model.glob(f"fold_*/{CHECKPOINT}"))
-        raise XAttnResError(f"{path} does not exist; finished folds in {model}: {', '.join(folds) or 'none'}") from None
-    except Exception as error:
-        reason = one_line(str(error)).partition(". ")[0] or type(error).__name__
-        raise XAttnResError(f"{path} is damaged or no checkpoint of nnU-Net ({reason}): get it again") from None
-    return checkpoint
+        raise XAttnResError(f"{path} does not exist; finished folds in {model}: {', '.join(folds) or 'none'}")
+    return read_checkpoint(path, "get it again", trusted)
 
 
 @contextmanager
