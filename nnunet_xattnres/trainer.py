@@ -12,7 +12,7 @@ from torch import nn
 from nnunet_xattnres import __version__
 from nnunet_xattnres.checkpoint import read_checkpoint
 from nnunet_xattnres.config import Config, XAttnResConfig
-from nnunet_xattnres.errors import XAttnResError, differences
+from nnunet_xattnres.errors import XAttnResError, differences, one_line
 from nnunet_xattnres.network import add_xattnres, check_architecture
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
 from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
@@ -86,7 +86,14 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         super().on_validation_epoch_end(val_outputs)
         means = self.routing_recorder.means()
         if means and self.local_rank == 0:
-            self._save_routing(means)
+            try:
+                self._save_routing(means)
+            except Exception as error:
+                # A record is not worth a training, whose checkpoint of this epoch is yet to be written.
+                reason = one_line(f"{type(error).__name__}: {error}")
+                self.print_to_log_file(
+                    f"the attention weights of epoch {self.current_epoch} are not recorded ({reason})"
+                )
 
     def save_checkpoint(self, filename: str) -> None:
         """Write the checkpoint whole or not at all: a process that is killed leaves the previous one."""

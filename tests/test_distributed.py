@@ -75,7 +75,11 @@ def record_on(rank: int, distribute: bool) -> ValidationRecorder:
 
 def record_in_a_process(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
-    torch.save(record_on(rank, distribute=True).means(), folder / f"rank{rank}.pth")
+    recorder = record_on(rank, distribute=True)
+    torch.save(recorder.means(), folder / f"rank{rank}.pth")
+    if rank == 1:  # a process that has seen no data must not keep the other waiting
+        recorder = ValidationRecorder(recorder.network, recorder.device)
+    torch.save(recorder.means(), folder / f"first_of_rank{rank}.pth")
     distributed.destroy_process_group()
 
 
@@ -86,4 +90,5 @@ def test_processes_of_a_training_record_their_common_mean(tmp_path):
     alone = [record_on(rank, distribute=False).means() for rank in range(2)]
     for target, weights in means.items():
         assert weights == pytest.approx(np.mean([each[target] for each in alone], axis=0), abs=1e-5)
+        assert torch.load(tmp_path / "first_of_rank1.pth")[target] == pytest.approx(alone[0][target], abs=1e-5)
     assert alone[0]["D1"] != pytest.approx(alone[1]["D1"], abs=1e-3)

@@ -28,11 +28,7 @@ def read_segmentations(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     "trainer, configuration",
-    [
-        ("nnUNetTrainerXAttnRes", "3d_small"),
-        ("nnUNetTrainerXAttnResBlock", "3d_small"),
-        ("nnUNetTrainerXAttnResBlockInput", "2d_small"),
-    ],
+    [("nnUNetTrainerXAttnRes", "2d_small"), ("nnUNetTrainerXAttnResBlockInput", "3d_small")],
 )
 def test_train_continue_validate_predict_export_install(
     workdir: NnUNet, tmp_path: Path, trainer: str, configuration: str

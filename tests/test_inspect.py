@@ -168,7 +168,7 @@ class TestInspect:
         assert (out / "a" / "routing.pdf").read_bytes().startswith(b"%PDF")
         assert inspect(*arguments) == 0  # again: earlier results are replaced
         assert not list(out.glob("*/routing.pdf"))
-        assert not list(tmp_path.glob(".out*"))
+        assert not list(out.glob(".*"))
 
 
 class TestMistakes:
@@ -228,6 +228,26 @@ class TestMistakes:
         damaged.write_bytes(image.read_bytes()[:-5000] if content is None else content)
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image, damaged)
         assert "damaged_0000.nii.gz" in error and "get the file again" in error
+
+    def test_an_image_with_values_that_are_no_numbers(self, model, image, tmp_path, capsys, monkeypatch):
+        read_images = SimpleITKIO.read_images
+
+        def read_nan(*arguments: object) -> tuple:
+            data, properties = read_images(*arguments)
+            data[0, 0, 0, 0] = np.nan
+            return data, properties
+
+        monkeypatch.setattr(SimpleITKIO, "read_images", read_nan)  # SimpleITK itself makes a NIfTI's zero
+        assert "values that are no numbers" in self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+
+    def test_a_folder_of_the_users_stays(self, model, image, tmp_path, capsys, monkeypatch):
+        (tmp_path / "out").mkdir()
+        self.complaint(capsys, tmp_path, "-m", model, "-f", 3, "-i", image)
+        monkeypatch.setattr(inspection, "inspect_case", lambda *arguments: 1 / 0)
+        monkeypatch.chdir(tmp_path / "out")
+        with pytest.raises(ZeroDivisionError):
+            inspect("-m", model, "-f", 0, "-i", image, "-o", ".")
+        assert list((tmp_path / "out").iterdir()) == []
 
     def test_a_missing_channel(self, model, image, tmp_path, capsys):
         shutil.copy(image, image.with_name("case_0001.nii.gz"))
@@ -389,13 +409,15 @@ class TestCases:
             find_cases([tmp_path], ".nii.gz")
 
 
-@pytest.mark.parametrize("num_stages, shape", [(8, (40, 50)), (3, (80, 20)), (3, (20, 90))])
-def test_no_texts_of_a_case_overlap(num_stages, shape):
+@pytest.mark.parametrize(
+    "num_stages, shape, num_labels", [(8, (40, 50), 2), (3, (80, 20), 2), (3, (20, 90), 2), (6, (40, 50), 117)]
+)
+def test_no_texts_of_a_case_overlap(num_stages, shape, num_labels):
     sources = history_of(num_stages, 1).sources
     rng = np.random.default_rng(0)
     prediction = np.zeros(shape, np.uint8)
-    prediction[5:9, 5:9] = 1
-    labels = {0: "background", 1: "Anterior", 2: "Posterior"}
+    prediction.flat[: num_labels + 1] = range(num_labels + 1)
+    labels = {0: "background"} | {value: f"structure {value}" for value in range(1, num_labels + 1)}
     picture = CasePicture("hippocampus_020", 17, rng.random(shape), prediction, (1.0, 1.2), labels)
     for target, names in sources.items():
         picture.maps[target] = {name: (rng.random(shape), 0.12) for name in names}

@@ -92,7 +92,7 @@ class TestCollecting:
     def test_calls_add_up_and_end_with_the_context(self):
         network, image = network_of("stage"), torch.randn(1, 1, 8, 8, 8)
         backends = {name: attention.attend for name, attention in network.xattnres.items()}
-        means = WeightMeans()
+        means = WeightMeans(network.routing_sources)
         with pytest.raises(KeyError), network.routing(["D1"]) as weights, network.routing(receive=means.add):
             network(image)
             network(image)
@@ -100,14 +100,14 @@ class TestCollecting:
         network(image)
         assert [len(calls) for calls in weights.values()] == [2]
         assert {name: attention.attend for name, attention in network.xattnres.items()} == backends
-        assert means.means().keys() == network.routing_sources.keys()
-        torch.testing.assert_close(means.means()["D1"], torch.full((5,), 0.2))
+        assert means.calls == dict.fromkeys(network.routing_sources, 2)
+        torch.testing.assert_close(means.sums["D1"] / 2, torch.full((5,), 0.2))
 
     def test_means_are_over_calls_and_positions(self):
-        means = WeightMeans()
+        means = WeightMeans({"D0": ["E0", "E1"]})
         means.add("D0", torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
         means.add("D0", torch.tensor([[[1.0, 1.0]], [[0.0, 0.0]]]))
-        assert means.means()["D0"].tolist() == [0.75, 0.25]
+        assert (means.sums["D0"] / means.calls["D0"]).tolist() == [0.75, 0.25]
 
     def test_an_unknown_target_is_named_beside_the_known_ones(self):
         network = network_of("stage")
@@ -196,6 +196,13 @@ class TestPictureOfATraining:
         assert cells[row, column] > 0.99
         assert cells.mask.sum() == 15 - sum(map(len, SOURCES["stage"].values()))
         assert "epoch 7" in figure.get_suptitle()
+
+    @pytest.mark.parametrize("num_epochs", [251, 1000])
+    def test_lines_reach_the_latest_epoch(self, num_epochs):
+        for axis in draw_history(history_of(3, num_epochs)).axes:
+            for line in axis.lines:
+                assert line.get_xdata()[0] == 0
+                assert line.get_xdata()[-1] == num_epochs - 1
 
     def test_weights_that_are_no_numbers_leave_gaps(self, tmp_path):
         history = history_of(3, 2)
@@ -288,10 +295,10 @@ class TestTraining:
     def test_only_the_first_batches_are_recorded(self, nnunet_environment, monkeypatch):
         calls = []
         monkeypatch.setattr(WeightMeans, "add", lambda self, target, weights: calls.append(target))
-        monkeypatch.setattr(WeightMeans, "means", lambda self: {})
         trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
         validate(trainer, num_batches=recording.RECORDED_BATCHES + 1)
         assert len(calls) == recording.RECORDED_BATCHES * len(trainer.network.routing_sources)
+        assert not Path(trainer.output_folder, recording.RECORD).exists()  # nothing was taken in
 
     def test_a_continued_training_appends(self, nnunet_environment):
         trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
@@ -307,12 +314,27 @@ class TestTraining:
         assert history.epochs[0] == before.epochs[0]
         assert history.epochs[1] != before.epochs[1]
 
-    @pytest.mark.parametrize("content", ['{"sources": {"D0"', '{"sources": {"D0": ["E0"]}, "epochs": {}}'])
+    @pytest.mark.parametrize(
+        "content", ['{"sources": {"D0"', '{"sources": {"D0": ["E0"]}, "epochs": {}}', "NaN inside"]
+    )
     def test_a_file_of_no_use_is_replaced(self, nnunet_environment, content, capsys):
         trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
+        if content == "NaN inside":
+            sources = trainer.network.routing_sources
+            no_numbers = {target: [math.nan] * len(names) for target, names in sources.items()}
+            content = json.dumps({"sources": sources, "epochs": {"3": no_numbers}})
         Path(trainer.output_folder, recording.RECORD).write_text(content)
         assert list(RoutingHistory.read(validate(trainer, epoch=4)).epochs) == [4]
         assert "starts anew" in capsys.readouterr().out
+
+    def test_a_full_disk_does_not_end_a_training(self, nnunet_environment, monkeypatch, capsys):
+        def disk_full(*arguments: object) -> None:
+            raise OSError("No space left on device")
+
+        trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
+        monkeypatch.setattr(RoutingHistory, "write", disk_full)
+        validate(trainer)
+        assert "of epoch 0 are not recorded (OSError: No space left on device)" in capsys.readouterr().out
 
     def test_weights_that_are_no_numbers_are_null(self, nnunet_environment):
         trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from nnunet_xattnres.attention import EPS, Attention, Candidate, streaming_weights
@@ -29,20 +30,18 @@ def collected(attentions: Mapping[str, nn.Module], receive: Receiver) -> Iterato
 
 
 class WeightMeans:
-    """The mean weight of every source, over batch items, positions and calls; no map is kept."""
+    """The mean weight of every source, over batch items, positions and calls; no map is kept.
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._calls: dict[str, int] = {}
+    sums: by target, of the means of every call, (K,). calls: how many.
+    """
+
+    def __init__(self, sources: Mapping[str, Sequence[str]]) -> None:
+        self.sums = {target: torch.zeros(len(names)) for target, names in sources.items()}
+        self.calls = dict.fromkeys(sources, 0)
 
     def add(self, target: str, weights: Tensor) -> None:
-        mean = weights.flatten(1).mean(dim=1)
-        self._sums[target] = self._sums[target] + mean if target in self._sums else mean
-        self._calls[target] = self._calls.get(target, 0) + 1
-
-    def means(self) -> dict[str, Tensor]:
-        """By target, (K,)."""
-        return {target: total / self._calls[target] for target, total in self._sums.items()}
+        self.sums[target] += weights.mean(dim=list(range(1, weights.ndim))).cpu()
+        self.calls[target] += 1
 
 
 def in_pool_order(sources: Iterable[str]) -> list[str]:

@@ -27,6 +27,7 @@ from nnunet_xattnres.routing.recording import RoutingHistory
 COLOURS = colormaps["viridis"]
 NOTHING_TO_READ = "0.93"
 DPI = 120
+LEGEND_LINE = 0.16  # inches
 POINTS_PER_LINE = 250  # drawn again after every epoch: a few inches show no more
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 6.5
@@ -119,7 +120,12 @@ def draw_case(picture: CasePicture) -> Figure:
     for i, labels in enumerate((None, picture.prediction)):
         axis = page.axes(left_margin + i * (width + gap), top_margin, width, height)
         draw_slice(axis, picture.image, picture.spacing, labels)
-    handles = [Patch(color=label_colour(value), label=name) for value, name in picture.labels.items() if value]
+    present = [value for value in np.unique(picture.prediction) if value]
+    # The legend stands beside one row, its title and what is left out included.
+    named = present[: max(1, int(height / LEGEND_LINE) - 2)]
+    handles = [Patch(color=label_colour(value), label=picture.labels[value]) for value in named]
+    if len(present) > len(named):
+        handles.append(Patch(color="none", label=f"and {len(present) - len(named)} more"))
     page.figure.legend(
         handles=handles,
         title="image and prediction",
@@ -207,7 +213,8 @@ def _draw_heat_map(
 
 def _draw_course(axis: Axes, history: RoutingHistory, target: str, all_sources: list[str]) -> None:
     epochs = sorted(history.epochs)
-    epochs = epochs[:: -(-len(epochs) // POINTS_PER_LINE)]
+    points = min(len(epochs), POINTS_PER_LINE)
+    epochs = [epochs[i] for i in np.linspace(0, len(epochs) - 1, points).round().astype(int)]
     for k, source in enumerate(history.sources[target]):
         weights = [history.epochs[epoch][target][k] for epoch in epochs]
         course = np.array([np.nan if weight is None else weight for weight in weights])

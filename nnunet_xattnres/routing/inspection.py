@@ -90,11 +90,11 @@ def run_inspect(options: Options) -> None:
             folder.mkdir()
             try:
                 inspect_case(model, case, files, folder, formats)
+                _put(folder, options.output / case)
             except OSError as error:
                 raise XAttnResError(
                     f"cannot write the maps of {case} ({error}): make room or choose --targets"
                 ) from None
-            _put(folder, options.output / case)
         record = model.folder / RECORD
         if options.pdf and record.is_file():
             history = RoutingHistory.read(record)
@@ -106,7 +106,10 @@ def inspect_case(model: "Model", case: str, files: Sequence[str], folder: Path, 
     image, properties = model.read(files)
     logits, weights = model.predict(image, properties)
     prediction = model.segmentation(logits, properties)
-    model.reader.write_seg(prediction, str(folder / f"prediction{model.dataset_json['file_ending']}"), properties)
+    try:
+        model.reader.write_seg(prediction, str(folder / f"prediction{model.dataset_json['file_ending']}"), properties)
+    except RuntimeError as error:  # SimpleITK's for a full disk
+        raise OSError(one_line(str(error))) from None
     regions = Regions(prediction, model.in_image_geometry(np.ones_like(weights[0]), properties) > 0.5, model.labels)
     plane = int((prediction > 0).sum(axis=(1, 2)).argmax())
     picture = CasePicture(
@@ -213,6 +216,8 @@ class Model:
         except Exception as error:
             reason = one_line(complaints.getvalue() or str(error)) or type(error).__name__
             raise XAttnResError(f"cannot read {', '.join(files)} ({reason}): get the files again") from None
+        if not np.isfinite(image).all():
+            raise XAttnResError(f"{', '.join(files)} hold values that are no numbers: replace them first")
         if len(image) != self.num_channels:
             channels = ", ".join(f"_{int(k):04d} {name}" for k, name in self.dataset_json["channel_names"].items())
             raise XAttnResError(
@@ -375,18 +380,18 @@ def _read_checkpoint(model: Path, fold: Path, trusted: bool) -> dict[str, Any]:
 
 @contextmanager
 def _staging_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` from which finished cases are moved there. Gone afterwards."""
-    staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    """A folder inside `output` from which finished cases are moved to their places. Gone afterwards."""
+    is_new = not output.exists()
+    staging = output / f".{os.getpid()}.tmp"
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        staging.mkdir(parents=True)
     except OSError as error:
         raise XAttnResError(f"cannot write to {output} ({error.strerror}): choose another -o") from None
     try:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if not any(output.iterdir()):
+        if is_new and not any(output.iterdir()):
             output.rmdir()
 
 

@@ -51,6 +51,8 @@ class RoutingHistory:
                 for target, sources in history.sources.items():
                     if len(weights[target]) != len(sources):
                         raise ValueError(f"{target} has {len(weights[target])} weights for {len(sources)} sources")
+                    if not all(weight is None or isfinite(weight) for weight in weights[target]):
+                        raise ValueError(f"{target} has weights that are no numbers")
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise XAttnResError(f"{path} is no record of attention weights ({error!r})") from None
         return history
@@ -78,7 +80,7 @@ class ValidationRecorder:
         self.device = device
         self.sources = self.network.routing_sources if isinstance(self.network, PlannedUNet) else {}
         self._batches_to_record = RECORDED_BATCHES if self.sources else 0
-        self._means = WeightMeans()
+        self._means = WeightMeans(self.sources)
 
     @torch.no_grad()
     def observe(self, data: Tensor) -> None:
@@ -93,13 +95,23 @@ class ValidationRecorder:
             self.network(data.to(self.device, non_blocking=True))
 
     def means(self) -> dict[str, list[float | None]]:
-        """Over all processes of the training, of which each calls this. Empty where the network has no targets."""
-        means = self._means.means()
-        if not means:
+        """Over all processes of the training, of which each calls this. Empty where nothing was recorded."""
+        if not self.sources:
             return {}
-        flat = torch.cat(list(means.values()))
+        # Every process takes part, whether or not it has recorded anything: the others wait for it.
+        sums = torch.cat(list(self._means.sums.values())).to(self.device)
+        calls = torch.tensor([self._means.calls[target] for target in self.sources], device=self.device)
         if distributed.is_initialized():
-            distributed.all_reduce(flat)
-            flat /= distributed.get_world_size()
-        numbers = iter([round(value, DECIMALS) if isfinite(value) else None for value in flat.tolist()])
-        return {target: [next(numbers) for _ in mean] for target, mean in means.items()}
+            distributed.all_reduce(sums)
+            distributed.all_reduce(calls)
+        if not calls.all():
+            return {}
+        numbers = iter(sums.tolist())
+        return {
+            target: [_number_or_none(next(numbers) / number_of_calls) for _ in names]
+            for (target, names), number_of_calls in zip(self.sources.items(), calls.tolist(), strict=True)
+        }
+
+
+def _number_or_none(weight: float) -> float | None:
+    return round(weight, DECIMALS) if isfinite(weight) else None
