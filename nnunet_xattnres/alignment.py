@@ -55,11 +55,14 @@ def resize(features: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(features, size=tuple(size), mode=mode, align_corners=False)
 
 
+def average_if_finer(features: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize where it goes down: (B, C, *source_size) -> (B, C, *size), or the features themselves."""
+    return _average(features, size) if is_finer(features.shape[2:], size) else features
+
+
 def align(features: Tensor, projection: Tensor | None, size: Sequence[int]) -> Tensor:
     """v = Proj(Resize(h)), the cheaper one first."""
-    if is_finer(features.shape[2:], size):
-        return project(resize(features, size), projection)
-    return resize(project(features, projection), size)
+    return resize(project(average_if_finer(features, size), projection), size)
 
 
 def _average(features: Tensor, size: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nnunet_xattnres.alignment import Slab, SlabAlignment, align, dot, is_finer, resize, slabs
+from nnunet_xattnres.alignment import Slab, SlabAlignment, align, average_if_finer, dot, slabs
 
 EPS = 1e-6
 
@@ -98,8 +98,7 @@ def attend_streaming(
     Only the candidates as they are given, at their own resolutions, and the query are kept for the backward pass,
     which aligns every slab once more.
     """
-    features = [resize(source, size) if is_finer(source.shape[2:], size) else source for source, _ in candidates]
-    sources = _distinct([*features, *(projection for _, projection in candidates)])
+    sources = _distinct(_sources(candidates, size))
     return _StreamingAttention.apply(scaled(query, norm_scale), tuple(size), key_channels, eps, *sources)
 
 
@@ -113,11 +112,9 @@ def streaming_weights(
     eps: float = EPS,
 ) -> Tensor:
     """a_k(p) of a call, slab by slab: (K, B, *size), at least float32; the arguments are those of `Attention`."""
-    features = [resize(source, size) if is_finer(source.shape[2:], size) else source for source, _ in candidates]
-    sources = [*features, *(projection for _, projection in candidates)]
     with _without_autocast(query):
-        call = _StreamingCall(scaled(query, norm_scale), tuple(size), key_channels, eps, sources)
-        weights = call.query.new_empty(len(features[0]), len(candidates), *size)
+        call = _StreamingCall(scaled(query, norm_scale), tuple(size), key_channels, eps, _sources(candidates, size))
+        weights = call.query.new_empty(len(candidates[0].features), len(candidates), *size)
         for slab in call.slabs():
             slab.of(weights).copy_(call.read(slab).scores.softmax(dim=0).transpose(0, 1))
     return weights.transpose(0, 1)
@@ -275,6 +272,12 @@ class _StreamingCall:
         if self.query_is_field:
             return dot(slab.of(self.query), key)
         return (self.query @ key.flatten(2)).unflatten(1, key.shape[2:])
+
+
+def _sources(candidates: Sequence[Candidate], size: Sequence[int]) -> list[Tensor | None]:
+    """All features, averaged down where they are finer than the target, then all projections."""
+    features = [average_if_finer(candidate.features, size) for candidate in candidates]
+    return [*features, *(candidate.projection for candidate in candidates)]
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

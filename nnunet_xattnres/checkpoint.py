@@ -20,7 +20,14 @@ NUMPY_NUMBERS: list[Any] = [
     *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
 ]
 NAMES_IN_ALLOW_LIST = Version("2.6")
+FINAL_CHECKPOINT = "checkpoint_final.pth"
 KEYS = ("trainer_name", "init_args", "network_weights")
+
+
+def finished_folds(model_folder: Path) -> dict[str, Path]:
+    """The final checkpoints of a model folder of nnU-Net, by fold: a number, or "all"."""
+    files = sorted(model_folder.glob(f"fold_*/{FINAL_CHECKPOINT}"))
+    return {file.parent.name.removeprefix("fold_"): file for file in files}
 
 
 def read_checkpoint(path: Path, remedy: str, trusted: bool = False) -> dict[str, Any]:

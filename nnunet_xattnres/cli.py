@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from nnunet_xattnres import __version__
 from nnunet_xattnres.config import BACKENDS
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.installation import check_nnunet_version, list_trainers, trainers_folder
+
+Options = TypeVar("Options")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,6 +234,11 @@ def _add_trust_checkpoint(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _chosen(options: type[Options], arguments: argparse.Namespace) -> Options:
+    """A command's dataclass of options, filled from the arguments of the same names."""
+    return options(**{field.name: getattr(arguments, field.name) for field in fields(options)})  # type: ignore[arg-type]
+
+
 def _trainers(arguments: argparse.Namespace) -> None:
     if not arguments.list:
         print(trainers_folder())
@@ -249,13 +256,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _overhead(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.overhead.runner import Options, run_overhead
 
-    run_overhead(Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)}))
+    run_overhead(_chosen(Options, arguments))
 
 
 def _warm_start(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.warm_start import Options, run_warm_start
 
-    run_warm_start(Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)}))
+    run_warm_start(_chosen(Options, arguments))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -267,4 +274,4 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.routing.inspection import Options, run_inspect
 
-    run_inspect(Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)}))
+    run_inspect(_chosen(Options, arguments))

@@ -18,7 +18,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
@@ -33,8 +32,8 @@ from nnunet_xattnres.datasets import (
     read_source,
     reader_for,
 )
+from nnunet_xattnres.device import choose_device
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import written_atomically
 from nnunet_xattnres.plans import (
     TrainingBudget,
     add_small_configuration,
@@ -48,6 +47,7 @@ from nnunet_xattnres.report import (
     draw_cases,
     names_of_values,
     spread_over_ranking,
+    write_figure,
 )
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 from nnunet_xattnres.trainer_lookup import find_trainer
@@ -78,7 +78,7 @@ def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> 
     trainers = list(dict.fromkeys([trainer, BASELINE] if baseline else [trainer]))
     for name in trainers:
         check_trainer(name)
-    nnunet = NnUNet(_writable(workdir), "cuda" if torch.cuda.is_available() else "cpu")
+    nnunet = NnUNet(_writable(workdir), choose_device())
     print("The commands below, and any other of nnU-Net's, work in a shell with these variables:")
     for variable, value in nnunet.folders().items():
         print(f"  export {variable}={shlex.quote(value)}")
@@ -223,8 +223,7 @@ class Demo:
         print(f"Dice on {len(self.held_out_cases)} held-out cases of {self.source.dataset}\n")
         print(dice_table(summaries, self.dataset_json["labels"]), end="\n\n")
         picture = self.output / "demo.png"
-        with written_atomically(picture) as temporary:
-            self._draw(summaries).savefig(temporary, format="png", dpi=150)
+        write_figure(self._draw(summaries), picture)
         print(f"Picture:     {picture}")
         for trainer in trainers:
             print(f"Predictions: {self._predictions(trainer)}")

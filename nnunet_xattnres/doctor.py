@@ -18,6 +18,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from nnunet_xattnres.device import choose_device
 from nnunet_xattnres.errors import XAttnResError, one_line
 from nnunet_xattnres.installation import SUPPORTED_NNUNET, list_trainers
 
@@ -111,7 +112,7 @@ def _gpu() -> Finding:
 
 
 def _compilation() -> Iterator[Finding]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(choose_device())
     # nnU-Net's rule is a method of its trainer that needs nothing else of it.
     compiles = nnUNetTrainer._do_i_compile(SimpleNamespace(device=device, print_to_log_file=lambda *_: None))
     if find_spec("triton") is not None:

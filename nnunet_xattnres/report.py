@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from nnunet_xattnres.files import written_atomically
+
 # Okabe and Ito's palette, told apart with every kind of colour vision.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
@@ -108,6 +110,12 @@ def draw_cases(cases: list[PicturedCase], names: dict[int, str]) -> Figure:
     handles = [Patch(color=label_colour(value), label=name) for value, name in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9, frameon=False)
     return figure
+
+
+def write_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Whole or not at all, in the format that the path's name says."""
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=dpi)
 
 
 def draw_slice(

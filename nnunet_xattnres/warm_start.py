@@ -15,7 +15,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunet_xattnres.checkpoint import read_checkpoint
+from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT, finished_folds, read_checkpoint
 from nnunet_xattnres.commands import environment_with
 from nnunet_xattnres.config import XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError, differences
@@ -141,9 +141,9 @@ def check_same_network(source: PlannedNetwork, target: PlannedNetwork) -> None:
 
 
 def _checkpoint_in(folder: Path, fold: str | None) -> Path:
-    checkpoints = {file.parent.name[5:]: file for file in sorted(folder.glob("fold_*/checkpoint_final.pth"))}
+    checkpoints = finished_folds(folder)
     if not checkpoints:
-        raise XAttnResError(f"{folder} has no fold_*/checkpoint_final.pth: name a model folder, or a checkpoint itself")
+        raise XAttnResError(f"{folder} has no fold_*/{FINAL_CHECKPOINT}: name a model folder, or a checkpoint itself")
     if fold is None and len(checkpoints) > 1:
         raise XAttnResError(f"{folder} has several folds: choose one of them with -f: {', '.join(checkpoints)}")
     if fold is not None and fold not in checkpoints:

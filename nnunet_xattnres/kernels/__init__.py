@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunet_xattnres.alignment import is_finer, project, resize
+from nnunet_xattnres.alignment import average_if_finer, project
 from nnunet_xattnres.attention import EPS, Candidate, attend_streaming, scaled
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.kernels.triton_attention import INTERPRETED, MAX_CHANNELS, MAX_NUMBERS, mix, mix_gradients
@@ -53,8 +53,7 @@ def _largest_offset(candidates: Sequence[Candidate], size: Sequence[int]) -> int
 
 def _projected(candidate: Candidate, size: Sequence[int]) -> Tensor:
     """A candidate with the target's channels, at the target's resolution or at its own if that is coarser."""
-    features, projection = candidate
-    return project(resize(features, size) if is_finer(features.shape[2:], size) else features, projection)
+    return project(average_if_finer(candidate.features, size), candidate.projection)
 
 
 # `custom_op`, not `triton_op`: what torch.compile cannot look into, it cannot decide to keep aligned sources of for the

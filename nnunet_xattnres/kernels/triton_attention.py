@@ -188,11 +188,8 @@ def _mix_kernel(
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    position = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    item = tl.program_id(1).to(tl.int64)
     positions = size_z * size_y * size_x
-    channel = tl.arange(0, BLOCK_CHANNELS)
-    inside = (channel < CHANNELS)[:, None] & (position < positions)[None, :]
+    item, position, channel, inside = _tile(positions, CHANNELS, BLOCK_CHANNELS, TILE)
     q = tl.load(query + channel, mask=channel < CHANNELS, other=0.0).to(PRECISION)
 
     # Softmax in one pass: sums are relative to the largest score so far.
@@ -201,8 +198,7 @@ def _mix_kernel(
     weighted = tl.zeros((BLOCK_CHANNELS, TILE), PRECISION)
     for k in range(len(FACTORS)):
         v = _upsample(sources, k, item, position, channel, inside, size_z, size_y, size_x, FACTORS, CHANNELS, PRECISION)
-        inverse_rms = tl.rsqrt(tl.sum(v * v, axis=0) / CHANNELS + EPS)
-        score = tl.sum(q[:, None] * v, axis=0) * inverse_rms
+        score, _ = _score(q, v, CHANNELS, EPS)
         new_largest = tl.maximum(largest, score)
         rescale = tl.exp(largest - new_largest)
         weight = tl.exp(score - new_largest)
@@ -232,11 +228,8 @@ def _coefficients_kernel(
     PRECISION: tl.constexpr,
     BLOCK_SOURCES: tl.constexpr,
 ):
-    position = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    item = tl.program_id(1).to(tl.int64)
     positions = size_z * size_y * size_x
-    channel = tl.arange(0, BLOCK_CHANNELS)
-    inside = (channel < CHANNELS)[:, None] & (position < positions)[None, :]
+    item, position, channel, inside = _tile(positions, CHANNELS, BLOCK_CHANNELS, TILE)
     q = tl.load(query + channel, mask=channel < CHANNELS, other=0.0).to(PRECISION)
     at = channel[:, None] * positions + position[None, :]
     g = tl.load(gradient + item * CHANNELS * positions + at, mask=inside, other=0.0).to(PRECISION)
@@ -248,8 +241,7 @@ def _coefficients_kernel(
     products = tl.zeros((BLOCK_SOURCES, TILE), PRECISION)
     for k in range(len(FACTORS)):
         v = _upsample(sources, k, item, position, channel, inside, size_z, size_y, size_x, FACTORS, CHANNELS, PRECISION)
-        inverse_rms_k = tl.rsqrt(tl.sum(v * v, axis=0) / CHANNELS + EPS)
-        score = tl.sum(q[:, None] * v, axis=0) * inverse_rms_k
+        score, inverse_rms_k = _score(q, v, CHANNELS, EPS)
         inverse_rms = tl.where(row == k, inverse_rms_k[None, :], inverse_rms)
         scores = tl.where(row == k, score[None, :], scores)
         products = tl.where(row == k, tl.sum(g * v, axis=0)[None, :], products)
@@ -390,6 +382,23 @@ def _source_gradient_kernel(
     dq = tl.sum(along_query_of_source[None, :] * u, axis=1)
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) * items * CHANNELS
     tl.store(query_parts + program + part_of_item + channel, dq, mask=channel < CHANNELS)
+
+
+@triton.jit
+def _tile(positions, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, TILE: tl.constexpr):
+    """A program's batch item, target positions and channels, and which (channels, positions) there are."""
+    item = tl.program_id(1).to(tl.int64)
+    position = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    channel = tl.arange(0, BLOCK_CHANNELS)
+    inside = (channel < CHANNELS)[:, None] & (position < positions)[None, :]
+    return item, position, channel, inside
+
+
+@triton.jit
+def _score(q, v, CHANNELS: tl.constexpr, EPS: tl.constexpr):
+    """e_k(p), and the norm's factor in it, for v_k (channels, positions)."""
+    inverse_rms = tl.rsqrt(tl.sum(v * v, axis=0) / CHANNELS + EPS)
+    return tl.sum(q[:, None] * v, axis=0) * inverse_rms, inverse_rms
 
 
 @triton.jit

@@ -27,11 +27,13 @@ from nnunet_xattnres.commands import (
     last_meaningful_line,
     termination_as_exception,
 )
+from nnunet_xattnres.device import choose_device
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.files import written_atomically
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, NO_MEMORY_LEFT, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
 from nnunet_xattnres.plans import write_json_atomically
+from nnunet_xattnres.report import write_figure
 from nnunet_xattnres.sources import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
 from nnunet_xattnres.trainer_lookup import find_trainer
 
@@ -99,10 +101,7 @@ def run_overhead(options: Options) -> None:
 
 
 def _device(options: Options) -> str:
-    available = torch.cuda.is_available()
-    device = options.device or ("cuda" if available else "cpu")
-    if device == "cuda" and not available:
-        raise XAttnResError("PyTorch finds no CUDA device here: use --device cpu, or install a PyTorch with CUDA")
+    device = choose_device(options.device)
     if device == "cpu" and options.compile:
         raise XAttnResError("nnU-Net never compiles on a CPU: leave --compile out, or use --device cuda")
     return device
@@ -222,8 +221,7 @@ def _write(comparisons: list[Comparison], options: Options, device: str) -> None
     if options.csv is not None:
         with written_atomically(options.csv) as temporary:
             temporary.write_text(csv_lines(comparisons))
-    with written_atomically(options.chart) as temporary:
-        draw_ratios(comparisons).savefig(temporary, format=options.chart.suffix[1:].lower(), dpi=150)
+    write_figure(draw_ratios(comparisons), options.chart)
 
 
 def _environment() -> dict[str, Any]:

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_xattnres.attention import EPS, Attention, Candidate, streaming_weights
+from nnunet_xattnres.attention import Attention, streaming_weights
 
 # What takes in the weights of a call, (K, B, *size), which sum to one over the K sources of a target.
 Receiver = Callable[[str, Tensor], None]
@@ -55,15 +56,8 @@ def in_pool_order(sources: Iterable[str]) -> list[str]:
 
 
 def _also_collecting(attend: Attention, target: str, receive: Receiver) -> Attention:
-    def attend_and_collect(
-        query: Tensor,
-        norm_scale: Tensor | None,
-        candidates: Sequence[Candidate],
-        size: Sequence[int],
-        key_channels: int | None = None,
-        eps: float = EPS,
-    ) -> Tensor:
-        receive(target, streaming_weights(query, norm_scale, candidates, size, key_channels, eps))
-        return attend(query, norm_scale, candidates, size, key_channels, eps)
+    def attend_and_collect(*arguments: Any, **options: Any) -> Tensor:
+        receive(target, streaming_weights(*arguments, **options))
+        return attend(*arguments, **options)
 
     return attend_and_collect

@@ -18,8 +18,7 @@ from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from nnunet_xattnres.files import written_atomically
-from nnunet_xattnres.report import draw_slice, label_colour
+from nnunet_xattnres.report import draw_slice, label_colour, write_figure
 from nnunet_xattnres.routing.collecting import in_pool_order
 from nnunet_xattnres.routing.recording import RoutingHistory
 
@@ -36,8 +35,8 @@ SMALL_FONT_SIZE = 6.5
 def save_figure(draw: Callable[[], Figure], path: Path) -> None:
     """Draw a figure and write it, whole or not at all, in the format that the path's name says."""
     # nnU-Net's progress plot changes matplotlib's defaults for the whole process. In a PDF, text stays text.
-    with style.context(["default", {"pdf.fonttype": 42}]), written_atomically(path) as temporary:
-        draw().savefig(temporary, dpi=DPI, format=path.suffix[1:])
+    with style.context(["default", {"pdf.fonttype": 42}]):
+        write_figure(draw(), path, DPI)
 
 
 class _Page:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnunet_xattnres.alignment import resize
-from nnunet_xattnres.checkpoint import read_checkpoint
+from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT, finished_folds, read_checkpoint
 from nnunet_xattnres.commands import termination_as_exception
 from nnunet_xattnres.datasets import check_nifti_files
+from nnunet_xattnres.device import choose_device
 from nnunet_xattnres.errors import XAttnResError, one_line
 from nnunet_xattnres.network import PlannedUNet
 from nnunet_xattnres.report import names_of_values
@@ -35,7 +36,6 @@ from nnunet_xattnres.routing.nifti import write_nifti
 from nnunet_xattnres.routing.recording import DECIMALS, RECORD, RoutingHistory
 from nnunet_xattnres.trainer_lookup import find_trainer
 
-CHECKPOINT = "checkpoint_final.pth"
 PLACES = ("interior", "boundary")
 
 # nnU-Net blends tiles in half precision, and a tile's corners count as little as its smallest number, 6e-8, while up to
@@ -75,7 +75,13 @@ def run_inspect(options: Options) -> None:
     Raises `XAttnResError` for a folder that holds no XAttnRes model, a target that the model does not have, and images
     that cannot be read or do not fit the model.
     """
-    model = Model(options.model, options.fold, options.targets, _device(options.device), options.trust_checkpoint)
+    model = Model(
+        options.model,
+        options.fold,
+        options.targets,
+        torch.device(choose_device(options.device)),
+        options.trust_checkpoint,
+    )
     cases = find_cases(options.images, model.dataset_json["file_ending"])
     check_nifti_files(Path(file) for files in cases.values() for file in files)
     formats = ["png", "pdf"] if options.pdf else ["png"]
@@ -353,12 +359,6 @@ def _chosen(targets: list[str] | None, network: PlannedUNet) -> list[str]:
         return list(weights)
 
 
-def _device(name: str | None) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise XAttnResError("there is no GPU that PyTorch can use: --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
@@ -371,9 +371,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_checkpoint(model: Path, fold: Path, trusted: bool) -> dict[str, Any]:
-    path = fold / CHECKPOINT
+    path = fold / FINAL_CHECKPOINT
     if not path.exists():
-        folds = sorted(file.parent.name.removeprefix("fold_") for file in model.glob(f"fold_*/{CHECKPOINT}"))
+        folds = finished_folds(model)
         raise XAttnResError(f"{path} does not exist; finished folds in {model}: {', '.join(folds) or 'none'}")
     return read_checkpoint(path, "get it again", trusted)
 
