@@ -41,7 +41,7 @@ def project(features: Tensor, projection: Tensor | None) -> Tensor:
     if projection is None:
         return features
     # An einsum would keep a copy of the features, their axes in another order, for the backward pass.
-    projected = torch.bmm(projection.expand(len(features), -1, -1), features.flatten(2))
+    projected = torch.bmm(projection.expand(features.shape[0], -1, -1), features.flatten(2))
     return projected.unflatten(2, features.shape[2:])
 
 

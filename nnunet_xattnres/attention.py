@@ -12,6 +12,7 @@ formulas, and `streaming`, which never holds the stack of aligned candidates.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import sqrt
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,6 +26,9 @@ EPS = 1e-6
 # fast, 2**21 the fastest by a tenth: a slab stays in the cache. Elsewhere launches cost more.
 SLAB_NUMBERS = {"cpu": 2**21}
 SLAB_NUMBERS_ELSEWHERE = 2**28
+
+# PyTorch before 2.7 tells of exports to ONNX alone.
+_is_torch_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
 
 
 class Candidate(NamedTuple):
@@ -79,10 +83,23 @@ def attend_reference(
 def attention_weights(query: Tensor, norm_scale: Tensor | None, keys: Tensor, eps: float = EPS) -> Tensor:
     """a_k(p) for a stack of keys before the norm: (K, B, C_key, *size) -> (K, B, *size), at least float32."""
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    keys = keys * torch.rsqrt(keys.square().mean(dim=2, keepdim=True) + eps)
+    keys = keys * inverse_rms(keys.square().mean(dim=2, keepdim=True), eps)
     query = scaled(query, norm_scale)
     scores = torch.einsum("c,kbc...->kb...", query, keys) if query.ndim == 1 else (query * keys).sum(dim=2)
     return scores.softmax(dim=0)
+
+
+def inverse_rms(mean_square: Tensor, eps: float) -> Tensor:
+    """( mean_square + eps )^(-1/2)"""
+    if is_exporting():
+        # PyTorch's ONNX exporter takes a summand of 1e-8 for zero and leaves it out.
+        return torch.rsqrt(mean_square / eps + 1) / sqrt(eps)
+    return torch.rsqrt(mean_square + eps)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export, torch.onnx.export or torch.jit.trace is writing down the operations of a forward pass."""
+    return torch.jit.is_tracing() or _is_torch_exporting()
 
 
 def attend_streaming(
@@ -96,10 +113,13 @@ def attend_streaming(
     """`attend_reference`, slab by slab, forward and backward.
 
     Only the candidates as they are given, at their own resolutions, and the query are kept for the backward pass,
-    which aligns every slab once more.
+    which aligns every slab once more. An exported graph has one slab.
     """
     sources = _distinct(_sources(candidates, size))
-    return _StreamingAttention.apply(scaled(query, norm_scale), tuple(size), key_channels, eps, *sources)
+    arguments = scaled(query, norm_scale), tuple(size), key_channels, eps
+    if is_exporting():
+        return _mix_slab_by_slab(*arguments, sources)
+    return _StreamingAttention.apply(*arguments, *sources)
 
 
 @torch.no_grad()
@@ -120,6 +140,19 @@ def streaming_weights(
     return weights.transpose(0, 1)
 
 
+def _mix_slab_by_slab(
+    query: Tensor, size: tuple[int, ...], key_channels: int | None, eps: float, sources: Sequence[Tensor | None]
+) -> Tensor:
+    """The attention, given as `_StreamingAttention` is."""
+    with _without_autocast(query):
+        call = _StreamingCall(query, size, key_channels, eps, sources)
+        mixture = call.new_mixture()
+        for slab in call.slabs():
+            read = call.read(slab)
+            slab.of(mixture).copy_(_weighted_sum(read.scores.softmax(dim=0), call.values(read)))
+    return mixture
+
+
 class _StreamingAttention(torch.autograd.Function):
     """Attention whose softmax, and whose whole backward pass, see one slab of positions at a time.
 
@@ -132,13 +165,7 @@ class _StreamingAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, *sources)
         ctx.arguments = size, key_channels, eps
-        with _without_autocast(query):
-            call = _StreamingCall(query, size, key_channels, eps, sources)
-            mixture = call.new_mixture()
-            for slab in call.slabs():
-                read = call.read(slab)
-                slab.of(mixture).copy_(_weighted_sum(read.scores.softmax(dim=0), call.values(read)))
-        return mixture
+        return _mix_slab_by_slab(query, size, key_channels, eps, sources)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -230,12 +257,16 @@ class _StreamingCall:
         return last.features.new_empty(last.features.shape[0], value_channels, *self.size)
 
     def slabs(self) -> Iterator[Slab]:
+        first = self.alignments[0]
+        batch_size = first.features.shape[0]
+        if is_exporting():
+            # A loop would fix the batch size.
+            return iter([Slab(slice(0, batch_size), slice(0, self.size[0]))])
         # A compiler would unroll the loop over many small slabs.
         known = {} if torch.compiler.is_compiling() else SLAB_NUMBERS
         numbers = known.get(self.query.device.type, SLAB_NUMBERS_ELSEWHERE)
-        first = self.alignments[0]
         positions = max(1, numbers // (len(self.alignments) * first.channels))
-        return slabs(first.features.shape[0], self.size, positions)
+        return slabs(batch_size, self.size, positions)
 
     def read(self, slab: Slab) -> _SlabReading:
         partials = [alignment.partial(slab) for alignment in self.alignments]
@@ -244,8 +275,8 @@ class _StreamingCall:
             key, _ = self.key_and_value(partial)
             squared_norms.append(alignment.squared_norm(key))
             products.append(alignment.expand(self._product_with_query(slab, key)))
-        inverse_rms = torch.rsqrt(torch.stack(squared_norms) / self.query_channels + self.eps)
-        return _SlabReading(partials, inverse_rms, torch.stack(products) * inverse_rms)
+        factors = inverse_rms(torch.stack(squared_norms) / self.query_channels, self.eps)
+        return _SlabReading(partials, factors, torch.stack(products) * factors)
 
     def values(self, read: _SlabReading) -> Iterator[Tensor]:
         """The aligned values, one at a time."""

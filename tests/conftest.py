@@ -8,9 +8,10 @@ import torch
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from PIL import Image
 from torch import Tensor
+from training import train
 
 from nnunet_xattnres import alignment, block_level
-from nnunet_xattnres.commands import NnUNet
+from nnunet_xattnres.commands import NnUNet, environment_with
 from nnunet_xattnres.phantom import write_phantom_dataset
 from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write_json_atomically
 
@@ -64,6 +65,15 @@ def nnunet_environment(nnunet: NnUNet, tmp_path: Path, monkeypatch: pytest.Monke
     for name, value in (nnunet.folders() | {"nnUNet_results": str(tmp_path / "results")}).items():
         monkeypatch.setenv(name, value)
     return nnunet
+
+
+@pytest.fixture(scope="session")
+def trained_model(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model folder of nnUNetTrainerXAttnRes with 2d_small, folds 0 and 1."""
+    own = {"nnUNet_results": str(tmp_path_factory.mktemp("trained")), "nnUNet_n_proc_DA": "0"}
+    with environment_with(**nnunet.folders() | own):
+        folds = [train(PHANTOM, "2d_small", "nnUNetTrainerXAttnRes", fold=fold) for fold in (0, 1)]
+    return Path(folds[0].output_folder_base)
 
 
 @pytest.fixture

@@ -10,10 +10,15 @@ CPU = torch.device("cpu")
 
 
 def train(
-    dataset: str, configuration: str, trainer: str, pretrained: str | None = None, resume: bool = False
+    dataset: str,
+    configuration: str,
+    trainer: str,
+    pretrained: str | None = None,
+    resume: bool = False,
+    fold: int = 0,
 ) -> nnUNetTrainer:
-    """Fold 0 on a CPU, as `nnUNetv2_train` does it but for the final validation. resume: `--c`."""
-    training = get_trainer_from_args(dataset, configuration, 0, trainer, "nnUNetPlans", resume, CPU)
+    """On a CPU, as `nnUNetv2_train` does it but for the final validation. resume: `--c`."""
+    training = get_trainer_from_args(dataset, configuration, fold, trainer, "nnUNetPlans", resume, CPU)
     maybe_load_checkpoint(training, resume, False, pretrained)
     training.run_training()
     return training

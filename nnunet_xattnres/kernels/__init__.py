@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnunet_xattnres.alignment import average_if_finer, project
-from nnunet_xattnres.attention import EPS, Candidate, attend_streaming, scaled
+from nnunet_xattnres.attention import EPS, Candidate, attend_streaming, is_exporting, scaled
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.kernels.triton_attention import INTERPRETED, MAX_CHANNELS, MAX_NUMBERS, mix, mix_gradients
 
@@ -26,10 +26,13 @@ def attend_triton(
 
     Kept for the backward pass are the query and the projected candidates, coarser ones at their own resolution.
     What the kernels do not compute, `attend_streaming` does: query fields and keys apart from values (block level),
-    more than 512 channels, and feature maps of 2^31 numbers a batch item.
+    more than 512 channels, and feature maps of 2^31 numbers a batch item. So it does in an exported graph, which is to
+    run without this package.
 
     Raises `XAttnResError` where `check_device` does.
     """
+    if is_exporting():
+        return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
     check_device(query.device.type)
     beyond_stage_level = query.ndim > 1 or key_channels is not None
     if beyond_stage_level or len(query) > MAX_CHANNELS or _largest_offset(candidates, size) > MAX_NUMBERS:
