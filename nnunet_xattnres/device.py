@@ -1,8 +1,17 @@
-"""Where PyTorch computes."""
+"""Where PyTorch computes, and the memory that it finds there."""
 
+import re
+import sys
+
+import psutil
 import torch
 
 from nnunet_xattnres.errors import XAttnResError
+
+# PyTorch, oneDNN, cuDNN and the C++ library each have words of their own for it.
+NO_MEMORY_LEFT = re.compile(
+    r"out of memory|can't allocate memory|bad_alloc|could not create a memory|ALLOC_FAILED", re.I
+)
 
 
 def choose_device(name: str | None = None) -> str:
@@ -14,3 +23,21 @@ def choose_device(name: str | None = None) -> str:
     if name == "cuda" and not available:
         raise XAttnResError("PyTorch finds no CUDA device here: use --device cpu, or install a PyTorch with CUDA")
     return name or ("cuda" if available else "cpu")
+
+
+def limit_memory(growth: int) -> None:
+    """Let allocations fail once the process has grown by so many bytes, instead of waking the kernel's OOM killer.
+
+    Does nothing where there is no such limit, and never raises one that is set already.
+    """
+    if sys.platform == "linux":
+        import resource
+
+        used = psutil.Process().memory_info().data
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limits = [limit for limit in (soft, hard, used + growth) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY_LEFT.search(str(error)) is not None

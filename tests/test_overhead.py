@@ -20,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.config import XAttnResConfig
+from nnunet_xattnres.device import is_out_of_memory
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.network import build_network_from_plans
 from nnunet_xattnres.overhead import measurement, runner
@@ -183,7 +184,7 @@ def test_peak_memory_is_what_was_allocated_in_between():
 def test_memory_is_limited_before_the_kernel_has_to_kill():
     program = """if True:
         import torch
-        from nnunet_xattnres.overhead.measurement import is_out_of_memory, limit_memory
+        from nnunet_xattnres.device import is_out_of_memory, limit_memory
         limit_memory(300_000_000)
         kept = []
         try:
@@ -197,8 +198,8 @@ def test_memory_is_limited_before_the_kernel_has_to_kill():
 
 
 def test_other_errors_are_not_taken_for_want_of_memory():
-    assert not measurement.is_out_of_memory(RuntimeError("sizes of tensors must match"))
-    assert measurement.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_out_of_memory(RuntimeError("sizes of tensors must match"))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
 
 
 @pytest.mark.parametrize("trainer", [PLANNED, NO_SKIP, "nnUNetTrainerXAttnResBlockInput"])

@@ -6,7 +6,6 @@ optimizer, autocast and compilation are those of the real nnU-Net trainer.
 
 import json
 import os
-import re
 import sys
 import threading
 import traceback
@@ -26,6 +25,7 @@ from torch._dynamo import OptimizedModule
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunet_xattnres.device import is_out_of_memory, limit_memory
 from nnunet_xattnres.errors import XAttnResError, one_line
 from nnunet_xattnres.files import written_atomically
 from nnunet_xattnres.network import PlannedUNet, uncompiled
@@ -42,10 +42,6 @@ WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
 STEP_SECONDS = 3.0
 INFERENCE_SECONDS = 1.0
 SAMPLING_SECONDS = 1e-3
-# PyTorch, oneDNN, cuDNN and the C++ library each have words of their own for it.
-NO_MEMORY_LEFT = re.compile(
-    r"out of memory|can't allocate memory|bad_alloc|could not create a memory|ALLOC_FAILED", re.I
-)
 
 
 @dataclass(frozen=True)
@@ -120,24 +116,6 @@ def measure(request: Request) -> Iterator[Answer]:
             yield replace(answer, status=OUT_OF_MEMORY)
         else:
             yield replace(answer, status=FAILED, reason=_reason(error))
-
-
-def limit_memory(growth: int) -> None:
-    """Let allocations fail once the process has grown by so many bytes, instead of waking the kernel's OOM killer.
-
-    Does nothing where there is no such limit, and never raises one that is set already.
-    """
-    if sys.platform == "linux":
-        import resource
-
-        used = psutil.Process().memory_info().data
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limits = [limit for limit in (soft, hard, used + growth) if limit != resource.RLIM_INFINITY]
-        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY_LEFT.search(str(error)) is not None
 
 
 def _reason(error: Exception) -> str:

@@ -27,10 +27,10 @@ from nnunet_xattnres.commands import (
     last_meaningful_line,
     termination_as_exception,
 )
-from nnunet_xattnres.device import choose_device
+from nnunet_xattnres.device import NO_MEMORY_LEFT, choose_device
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.files import written_atomically
-from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, NO_MEMORY_LEFT, OUT_OF_MEMORY, Answer, Request
+from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
 from nnunet_xattnres.plans import write_json_atomically
 from nnunet_xattnres.report import write_figure
