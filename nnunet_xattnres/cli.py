@@ -205,6 +205,13 @@ def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     inspect.add_argument("-f", dest="fold", required=True, metavar="FOLD", help="a number, or all")
     inspect.add_argument(
+        "-chk",
+        dest="checkpoint",
+        default="checkpoint_final.pth",
+        metavar="NAME",
+        help="file in the fold's folder (default: %(default)s)",
+    )
+    inspect.add_argument(
         "-i",
         dest="images",
         type=Path,

@@ -10,23 +10,35 @@ import SimpleITK as sitk
 import torch
 from conftest import PHANTOM
 from matplotlib import style
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from PIL import Image
 from scipy.spatial.transform import Rotation
 from test_routing import assert_no_texts_overlap, force_to_read, history_of
 from test_trainers import make_trainer
 from torch import nn
 
+from nnunet_xattnres.alignment import resize
+from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.routing import inspection
 from nnunet_xattnres.routing.drawing import CasePicture, draw_case
-from nnunet_xattnres.routing.inspection import Model, NetworkWithWeights, Regions, find_cases, on_boundary
-from nnunet_xattnres.routing.nifti import write_nifti
+from nnunet_xattnres.routing.inspection import Model, NetworkWithWeights, Regions, find_cases, on_boundary, shares
+from nnunet_xattnres.routing.nifti import as_nifti
+from nnunet_xattnres.routing.slices import Slice
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def unlimited_memory(monkeypatch):
+    """The command limits that of its process, here pytest's."""
+    monkeypatch.setattr(inspection, "limit_memory", lambda growth: None)
 
 
 def make_model(
@@ -152,7 +164,7 @@ class TestInspect:
                 assert weights["E1"] > 0.95
                 assert sum(weights.values()) == pytest.approx(1, abs=1e-4)
 
-    def test_block_level_and_a_folder_and_vectors(self, nnunet_environment, tmp_path):
+    def test_block_level_and_a_folder_and_vectors(self, nnunet_environment, tmp_path, capsys):
         model = make_model(nnunet_environment, "nnUNetTrainerXAttnResBlockInput", "2d_small")
         history_of(4, 2).write(model / "fold_0" / "xattnres_routing.json")
         rotated_image(nnunet_environment, tmp_path / "images", "a")
@@ -160,6 +172,8 @@ class TestInspect:
         out = tmp_path / "out"
         arguments = ("-m", model, "-f", 0, "-i", tmp_path / "images", "-o", out, "--targets", "D0_memory,E0_block2")
         assert inspect(*arguments, "--pdf") == 0
+        progress = capsys.readouterr().err
+        assert "2/2" in progress and "case=" not in progress and "map" not in progress
         assert sorted(file.name for file in out.iterdir()) == ["a", "b", "training.pdf"]
         assert maps_of(out / "b").keys() == {
             *(f"D0_memory_from_block{i}" for i in (1, 2)),
@@ -169,6 +183,48 @@ class TestInspect:
         assert inspect(*arguments) == 0  # again: earlier results are replaced
         assert not list(out.glob("*/routing.pdf"))
         assert not list(out.glob(".*"))
+
+    def test_another_checkpoint_and_progress_of_a_single_case(self, nnunet_environment, tmp_path, capsys):
+        model = make_model(nnunet_environment, configuration="2d_small")
+        (model / "fold_0" / FINAL_CHECKPOINT).rename(model / "fold_0" / "checkpoint_best.pth")
+        image = rotated_image(nnunet_environment, tmp_path / "images")
+        arguments = ("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "E2")
+        assert inspect(*arguments, "-chk", "checkpoint_best.pth") == 0
+        record = json.loads((tmp_path / "out" / "case" / "routing.json").read_text())
+        assert record["checkpoint"] == "checkpoint_best.pth"
+        progress = capsys.readouterr().err
+        slices = nibabel.load(image).shape[2] - 3
+        assert f"{slices}/{slices}" in progress and "2/2" in progress and "case" not in progress
+
+    def test_a_map_is_what_the_network_reads_there(self, nnunet_environment, tmp_path):
+        folder, axes = make_model(nnunet_environment), (0, 2)
+        file = folder / "fold_0" / FINAL_CHECKPOINT
+        torch.save(torch.load(file, weights_only=False) | {"inference_allowed_mirroring_axes": axes}, file)
+        model = Model(folder, "0", FINAL_CHECKPOINT, ["E2", "D1"], CPU)
+        # A single tile, not resampled, nothing to crop.
+        patch, spacing = model.configuration.patch_size, model.configuration.spacing
+        phantom = nibabel.load(nnunet_environment.raw / PHANTOM / "imagesTr" / "phantom_000_0000.nii.gz").get_fdata()
+        data = np.resize(phantom[phantom != 0], patch).astype(np.float32)
+        image = tmp_path / "case_0000.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(data.T, np.diag([*spacing[::-1], 1])), image)
+        assert inspect("-m", folder, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "E2,D1") == 0
+
+        network = model.predictor.network.network
+        preprocessed = torch.from_numpy((data - data.mean()) / data.std())[None, None]
+        for target, sources in model.sources.items():
+            expected = torch.zeros(len(sources), *patch)
+            for mirrored in ([], [0], [2], [0, 2]):
+                with torch.no_grad(), network.routing([target]) as weights:
+                    network(preprocessed.flip([2 + axis for axis in mirrored]))
+                of_image = resize(weights[target][0].transpose(0, 1), patch)[0]
+                expected += of_image.flip([1 + axis for axis in mirrored]) / 4
+            maps = maps_of(tmp_path / "out" / "case")
+            written = np.stack([maps[f"{target}_from_{source}"].get_fdata().T for source in sources])
+            # Near the border half precision has few digits left for what a tile adds there.
+            centre = (slice(None), *(slice(extent // 4, -extent // 4) for extent in patch))
+            np.testing.assert_allclose(written, expected, atol=0.01)
+            np.testing.assert_allclose(written[centre], expected[centre], atol=1e-3)
+            assert expected[centre].std(dim=(1, 2, 3)).min() > 0.02
 
 
 class TestMistakes:
@@ -201,12 +257,29 @@ class TestMistakes:
         assert f"was trained by {trainer}, whose network has no attention" in error
 
     def test_a_folder_that_is_no_model(self, image, tmp_path, capsys):
-        assert "dataset.json does not exist" in self.complaint(capsys, tmp_path, "-m", tmp_path, "-f", 0, "-i", image)
+        error = self.complaint(capsys, tmp_path, "-m", tmp_path, "-f", 0, "-i", image)
+        assert f"{tmp_path} holds no fold_*/*.pth: -m takes a model's folder" in error
 
-    def test_a_fold_that_is_not_there(self, model, image, tmp_path, capsys):
-        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 3, "-i", image)
-        assert "fold_3/checkpoint_final.pth does not exist; finished folds" in error
-        assert error.endswith(": 0")
+    def test_plans_that_are_not_those_of_the_model(self, model, image, tmp_path, capsys):
+        plans = json.loads((model / "plans.json").read_text())
+        del plans["configurations"]["2d_small"]
+        (model / "plans.json").write_text(json.dumps(plans))
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "no configuration 2d_small in the plans" in error
+
+    @pytest.mark.parametrize("choice", [("-f", 3), ("-f", 0, "-chk", "checkpoint_latest.pth")])
+    def test_a_checkpoint_that_is_not_there(self, model, image, tmp_path, capsys, choice):
+        shutil.copy(model / "fold_0" / FINAL_CHECKPOINT, model / "fold_0" / "checkpoint_best.pth")
+        error = self.complaint(capsys, tmp_path, "-m", model, *choice, "-i", image)
+        assert "does not exist: choose with -f and -chk from " in error
+        assert error.endswith("from fold_0/checkpoint_best.pth, fold_0/checkpoint_final.pth")
+
+    def test_a_checkpoint_of_a_trainer_that_nobody_knows(self, model, image, tmp_path, capsys):
+        file = model / "fold_0" / FINAL_CHECKPOINT
+        checkpoint = torch.load(file, weights_only=False)
+        torch.save(checkpoint | {"trainer_name": "nnUNetTrainerXAttnResNoSkips"}, file)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "finds no trainer nnUNetTrainerXAttnResNoSkips: did you mean nnUNetTrainerXAttnResNoSkip" in error
 
     def test_a_checkpoint_that_would_run_code(self, model, image, tmp_path, capsys):
         file = model / "fold_0" / "checkpoint_final.pth"
@@ -249,10 +322,16 @@ class TestMistakes:
             inspect("-m", model, "-f", 0, "-i", image, "-o", ".")
         assert list((tmp_path / "out").iterdir()) == []
 
-    def test_a_missing_channel(self, model, image, tmp_path, capsys):
+    def test_a_channel_too_many(self, model, image, tmp_path, capsys):
         shutil.copy(image, image.with_name("case_0001.nii.gz"))
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image.parent)
         assert "comes with 2 channels, but the model reads 1: _0000 phantom" in error
+
+    def test_a_missing_channel(self, nnunet_environment, model, image):
+        model = Model(model, "0", FINAL_CHECKPOINT, ["D0"], CPU)
+        model.num_channels, model.dataset_json["channel_names"] = 2, {"0": "T1", "1": "T2"}
+        with pytest.raises(XAttnResError, match=r"comes with 1 channels, but the model reads 2: add _0001 T2$"):
+            model.read([str(image)])
 
     def test_channels_that_do_not_fit_each_other(self, model, image, tmp_path, capsys):
         other = image.with_name("case_0001.nii.gz")
@@ -270,20 +349,47 @@ class TestMistakes:
         def disk_full(*arguments: object) -> None:
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(inspection, "write_nifti", disk_full)
+        monkeypatch.setattr(nibabel, "save", disk_full)
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
         assert "cannot write the maps of case (No space left on device)" in error
+
+    @pytest.mark.parametrize("place", ["predict", "maps"])
+    @pytest.mark.parametrize(
+        "want",
+        [
+            MemoryError("Unable to allocate 5.25 GiB"),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5637144576 bytes."),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.25 GiB"),
+        ],
+    )
+    def test_too_little_memory(self, model, image, tmp_path, capsys, monkeypatch, place, want):
+        def fail(*arguments: object) -> None:
+            raise want
+
+        monkeypatch.setattr(Model, place, fail)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "too little memory for the maps of case: choose fewer --targets" in error
+
+    def test_another_failure_is_not_taken_for_want_of_memory(self, model, image, tmp_path, monkeypatch):
+        def fail(*arguments: object) -> None:
+            raise RuntimeError("Encountered inf in predicted array")
+
+        monkeypatch.setattr(Model, "predict", fail)
+        with pytest.raises(RuntimeError, match="Encountered inf"):
+            inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out")
 
     def test_a_failure_midway_keeps_the_finished_cases_whole(self, model, nnunet_environment, tmp_path, monkeypatch):
         rotated_image(nnunet_environment, tmp_path / "images", "a")
         rotated_image(nnunet_environment, tmp_path / "images", "b")
 
-        def write_one_case(volume, path, properties, image):
-            write_nifti(volume, path, properties, image)
-            if "b_0000" in image.name:
+        save = nibabel.save
+
+        def save_one_case(volume, path):
+            save(volume, path)
+            if path.parent.name == "b":
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(inspection, "write_nifti", write_one_case)
+        monkeypatch.setattr(nibabel, "save", save_one_case)
         arguments = ("-m", model, "-f", 0, "-i", tmp_path / "images", "-o", tmp_path / "out", "--targets", "D0")
         assert inspect(*arguments) == 130
         assert sorted(file.name for file in tmp_path.iterdir() if file.name != "results") == ["images", "out"]
@@ -305,7 +411,7 @@ def test_what_is_computed_of_the_preprocessed_image_returns_to_its_place(nnunet_
     plans = {"transpose_forward": list(transpose), "transpose_backward": np.argsort(transpose).tolist()}
     folder = make_model(nnunet_environment, **plans)
     file = rotated_image(nnunet_environment, tmp_path)
-    model = Model(folder, "0", ["D0"], CPU)
+    model = Model(folder, "0", FINAL_CHECKPOINT, ["D0"], CPU)
     image, properties = model.read([str(file)])
     data, _, _ = model.preprocessor.run_case_npy(
         image, None, properties, model.plans, model.configuration, model.dataset_json
@@ -318,7 +424,7 @@ def test_what_is_computed_of_the_preprocessed_image_returns_to_its_place(nnunet_
 
 
 def test_the_network_puts_weights_behind_its_logits(nnunet_environment):
-    model = Model(make_model(nnunet_environment), "0", ["E2", "D0"], CPU)
+    model = Model(make_model(nnunet_environment), "0", FINAL_CHECKPOINT, ["E2", "D0"], CPU)
     wrapped = model.predictor.network
     assert isinstance(wrapped, NetworkWithWeights)
     image = torch.randn(2, 1, *model.configuration.patch_size)
@@ -331,6 +437,23 @@ def test_the_network_puts_weights_behind_its_logits(nnunet_environment):
     torch.testing.assert_close(channels[:, model.num_heads + 1].mean(), mean, atol=0.1, rtol=0)
 
 
+def test_weights_sum_to_one_whatever_half_precision_has_made_of_them():
+    blended = (inspection.BLENDING_SCALE * torch.rand(15, 4, 5)).half()
+    each = list(shares(blended))
+    assert {weights.dtype for weights in each} == {torch.float32}
+    torch.testing.assert_close(sum(each), torch.ones(4, 5))
+    torch.testing.assert_close(each[3] / each[7], blended[3].float() / blended[7].float())
+
+
+def test_weights_stay_in_half_precision_until_they_are_written(nnunet_environment, tmp_path):
+    model = Model(make_model(nnunet_environment), "0", FINAL_CHECKPOINT, ["E2", "D0"], CPU)
+    image, properties = model.read([str(rotated_image(nnunet_environment, tmp_path))])
+    _, weights = model.predict(image, properties)
+    assert {target: (len(of_target), of_target.dtype) for target, of_target in weights.items()} == {
+        target: (len(model.sources[target]), torch.half) for target in ("E2", "D0")
+    }
+
+
 @pytest.mark.parametrize("reader", [SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient])
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
 def test_what_any_reader_reads_is_written_over_the_image(nnunet, tmp_path, reader, axes):
@@ -341,7 +464,7 @@ def test_what_any_reader_reads_is_written_over_the_image(nnunet, tmp_path, reade
     )
     nibabel.save(permuted, file)
     volume, properties = reader().read_images([str(file)])
-    write_nifti(volume[0], tmp_path / "map.nii.gz", properties, file)
+    nibabel.save(as_nifti(volume[0], properties, file), tmp_path / "map.nii.gz")
     written, original = nibabel.load(tmp_path / "map.nii.gz"), nibabel.load(file)
     assert np.array_equal(written.affine, original.affine)
     assert np.array_equal(written.get_fdata(), original.get_fdata())
@@ -351,10 +474,70 @@ def test_an_image_in_another_format_keeps_its_geometry(nnunet, tmp_path):
     file = rotated_image(nnunet, tmp_path)
     sitk.WriteImage(sitk.ReadImage(file), tmp_path / "case_0000.nrrd")
     volume, properties = SimpleITKIO().read_images([str(tmp_path / "case_0000.nrrd")])
-    write_nifti(volume[0], tmp_path / "map.nii.gz", properties, tmp_path / "case_0000.nrrd")
-    written, original = nibabel.load(tmp_path / "map.nii.gz"), nibabel.load(file)
+    written, original = as_nifti(volume[0], properties, tmp_path / "case_0000.nrrd"), nibabel.load(file)
     np.testing.assert_allclose(written.affine, original.affine, atol=1e-4)
     assert np.array_equal(written.get_fdata(), original.get_fdata())
+
+
+class TestSlice:
+    # Numbers that tell voxels apart, along axes that run to the right, to the front and up.
+    VOLUME = np.arange(6 * 8 * 10, dtype=np.float32).reshape(6, 8, 10)
+    FOREGROUND = np.zeros_like(VOLUME)
+    FOREGROUND[4, 1:7, 1:9] = FOREGROUND[1:5, 2:6, 3] = FOREGROUND[2:4, 5, 2:6] = 1
+
+    def stored(self, volume: np.ndarray, axes: str, spacing: tuple[float, ...] = (1, 1, 1)) -> nibabel.Nifti1Image:
+        """As if it had been acquired along the given axes, and obliquely."""
+        affine = np.eye(4)
+        affine[:3, :3] = Rotation.from_euler("xyz", (10, -15, 20), degrees=True).as_matrix() @ np.diag(spacing)
+        image = nibabel.Nifti1Image(volume, affine)
+        return image.as_reoriented(ornt_transform(io_orientation(affine), axcodes2ornt(axes)))
+
+    @pytest.mark.parametrize(
+        "axes, place", [("RAS", "k = 3"), ("LPS", "k = 3"), ("LPI", "k = 6"), ("PSR", "j = 3"), ("IRA", "i = 6")]
+    )
+    def test_the_front_is_up_and_the_right_on_the_left_however_it_is_stored(self, axes, place):
+        shown = Slice(self.stored(self.FOREGROUND, axes))
+        assert np.array_equal(shown.of(self.stored(self.VOLUME, axes)), self.VOLUME[::-1, ::-1, 3].T)
+        assert shown.name == f"axial slice, {place}"
+        assert shown.spacing == pytest.approx((1, 1))
+
+    @pytest.mark.parametrize("axes", ["RAS", "PSR"])
+    def test_thick_slices_are_shown_as_they_were_acquired(self, axes):
+        sagittal = Slice(self.stored(self.FOREGROUND, axes, (4, 0.7, 0.5)))
+        assert np.array_equal(sagittal.of(self.stored(self.VOLUME, axes)), self.VOLUME[4, ::-1, ::-1].T)
+        assert sagittal.name == f"sagittal slice, {'ijk'[axes.index('R')]} = 4"
+        assert sagittal.spacing == pytest.approx((0.5, 0.7))
+        coronal = Slice(self.stored(self.FOREGROUND, axes, (0.7, 4, 0.5)))
+        assert np.array_equal(coronal.of(self.stored(self.VOLUME, axes)), self.VOLUME[::-1, 5, ::-1].T)
+
+    def test_without_foreground_it_is_in_the_middle(self):
+        shown = Slice(self.stored(np.zeros_like(self.VOLUME), "RAS"))
+        assert shown.name == "axial slice, k = 4"
+
+    @pytest.mark.parametrize("shape", [(6, 8), (6, 8, 1)])
+    def test_where_there_is_only_one_slice_it_is_shown(self, tmp_path, shape):
+        nibabel.save(
+            nibabel.Nifti1Image(self.VOLUME[:, :, 3].reshape(shape), np.diag([-2, -3, 1, 1])), tmp_path / "x.nii"
+        )
+        volume, properties = SimpleITKIO().read_images([str(tmp_path / "x.nii")])
+        image = as_nifti(volume[0], properties, tmp_path / "x.nii")
+        assert np.array_equal(Slice(image).of(image), self.VOLUME[:, :, 3].T)
+        assert Slice(image).spacing == (3, 2)
+        assert Slice(image).name == ""
+
+
+def test_a_map_lies_over_a_picture_without_orientation_as_viewers_read_it(tmp_path):
+    file = tmp_path / "case_0000.png"
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).save(file)
+    volume, properties = NaturalImage2DIO().read_images([str(file)])
+    image = as_nifti(volume[0], properties, file)
+    nibabel.save(image, tmp_path / "map.nii.gz")
+    assert np.array_equal(Slice(image).of(image), volume[0, 0])
+    written, original = sitk.ReadImage(tmp_path / "map.nii.gz"), sitk.ReadImage(file)
+    assert np.array_equal(sitk.GetArrayFromImage(written)[0], sitk.GetArrayFromImage(original))
+    for pixel in ((0, 0), (3, 2)):
+        place = written.TransformIndexToPhysicalPoint((*pixel, 0))
+        assert place[:2] == pytest.approx(original.TransformIndexToPhysicalPoint(pixel))
 
 
 def test_boundary_voxels_have_a_neighbour_of_another_label():
@@ -387,12 +570,30 @@ def test_means_are_taken_by_label_and_place_inside_only():
 
 class TestCases:
     def test_channels_of_a_case_belong_together(self, tmp_path):
-        for name in ("b_0001.nii.gz", "b_0000.nii.gz", "a_1_0000.nii.gz", "notes.txt"):
+        foreign = ("notes.txt", "b.nii.gz", "._b_0000.nii.gz", "b_000.nii.gz", "b_0000.nrrd")
+        for name in ("b_0001.nii.gz", "b_0000.nii.gz", "a_1_0000.nii.gz", *foreign):
             (tmp_path / name).touch()
-        cases = find_cases([tmp_path], ".nii.gz")
+        cases = find_cases([tmp_path, tmp_path / "b_0001.nii.gz"], ".nii.gz")
         names = {case: [Path(file).name for file in files] for case, files in cases.items()}
         assert names == {"a_1": ["a_1_0000.nii.gz"], "b": ["b_0000.nii.gz", "b_0001.nii.gz"]}
         assert find_cases([tmp_path / "b_0000.nii.gz", tmp_path / "b_0001.nii.gz"], ".nii.gz")["b"] == cases["b"]
+
+    @pytest.mark.parametrize(
+        "there, missing", [("1", "case_0000.nii.gz"), ("03", "case_0001.nii.gz, case_0002.nii.gz")]
+    )
+    def test_a_gap_in_the_channels_is_named(self, tmp_path, there, missing):
+        for channel in there:
+            (tmp_path / f"case_000{channel}.nii.gz").touch()
+        with pytest.raises(XAttnResError, match=f"case_000{there[-1]}.nii.gz comes without {missing}: add"):
+            find_cases([tmp_path], ".nii.gz")
+
+    def test_two_images_for_one_channel_are_an_error(self, tmp_path):
+        files = [tmp_path / folder / "case_0000.nii.gz" for folder in "ab"]
+        for file in files:
+            file.parent.mkdir()
+            file.touch()
+        with pytest.raises(XAttnResError, match="are the same channel of case: leave one out"):
+            find_cases([file.parent for file in files], ".nii.gz")
 
     @pytest.mark.parametrize(
         "name, complaint", [("case.nii.gz", "not named"), ("case_0000.png", "not named"), (None, "does not exist")]
@@ -418,7 +619,7 @@ def test_no_texts_of_a_case_overlap(num_stages, shape, num_labels):
     prediction = np.zeros(shape, np.uint8)
     prediction.flat[: num_labels + 1] = range(num_labels + 1)
     labels = {0: "background"} | {value: f"structure {value}" for value in range(1, num_labels + 1)}
-    picture = CasePicture("hippocampus_020", 17, rng.random(shape), prediction, (1.0, 1.2), labels)
+    picture = CasePicture("hippocampus_020, axial slice, k = 17", rng.random(shape), prediction, (1.0, 1.2), labels)
     for target, names in sources.items():
         picture.maps[target] = {name: (rng.random(shape), 0.12) for name in names}
     with style.context("default"):

@@ -49,10 +49,16 @@ def in_pool_order(sources: Iterable[str]) -> list[str]:
     """Names of sources, each once: E0, E1, ..., D0, ..., current."""
 
     def rank(name: str) -> tuple[int, int]:
-        kind, number = re.fullmatch(r"(\D+)(\d*)", name).groups()  # type: ignore[union-attr]
-        return KINDS_OF_SOURCES.index(kind), int(number or 0)
+        kind, number = kind_and_number(name)
+        return KINDS_OF_SOURCES.index(kind), number
 
     return sorted(set(sources), key=rank)
+
+
+def kind_and_number(source: str) -> tuple[str, int]:
+    """E and 2 of E2; one that is not numbered counts as number 0."""
+    kind, number = re.fullmatch(r"(\D+)(\d*)", source).groups()  # type: ignore[union-attr]
+    return kind, int(number or 0)
 
 
 def _also_collecting(attend: Attention, target: str, receive: Receiver) -> Attention:

@@ -19,12 +19,16 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from nnunet_xattnres.report import draw_slice, label_colour, write_figure
-from nnunet_xattnres.routing.collecting import in_pool_order
+from nnunet_xattnres.routing.collecting import in_pool_order, kind_and_number
 from nnunet_xattnres.routing.recording import RoutingHistory
 
 # Told apart with every kind of colour vision, and in print without colours.
 COLOURS = colormaps["viridis"]
+# A line's colour says the resolution: Okabe and Ito's, black and grey in place of a yellow that is too light for lines.
+LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "black", "0.6")
+LINE_STYLES = {"E": "-", "D": "--", "input": "--", "block": "-"}
 NOTHING_TO_READ = "0.93"
+WEIGHT = "attention weight"
 DPI = 120
 LEGEND_LINE = 0.16  # inches
 POINTS_PER_LINE = 250  # drawn again after every epoch: a few inches show no more
@@ -64,7 +68,7 @@ def draw_history(history: RoutingHistory) -> Figure:
     map_width, map_height = cell * len(sources), cell * len(targets)
     plots_top = map_height + 1.3
     legend_top = plots_top - (-len(targets) // per_row) * (plot_height + gap) + 0.1
-    legend_height = 0.2 * -(-len(sources) // legend_columns)
+    legend_height = 0.2 * (1 + -(-len(sources) // legend_columns))
     page = _Page(max(map_width + 2.6, 8.0), legend_top + legend_height + 0.1)
 
     _draw_heat_map(page, history, sources, ((page.width - map_width) / 2, 0.75, map_width, map_height))
@@ -80,7 +84,14 @@ def draw_history(history: RoutingHistory) -> Figure:
             axis.set_ylabel("mean weight", fontsize=FONT_SIZE)
     lines = [Line2D([], [], label=source, **_line_style(source, sources)) for source in sources]
     page.figure.legend(
-        handles=lines, loc="lower center", ncols=legend_columns, fontsize=FONT_SIZE, frameon=False, handlelength=2.5
+        handles=lines,
+        title="solid: encoder, dashed: decoder; one colour for one resolution" if "D0" in sources else None,
+        loc="lower center",
+        ncols=legend_columns,
+        fontsize=FONT_SIZE,
+        title_fontsize=FONT_SIZE,
+        frameon=False,
+        handlelength=2.5,
     )
     return page.figure
 
@@ -89,12 +100,12 @@ def draw_history(history: RoutingHistory) -> Figure:
 class CasePicture:
     """One slice of a case, and of its weight maps.
 
-    image, prediction: [y, x]. spacing: of y and x in mm. labels: the names of the prediction's values.
+    title: which case, which slice.
+    image, prediction: [row, column]. spacing: of rows and columns in mm. labels: the names of the prediction's values.
     maps: by target and source, a slice and the mean over the predicted foreground of the whole case.
     """
 
-    case: str
-    plane: int
+    title: str
     image: NDArray[np.floating]
     prediction: NDArray[np.integer]
     spacing: tuple[float, float]
@@ -107,7 +118,7 @@ def draw_case(picture: CasePicture) -> Figure:
     sources = in_pool_order(chain(*picture.maps.values()))
     (rows, columns), (y_spacing, x_spacing) = picture.image.shape, picture.spacing
     aspect = float(np.clip(rows * y_spacing / (columns * x_spacing), 0.4, 2.5))
-    gap, left_margin, right_margin, top_margin = 0.06, 1.0, 0.6, 0.35
+    gap, left_margin, right_margin, top_margin = 0.06, 1.0, 0.7, 0.35
     width = float(np.clip(9 / len(sources), 0.75, 1.4))
     height = width * aspect
     rows_top = top_margin + height + 0.45
@@ -115,7 +126,7 @@ def draw_case(picture: CasePicture) -> Figure:
         max(left_margin + len(sources) * (width + gap) + right_margin, 4.5),
         rows_top + len(picture.maps) * (height + gap) + 0.3,
     )
-    _draw_title(page, f"{picture.case}, slice {picture.plane}: attention weights")
+    _draw_title(page, f"{picture.title}: attention weights")
     for i, labels in enumerate((None, picture.prediction)):
         axis = page.axes(left_margin + i * (width + gap), top_margin, width, height)
         draw_slice(axis, picture.image, picture.spacing, labels)
@@ -134,6 +145,7 @@ def draw_case(picture: CasePicture) -> Figure:
         title_fontsize=FONT_SIZE,
         frameon=False,
     )
+    end = left_margin + len(sources) * (width + gap)
     for row, (target, maps) in enumerate(picture.maps.items()):
         top = rows_top + row * (height + gap)
         scale = Normalize(0, max(max(weights.max() for weights, _ in maps.values()), 1e-6))
@@ -141,8 +153,9 @@ def draw_case(picture: CasePicture) -> Figure:
         for source, (weights, mean) in maps.items():
             left = left_margin + sources.index(source) * (width + gap)
             _draw_weights(page.axes(left, top, width, height), picture, weights, mean, scale)
-        end = left_margin + len(sources) * (width + gap)
         _draw_colour_bar(page.axes(end + 0.04, top + 0.08, 0.08, height - 0.16), scale)
+    rows_centre = rows_top + len(picture.maps) * (height + gap) / 2
+    page.text(page.width - 0.1, rows_centre, WEIGHT, rotation=90, ha="right", va="center")
     for column, source in enumerate(sources):
         page.text(left_margin + column * (width + gap) + width / 2, rows_top - 0.06, source, ha="center", va="bottom")
     page.text(
@@ -207,7 +220,9 @@ def _draw_heat_map(
     axis.set_ylabel("target", fontsize=FONT_SIZE)
     _draw_title(page, f"Mean attention weight in the validation of epoch {epoch}")
     left, top, width, height = place
-    _draw_colour_bar(page.axes(left + width + 0.12, top, 0.12, height), scale)
+    bar = page.axes(left + width + 0.12, top, 0.12, height)
+    _draw_colour_bar(bar, scale)
+    bar.set_ylabel(WEIGHT, fontsize=FONT_SIZE)
 
 
 def _draw_course(axis: Axes, history: RoutingHistory, target: str, all_sources: list[str]) -> None:
@@ -228,12 +243,14 @@ def _draw_course(axis: Axes, history: RoutingHistory, target: str, all_sources: 
 
 
 def _line_style(source: str, sources: list[str]) -> dict[str, Any]:
-    """By place in the pool a shade; encoder, decoder and the current input by dashes too."""
+    """A colour by resolution, E0's first, and dashes for the decoder; at block level a colour by block."""
     if source == "current":
         return {"color": "black", "linestyle": ":", "linewidth": 1.2}
-    in_pool = [name for name in sources if name != "current"]
-    shade = in_pool.index(source) / max(1, len(in_pool) - 1)
-    return {"color": COLOURS(0.95 * shade), "linestyle": "--" if source.startswith("D") else "-", "linewidth": 1.2}
+    kind, number = kind_and_number(source)
+    # A decoder stage has the resolution of the encoder stage whose skip connection it gets.
+    level = len([name for name in sources if name.startswith("E")]) - 2 - number if kind == "D" else number
+    again, colour = divmod(level, len(LINE_COLOURS))
+    return {"color": LINE_COLOURS[colour], "linestyle": LINE_STYLES[kind], "linewidth": 0.6 if again else 1.2}
 
 
 def _draw_colour_bar(axis: Axes, scale: Normalize) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nibabel
 import numpy as np
+import psutil
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
@@ -24,16 +26,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nnunet_xattnres.alignment import resize
-from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT, finished_folds, read_checkpoint
+from nnunet_xattnres.checkpoint import read_checkpoint
 from nnunet_xattnres.commands import termination_as_exception
 from nnunet_xattnres.datasets import check_nifti_files
-from nnunet_xattnres.device import choose_device
+from nnunet_xattnres.device import choose_device, is_out_of_memory, limit_memory
 from nnunet_xattnres.errors import XAttnResError, one_line
 from nnunet_xattnres.network import PlannedUNet
 from nnunet_xattnres.report import names_of_values
 from nnunet_xattnres.routing.drawing import CasePicture, draw_case, draw_history, save_figure
-from nnunet_xattnres.routing.nifti import write_nifti
+from nnunet_xattnres.routing.nifti import as_nifti
 from nnunet_xattnres.routing.recording import DECIMALS, RECORD, RoutingHistory
+from nnunet_xattnres.routing.slices import Slice
+from nnunet_xattnres.sources import from_file
 from nnunet_xattnres.trainer_lookup import find_trainer
 
 PLACES = ("interior", "boundary")
@@ -51,6 +55,7 @@ class Options:
     """What the command takes.
 
     model: a folder of nnUNet_results, TRAINER__PLANS__CONFIGURATION. fold: its number, or "all".
+    checkpoint: the name of a file in the fold's folder.
     images: a folder, or files, named as nnU-Net wants them.
     output: gets a folder per case.
     targets: by name; None for all.
@@ -61,6 +66,7 @@ class Options:
 
     model: Path
     fold: str
+    checkpoint: str
     images: list[Path]
     output: Path
     targets: list[str] | None
@@ -72,35 +78,30 @@ class Options:
 def run_inspect(options: Options) -> None:
     """Write what the model reads in every case.
 
-    Raises `XAttnResError` for a folder that holds no XAttnRes model, a target that the model does not have, and images
-    that cannot be read or do not fit the model.
+    Raises `XAttnResError` for a folder that holds no XAttnRes model, a target that the model does not have, images that
+    cannot be read or do not fit the model, and too little memory.
     """
-    model = Model(
-        options.model,
-        options.fold,
-        options.targets,
-        torch.device(choose_device(options.device)),
-        options.trust_checkpoint,
-    )
+    device = torch.device(choose_device(options.device))
+    if device.type == "cpu":
+        limit_memory(psutil.virtual_memory().available + psutil.swap_memory().free)
+    model = Model(options.model, options.fold, options.checkpoint, options.targets, device, options.trust_checkpoint)
     cases = find_cases(options.images, model.dataset_json["file_ending"])
     check_nifti_files(Path(file) for files in cases.values() for file in files)
     formats = ["png", "pdf"] if options.pdf else ["png"]
+    # A bar over the cases or, where there is only one, over its tiles and then its maps: they would break each other.
+    model.predictor.allow_tqdm = len(cases) == 1
     with (
         termination_as_exception(),
         _staging_folder(options.output) as staging,
-        tqdm(cases.items(), unit="case") as progress,
+        tqdm(cases.items(), unit="case", disable=model.predictor.allow_tqdm) as progress,
     ):
         for case, files in progress:
             progress.set_postfix_str(case)
             folder = staging / case
             folder.mkdir()
-            try:
+            with _want_explained(case, device):
                 inspect_case(model, case, files, folder, formats)
                 _put(folder, options.output / case)
-            except OSError as error:
-                raise XAttnResError(
-                    f"cannot write the maps of {case} ({error}): make room or choose --targets"
-                ) from None
         record = model.folder / RECORD
         if options.pdf and record.is_file():
             history = RoutingHistory.read(record)
@@ -110,35 +111,42 @@ def run_inspect(options: Options) -> None:
 def inspect_case(model: "Model", case: str, files: Sequence[str], folder: Path, formats: Sequence[str]) -> None:
     """Write the maps of a case one after the other: all of them do not fit into memory."""
     image, properties = model.read(files)
+
+    def as_image(volume: Volume | LabelMap) -> nibabel.Nifti1Image:
+        return as_nifti(volume, properties, Path(files[0]))
+
     logits, weights = model.predict(image, properties)
     prediction = model.segmentation(logits, properties)
     try:
         model.reader.write_seg(prediction, str(folder / f"prediction{model.dataset_json['file_ending']}"), properties)
     except RuntimeError as error:  # SimpleITK's for a full disk
         raise OSError(one_line(str(error))) from None
-    regions = Regions(prediction, model.in_image_geometry(np.ones_like(weights[0]), properties) > 0.5, model.labels)
-    plane = int((prediction > 0).sum(axis=(1, 2)).argmax())
+    everywhere = np.ones(logits.shape[1:], np.float32)
+    regions = Regions(prediction, model.in_image_geometry(everywhere, properties) > 0.5, model.labels)
+    shown = Slice(as_image(prediction))
     picture = CasePicture(
-        case, plane, image[0, plane], prediction[plane], tuple(properties["spacing"][1:]), model.labels
+        f"{case}, {shown.name}" if shown.name else case,
+        shown.of(as_image(image[0])),
+        shown.of(as_image(prediction)).astype(int),
+        shown.spacing,
+        model.labels,
     )
     means: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    maps = iter(weights)
-    for target, sources in model.sources.items():
-        by_source = {}
-        for source in sources:
-            weight_map = model.in_image_geometry(next(maps), properties)
-            write_nifti(weight_map, folder / f"{target}_from_{source}.nii.gz", properties, Path(files[0]))
-            by_source[source] = regions.means(weight_map)
-            in_slice = weight_map[plane].copy(), regions.foreground_mean(weight_map)
-            picture.maps.setdefault(target, {})[source] = in_slice
-        means[target] = {
-            label: {place: {source: by_source[source][label][place] for source in sources} for place in places}
-            for label, places in regions.voxels.items()
-        }
+    with tqdm(
+        model.maps(weights, properties), total=model.num_maps, unit="map", disable=not model.predictor.allow_tqdm
+    ) as maps:
+        for target, source, weight_map in maps:
+            volume = as_image(weight_map)
+            nibabel.save(volume, folder / f"{target}_from_{source}.nii.gz")
+            picture.maps.setdefault(target, {})[source] = shown.of(volume), regions.foreground_mean(weight_map)
+            for label, places in regions.means(weight_map).items():
+                for place, mean in places.items():
+                    means.setdefault(target, {}).setdefault(label, {}).setdefault(place, {})[source] = mean
     record = {
         "model": str(model.folder.parent),
         "trainer": model.trainer,
         "fold": model.fold,
+        "checkpoint": model.checkpoint_name,
         "images": [str(file) for file in files],
         "voxels": regions.voxels,
         "mean_weights": means,
@@ -167,6 +175,18 @@ class NetworkWithWeights(nn.Module):
         return torch.cat((logits, *(BLENDING_SCALE * weights_of_target for weights_of_target in maps)), dim=1)
 
 
+def shares(blended: Tensor) -> Iterator[Tensor]:
+    """Of what the sliding window has blended for a target, (K, *size) in half precision, the K weights one by one.
+
+    float32. They sum to one: that removes the scale and what half precision has rounded.
+    """
+    total = torch.zeros(blended.shape[1:])
+    for weights in blended:
+        total += weights
+    for weights in blended:
+        yield weights / total
+
+
 class Model:
     """One fold of a trained model, ready to inspect cases with nnU-Net's own preprocessing and inference.
 
@@ -174,15 +194,22 @@ class Model:
     """
 
     def __init__(
-        self, folder: Path, fold: str, targets: list[str] | None, device: torch.device, trust_checkpoint: bool = False
+        self,
+        folder: Path,
+        fold: str,
+        checkpoint_name: str,
+        targets: list[str] | None,
+        device: torch.device,
+        trust_checkpoint: bool = False,
     ) -> None:
         self.fold = fold
         self.folder = folder / f"fold_{fold}"
-        self.dataset_json = _read_json(folder / "dataset.json")
-        self.plans = PlansManager(_read_json(folder / "plans.json"))
-        checkpoint = _read_checkpoint(folder, self.folder, trust_checkpoint)
+        checkpoint = _read_checkpoint(folder, self.folder / checkpoint_name, trust_checkpoint)
+        self.checkpoint_name = checkpoint_name
         self.trainer = checkpoint["trainer_name"]
-        self.configuration = self.plans.get_configuration(checkpoint["init_args"]["configuration"])
+        planned = from_file(folder / "plans.json", checkpoint["init_args"].get("configuration"))
+        self.dataset_json, self.configuration = planned.dataset_json, planned.manager
+        self.plans = PlansManager(planned.plans)
         if self.configuration.previous_stage_name is not None:
             raise XAttnResError(
                 f"{folder} is the second stage of a cascade, which needs predictions of the first: inspect the model "
@@ -210,8 +237,8 @@ class Model:
         # Uncompiled, whatever the environment says; and the sliding window asks how many channels there will be.
         self.predictor.network = NetworkWithWeights(network, list(self.sources))
         self.num_heads = self.label_manager.num_segmentation_heads
-        num_maps = sum(map(len, self.sources.values()))
-        self.predictor.label_manager = SimpleNamespace(num_segmentation_heads=self.num_heads + num_maps)
+        self.num_maps = sum(map(len, self.sources.values()))
+        self.predictor.label_manager = SimpleNamespace(num_segmentation_heads=self.num_heads + self.num_maps)
 
     def read(self, files: Sequence[str]) -> tuple[Volume, dict[str, Any]]:
         """[channel, z, y, x], and what nnU-Net's reader knows of its geometry."""
@@ -225,23 +252,33 @@ class Model:
         if not np.isfinite(image).all():
             raise XAttnResError(f"{', '.join(files)} hold values that are no numbers: replace them first")
         if len(image) != self.num_channels:
-            channels = ", ".join(f"_{int(k):04d} {name}" for k, name in self.dataset_json["channel_names"].items())
+            channels = [f"_{int(k):04d} {name}" for k, name in self.dataset_json["channel_names"].items()]
+            missing = channels[len(image) :]
             raise XAttnResError(
-                f"{files[0]} comes with {len(image)} channels, but the model reads {self.num_channels}: {channels}"
+                f"{files[0]} comes with {len(image)} channels, but the model reads {self.num_channels}: "
+                f"{'add ' * bool(missing)}{', '.join(missing or channels)}"
             )
         return image, properties
 
-    def predict(self, image: Volume, properties: dict[str, Any]) -> tuple[Tensor, NDArray[np.float32]]:
-        """Logits and weights [map, ...] as nnU-Net preprocesses the image; `properties` takes in what it did."""
+    def predict(self, image: Volume, properties: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and, by target, blended weights (K, *size), both in half precision, as nnU-Net preprocesses the image.
+
+        `properties` takes in what it did.
+        """
         data, _, _ = self.preprocessor.run_case_npy(
             image, None, properties, self.plans, self.configuration, self.dataset_json
         )
         channels = self.predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).cpu()
-        logits, weights = channels[: self.num_heads], channels[self.num_heads :].float().numpy()
-        # That removes the scale and what half precision has rounded.
-        for of_target in np.split(weights, np.cumsum([len(sources) for sources in self.sources.values()])[:-1]):
-            of_target /= of_target.sum(axis=0)
-        return logits, weights
+        logits, *weights = channels.split([self.num_heads, *map(len, self.sources.values())])
+        return logits, dict(zip(self.sources, weights, strict=True))
+
+    def maps(
+        self, weights: Mapping[str, Tensor], properties: dict[str, Any]
+    ) -> Iterator[tuple[str, str, NDArray[np.float32]]]:
+        """Target, source, and weights in the image's geometry, one map after the other."""
+        for target, sources in self.sources.items():
+            for source, of_source in zip(sources, shares(weights[target]), strict=True):
+                yield target, source, self.in_image_geometry(of_source.numpy(), properties)
 
     def segmentation(self, logits: Tensor, properties: dict[str, Any]) -> LabelMap:
         return convert_predicted_logits_to_segmentation_with_correct_shape(
@@ -336,21 +373,32 @@ def on_boundary(labels: LabelMap) -> NDArray[np.bool_]:
 
 
 def find_cases(images: Sequence[Path], file_ending: str) -> dict[str, list[str]]:
-    """By case, the files of its channels: CASE_0000, CASE_0001, ... and the dataset's ending."""
-    files: list[Path] = []
+    """By case, the files of its channels: CASE_0000, CASE_0001, ... and the dataset's ending.
+
+    What a folder holds beside them is not looked at. Raises `XAttnResError` for a file of another name, and for a
+    channel that is missing or there twice.
+    """
+    pattern = re.compile(r"([^.].*)_(\d{4})" + re.escape(file_ending))
+    cases: dict[str, dict[int, Path]] = {}
     for path in images:
         if not path.exists():
             raise XAttnResError(f"{path} does not exist: give images or a folder of images")
-        files += sorted(path.glob(f"*{file_ending}")) if path.is_dir() else [path]
-    cases: dict[str, list[str]] = {}
-    for file in files:
-        name = re.fullmatch(r"(.+)_\d{4}" + re.escape(file_ending), file.name)
-        if name is None:
-            raise XAttnResError(f"{file} is not named as nnU-Net wants it: CASE_0000{file_ending}, _0001 and so on")
-        cases.setdefault(name[1], []).append(str(file))
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            name = pattern.fullmatch(file.name)
+            if name is not None:
+                earlier = cases.setdefault(name[1], {}).setdefault(int(name[2]), file)
+                if not earlier.samefile(file):
+                    raise XAttnResError(f"{earlier} and {file} are the same channel of {name[1]}: leave one out")
+            elif file is path:
+                raise XAttnResError(f"{file} is not named as nnU-Net wants it: CASE_0000{file_ending}, _0001 and so on")
     if not cases:
         raise XAttnResError(f"no image that ends in _0000{file_ending} in {', '.join(map(str, images))}")
-    return {case: sorted(set(of_case)) for case, of_case in cases.items()}
+    for case, channels in cases.items():
+        missing = sorted(set(range(max(channels))) - channels.keys())
+        if missing:
+            names = ", ".join(f"{case}_{channel:04d}{file_ending}" for channel in missing)
+            raise XAttnResError(f"{channels[max(channels)]} comes without {names}: add what is missing")
+    return {case: [str(channels[number]) for number in sorted(channels)] for case, channels in cases.items()}
 
 
 def _chosen(targets: list[str] | None, network: PlannedUNet) -> list[str]:
@@ -359,23 +407,30 @@ def _chosen(targets: list[str] | None, network: PlannedUNet) -> list[str]:
         return list(weights)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise XAttnResError(
-            f"{path} does not exist: -m takes a model's folder in nnUNet_results, TRAINER__PLANS__CONFIGURATION"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise XAttnResError(f"cannot read {path} ({one_line(str(error))}): get the model again") from None
-
-
-def _read_checkpoint(model: Path, fold: Path, trusted: bool) -> dict[str, Any]:
-    path = fold / FINAL_CHECKPOINT
+def _read_checkpoint(model: Path, path: Path, trusted: bool) -> dict[str, Any]:
     if not path.exists():
-        folds = finished_folds(model)
-        raise XAttnResError(f"{path} does not exist; finished folds in {model}: {', '.join(folds) or 'none'}")
+        there = [str(file.relative_to(model)) for file in sorted(model.glob("fold_*/*.pth"))]
+        if not there:
+            raise XAttnResError(
+                f"{model} holds no fold_*/*.pth: -m takes a model's folder in nnUNet_results, "
+                "TRAINER__PLANS__CONFIGURATION"
+            )
+        raise XAttnResError(f"{path} does not exist: choose with -f and -chk from {', '.join(there)}")
     return read_checkpoint(path, "get it again", trusted)
+
+
+@contextmanager
+def _want_explained(case: str, device: torch.device) -> Iterator[None]:
+    """A full disk, or too little memory, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise XAttnResError(f"cannot write the maps of {case} ({error}): make room or choose --targets") from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "choose fewer --targets" + ", or --device cpu" * (device.type == "cuda")
+        raise XAttnResError(f"too little memory for the maps of {case}: {remedy}") from None
 
 
 @contextmanager

@@ -9,23 +9,23 @@ from nibabel.orientations import io_orientation, ornt_transform
 from numpy.typing import NDArray
 
 
-def write_nifti(volume: NDArray[np.floating], path: Path, properties: dict[str, Any], image: Path) -> None:
-    """Write a volume [z, y, x] as float32, in the geometry of the image.
+def as_nifti(volume: NDArray[Any], properties: dict[str, Any], image: Path) -> nibabel.Nifti1Image:
+    """A volume [z, y, x] as float32, in the geometry of the image.
 
     properties: what nnU-Net's reader has said of `image`, as which axes `volume` has.
     """
     nifti = nibabel.Nifti1Image(volume.astype(np.float32, copy=False).T, _affine(properties))
-    if image.name.endswith((".nii", ".nii.gz")):
-        original = nibabel.load(image)
-        if _is_reoriented(properties):
-            turned = ornt_transform(io_orientation(nifti.affine), io_orientation(original.affine))
-            nifti = nifti.as_reoriented(turned)
-        # Exactly the image's affine, and what it says that space to be, but not the grey values it says to show.
-        header = original.header.copy()
-        header.set_data_dtype(np.float32)
-        header["cal_min"] = header["cal_max"] = 0
-        nifti = nibabel.Nifti1Image(np.asarray(nifti.dataobj).reshape(original.shape[:3]), original.affine, header)
-    nibabel.save(nifti, path)
+    if not image.name.endswith((".nii", ".nii.gz")):
+        return nifti
+    original = nibabel.load(image)
+    if _is_reoriented(properties):
+        turned = ornt_transform(io_orientation(nifti.affine), io_orientation(original.affine))
+        nifti = nifti.as_reoriented(turned)
+    # Exactly the image's affine, and what it says that space to be, but not the grey values it says to show.
+    header = original.header.copy()
+    header.set_data_dtype(np.float32)
+    header["cal_min"] = header["cal_max"] = 0
+    return nibabel.Nifti1Image(np.asarray(nifti.dataobj).reshape(original.shape[:3]), original.affine, header)
 
 
 def _is_reoriented(properties: dict[str, Any]) -> bool:
@@ -39,12 +39,12 @@ def _affine(properties: dict[str, Any]) -> NDArray[np.floating]:
     if "nibabel_stuff" in properties:
         affines = properties["nibabel_stuff"]
         return affines.get("reoriented_affine", affines["original_affine"])
+    affine = np.diag([*properties["spacing"][::-1], 1.0])
     if "sitk_stuff" in properties:
         geometry = properties["sitk_stuff"]
         axes = len(geometry["spacing"])
         affine = np.eye(4)
         affine[:axes, :axes] = np.reshape(geometry["direction"], (axes, axes)) * geometry["spacing"]
         affine[:axes, 3] = geometry["origin"]
-        # ITK's x and y axes point the other way.
-        return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-    return np.diag([*properties["spacing"][::-1], 1.0])
+    # ITK's x and y axes point the other way; so do those of a format without orientation, which viewers read with it.
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
