@@ -145,14 +145,16 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
             network.routing_sources["D0"]  # their names: E0, E1, ..., current
 
         B is the batch size and size that of the target's input. The weights are computed without gradients, in float32
-        or better, beside the call itself, which computes what it always does. Call the network as it is, not what
-        torch.compile has made of it.
+        or better, beside the call itself, which computes what it always does. What torch.compile has made of the
+        network gives its weights too, but is compiled anew for it: better call the network itself.
 
         targets: to collect from; default: all.
         receive: is given target and weights of every call, in place of keeping them.
 
-        Raises `XAttnResError` for a target that the network does not have.
+        Raises `XAttnResError` for a target that the network does not have, and for a single name without a list.
         """
+        if isinstance(targets, str):
+            raise XAttnResError(f"targets are a list, also of one name: routing([{targets!r}])")
         known = self.routing_sources
         for target in targets or ():
             if target not in known:

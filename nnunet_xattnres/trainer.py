@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from time import monotonic
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,10 @@ from nnunet_xattnres.network import add_xattnres, check_architecture
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
 from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
 
+# Of the time of a training, what drawing its attention weights may take; and the seconds that it takes, to begin with.
+DRAWING_SHARE = 0.01
+DRAWING_SECONDS = 1.0
+
 BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
 
@@ -29,8 +34,9 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         for inference from the class alone. It is recorded in every checkpoint and checked when one is loaded.
     default_num_epochs: the number of epochs where the plans say nothing; None for the base trainer's.
 
-    After every validation the mean attention weights go to `xattnres_routing.json` and `.png` beside `progress.png`,
-    and to the loggers that nnU-Net has beside its own.
+    After every validation the mean attention weights go to `xattnres_routing.json` beside `progress.png` and to the
+    loggers that nnU-Net has beside its own; `xattnres_routing.png` shows them where drawing takes no more than 1 % of
+    the time, and at the end.
 
     A configuration in the plans may hold a budget, `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
     "num_val_iterations_per_epoch": ...}`, each key optional, which then takes precedence.
@@ -57,6 +63,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         _check_budget(budget, configuration)
         for key, value in budget.items():
             setattr(self, key, value)
+        self._drawn_at, self._drawing_seconds = monotonic(), DRAWING_SECONDS
 
     @classmethod
     def build_network_architecture(
@@ -76,7 +83,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self.routing_recorder = ValidationRecorder(self.network, self.device)
+        self.routing_recorder = ValidationRecorder(self.network, self.device, self.num_iterations_per_epoch)
 
     def validation_step(self, batch: dict) -> dict:
         self.routing_recorder.observe(batch["data"])
@@ -120,12 +127,21 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         history = self._routing_history()
         history.record(self.current_epoch, means)
         history.write(Path(self.output_folder, RECORD))
-        save_figure(lambda: draw_history(history), Path(self.output_folder, PICTURE))
+        self._draw_routing(history)
         for target, sources in history.sources.items():
             for source, weight in zip(sources, means[target], strict=True):
                 if weight is not None:
                     for logger in self.logger.loggers:
                         logger.log(f"routing/{target}/{source}", weight, self.current_epoch)
+
+    def _draw_routing(self, history: RoutingHistory) -> None:
+        """In the last epoch, and before it where that takes less than 1 % of the time since it was last done."""
+        start = monotonic()
+        is_last = self.current_epoch + 1 >= self.num_epochs
+        if is_last or self._drawing_seconds < DRAWING_SHARE * (start - self._drawn_at):
+            save_figure(lambda: draw_history(history), Path(self.output_folder, PICTURE))
+            self._drawn_at = monotonic()
+            self._drawing_seconds = self._drawn_at - start
 
     def _routing_history(self) -> RoutingHistory:
         """That of the training so far, or a new one."""

@@ -11,6 +11,7 @@ from conftest import PHANTOM, plans_file, read_plans
 
 from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.plans import write_json_atomically
+from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 
 
 @pytest.fixture
@@ -41,6 +42,8 @@ def test_train_continue_validate_predict_export_install(
     first = torch.load(checkpoint, weights_only=False)
     assert first["trainer_name"] == trainer
     assert first["current_epoch"] == 1
+    record = model / "fold_0" / RECORD
+    read_at_first = RoutingHistory.read(record).epochs
 
     plans = read_plans(workdir)
     plans["configurations"][configuration]["training"]["num_epochs"] = 2
@@ -50,6 +53,10 @@ def test_train_continue_validate_predict_export_install(
     assert second["current_epoch"] == 2
     assert len(second["logging"]["train_losses"]) == 2
     assert second["logging"]["train_losses"][0] == first["logging"]["train_losses"][0]
+
+    read = RoutingHistory.read(record).epochs
+    assert list(read) == [0, 1]
+    assert read[0] == read_at_first[0] != read[1]
 
     validation = model / "fold_0" / "validation"
     validated = read_segmentations(validation)

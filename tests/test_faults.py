@@ -12,6 +12,7 @@ from training import train
 
 from nnunet_xattnres.files import folder_written_atomically, written_atomically
 from nnunet_xattnres.plans import write_json_atomically
+from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 
 MORTAL = """
 import os
@@ -70,6 +71,7 @@ def test_a_killed_training_continues_and_ends(nnunet_environment, tmp_path, monk
     assert (fold / "checkpoint_latest.pth.tmp").read_bytes() == b"half a checkpoint"
     finished = train(*what, resume=True)
     assert len(finished.logger.get_value("train_losses", None)) == 3
+    assert list(RoutingHistory.read(fold / RECORD).epochs) == [0, 1, 2]
     assert (fold / "checkpoint_final.pth").is_file()
     assert not list(fold.glob("*.tmp"))
 

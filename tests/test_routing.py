@@ -18,6 +18,7 @@ from test_trainers import make_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig
+from nnunet_xattnres import trainer as trainer_module
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.network import PlannedUNet, add_xattnres
 from nnunet_xattnres.routing import recording
@@ -114,6 +115,23 @@ class TestCollecting:
         with pytest.raises(XAttnResError, match="no target D7: choose from E2, D0, D1"), network.routing(["D7"]):
             pass
 
+    def test_a_name_without_a_list_is_an_error(self):
+        with pytest.raises(XAttnResError, match=r"routing\(\['D0'\]\)"), network_of("stage").routing("D0"):
+            pass
+
+    def test_a_compiled_network_gives_its_weights_inside_the_context_only(self):
+        torch._dynamo.reset()
+        network, image = network_of("stage", random_queries=True), torch.randn(1, 1, 8, 8, 8)
+        compiled = torch.compile(network, backend="eager")
+        with torch.no_grad():
+            compiled(image)
+            with network.routing() as expected:
+                network(image)
+            with network.routing() as weights:
+                compiled(image)
+            compiled(image)
+        torch.testing.assert_close(weights, expected)
+
     def test_the_planned_network_without_skips_has_no_targets(self):
         control = XAttnResConfig(skip_connections=False, read_in_encoder=False, read_in_decoder=False)
         assert add_xattnres(planned_network(), control).routing_sources == {}
@@ -182,10 +200,22 @@ class TestPictureOfATraining:
             figure = draw_history(history_of(num_stages, num_epochs))
             assert_no_texts_overlap(figure)
 
+    @pytest.mark.parametrize("num_stages", [8, 10])
+    def test_no_two_lines_look_alike(self, num_stages):
+        figure = draw_history(history_of(num_stages, 2))
+        for axis in figure.axes[1:]:
+            looks = [(line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in axis.lines]
+            assert len(set(looks)) == len(looks)
+
+    def test_lines_of_a_resolution_have_one_colour(self):
+        lines = {line.get_label(): line for line in draw_history(history_of(4, 2)).legends[0].get_lines()}
+        assert lines["D0"].get_color() == lines["E2"].get_color() != lines["E0"].get_color()
+        assert lines["D0"].get_linestyle() != lines["E2"].get_linestyle()
+
     def test_the_heat_map_shows_the_source_that_is_read(self):
         network = network_of("stage")
         force_to_read(network, "D1", "E1")
-        recorder = ValidationRecorder(network, torch.device("cpu"))
+        recorder = ValidationRecorder(network, torch.device("cpu"), training_steps=250)
         recorder.observe(torch.rand(1, 1, 8, 8, 8))
         figure = draw_history(RoutingHistory(recorder.sources, {7: recorder.means()}))
         heat_map = figure.axes[0]
@@ -260,12 +290,12 @@ def make_initialized_trainer(nnunet, name: str = "nnUNetTrainerXAttnRes", config
     return trainer
 
 
-def validate(trainer: Any, epoch: int = 0, num_batches: int = 3) -> Path:
+def validate(trainer: Any, epoch: int = 0, num_batches: int = 3, seed: int = 0) -> Path:
     """What nnU-Net does after the training steps of an epoch, on noise."""
     trainer.current_epoch = epoch
     patch = trainer.configuration_manager.patch_size
     strides = np.cumprod(trainer.configuration_manager.pool_op_kernel_sizes, axis=0)[:-1]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.no_grad():
         trainer.on_validation_epoch_start()
         outputs = []
@@ -292,13 +322,34 @@ class TestTraining:
             assert [logger.logged[f"routing/{target}/{name}", 1] for name in history.sources[target]] == weights
         assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
-    def test_only_the_first_batches_are_recorded(self, nnunet_environment, monkeypatch):
+    @pytest.mark.parametrize("training_steps, batches", [(2, 1), (99, 1), (100, 2), (250, 2)])
+    def test_only_as_many_batches_are_recorded_as_cost_little(
+        self, nnunet_environment, monkeypatch, training_steps, batches
+    ):
         calls = []
         monkeypatch.setattr(WeightMeans, "add", lambda self, target, weights: calls.append(target))
         trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
-        validate(trainer, num_batches=recording.RECORDED_BATCHES + 1)
-        assert len(calls) == recording.RECORDED_BATCHES * len(trainer.network.routing_sources)
+        trainer.num_iterations_per_epoch = training_steps
+        validate(trainer, num_batches=3)
+        assert len(calls) == batches * len(trainer.network.routing_sources)
         assert not Path(trainer.output_folder, recording.RECORD).exists()  # nothing was taken in
+
+    def test_drawing_takes_a_hundredth_of_the_time(self, nnunet_environment, monkeypatch):
+        clock, drawn = [0.0], []
+
+        def draw(*arguments: object) -> None:
+            drawn.append(trainer.current_epoch)
+            clock[0] += 2
+
+        monkeypatch.setattr(trainer_module, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(trainer_module, "save_figure", draw)
+        trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
+        trainer.num_epochs = 6
+        # Due after 100 s, for it may take a second, and 200 s after it has taken two.
+        for epoch, clock[0] in enumerate((90, 110, 300, 315, 320, 330)):
+            file = validate(trainer, epoch)
+        assert drawn == [1, 3, 5]
+        assert list(RoutingHistory.read(file).epochs) == list(range(6))
 
     def test_a_continued_training_appends(self, nnunet_environment):
         trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")

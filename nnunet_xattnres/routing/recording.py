@@ -19,8 +19,9 @@ RECORD = "xattnres_routing.json"
 PICTURE = "xattnres_routing.png"
 DECIMALS = 6
 
-# Each costs a forward pass more: two are less than 1 % of an epoch of nnU-Net's 250 training and 50 validation steps.
-RECORDED_BATCHES = 2
+MOST_RECORDED_BATCHES = 2
+# A recorded batch costs one more forward pass, about a third of a training step: less than 1 % of so many.
+TRAINING_STEPS_PER_RECORDED_BATCH = 50
 
 
 @dataclass
@@ -73,13 +74,15 @@ class ValidationRecorder:
     Each of them runs through the network once more, uncompiled: what torch.compile has made of it is never touched.
 
     network: the trainer's, compiled and distributed as it may be.
+    training_steps: of an epoch. Fewer batches are recorded where they are few, but always one.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, device: torch.device, training_steps: int) -> None:
         self.network = uncompiled(network)
         self.device = device
         self.sources = self.network.routing_sources if isinstance(self.network, PlannedUNet) else {}
-        self._batches_to_record = RECORDED_BATCHES if self.sources else 0
+        affordable = training_steps // TRAINING_STEPS_PER_RECORDED_BATCH
+        self._batches_to_record = min(MOST_RECORDED_BATCHES, max(1, affordable)) if self.sources else 0
         self._means = WeightMeans(self.sources)
 
     @torch.no_grad()
