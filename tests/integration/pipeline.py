@@ -1,0 +1,246 @@
+"""nnU-Net's commands from raw dataset to evaluated predictions, and what a prediction without a look would score."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, load_summary_json, region_or_label_to_mask
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunet_xattnres.commands import NnUNet
+from nnunet_xattnres.datasets import reader_for
+from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write_json_atomically
+
+FOLDS = ("0", "1")
+BUDGET = TrainingBudget(num_epochs=4, num_iterations_per_epoch=50, num_val_iterations_per_epoch=2)
+BASE_FEATURES = 8
+# Patch and batch size by the number of spatial axes: about the same number of voxels per step.
+MAX_PATCH_VOXELS = {2: 64 * 64, 3: 24**3}
+BATCH_SIZE = {2: 8, 3: 2}
+
+Result = TypeVar("Result")
+
+
+def once(step: Callable[..., Result]) -> Callable[..., Result]:
+    """A step that is run when its result is first needed. Whoever needs it again gets the same result, or the error."""
+    outcomes: dict[tuple, Callable[[], Result]] = {}
+
+    @wraps(step)
+    def remembered(*arguments: Any) -> Result:
+        if arguments not in outcomes:
+            try:
+                result = step(*arguments)
+                outcomes[arguments] = lambda: result
+            except Exception as error:
+                outcomes[arguments] = _raising(error)
+        return outcomes[arguments]()
+
+    return remembered
+
+
+def _raising(error: Exception) -> Callable[[], Any]:
+    def fail() -> Any:
+        raise error
+
+    return fail
+
+
+def run_module(nnunet: NnUNet, module: str, *arguments: str) -> None:
+    """One of the scripts that nnU-Net has no command for."""
+    nnunet.run(sys.executable, "-m", module, *arguments, log=module)
+
+
+def shrink(nnunet: NnUNet, dataset: str, plans: str, configurations: Sequence[str]) -> None:
+    """Make configurations CPU-sized under their own names; what was planned stays as `<name>_planned`."""
+    path = nnunet.preprocessed / dataset / f"{plans}.json"
+    content = json.loads(path.read_text())
+    for name in configurations:
+        planned = f"{name}_planned"
+        content["configurations"][planned] = content["configurations"].pop(name)
+        dimensions = len(content["configurations"][planned]["patch_size"])
+        add_small_configuration(
+            content,
+            name,
+            planned,
+            base_features=BASE_FEATURES,
+            max_patch_voxels=MAX_PATCH_VOXELS[dimensions],
+            batch_size=BATCH_SIZE[dimensions],
+            budget=BUDGET,
+        )
+    write_json_atomically(content, path)
+
+
+def write_two_folds(nnunet: NnUNet, dataset: str) -> None:
+    """A `splits_final.json` whose two folds validate every case once."""
+    ending = read_json(nnunet.raw / dataset / "dataset.json")["file_ending"]
+    cases = sorted(file.name.removesuffix(ending) for file in (nnunet.raw / dataset / "labelsTr").iterdir())
+    halves = cases[::2], cases[1::2]
+    splits = [{"train": train, "val": val} for train, val in (halves, halves[::-1])]
+    (nnunet.preprocessed / dataset / "splits_final.json").write_text(json.dumps(splits))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A trainer on a planned dataset. Every step is one of nnU-Net's commands and runs those that it rests on first."""
+
+    nnunet: NnUNet
+    dataset: str
+    trainer: str = "nnUNetTrainerXAttnRes"
+    plans: str = "nnUNetPlans"
+    folds: tuple[str, ...] = FOLDS
+
+    @property
+    def raw(self) -> Path:
+        return self.nnunet.raw / self.dataset
+
+    @property
+    def dataset_json(self) -> dict[str, Any]:
+        return read_json(self.raw / "dataset.json")
+
+    @property
+    def labels(self) -> LabelManager:
+        return LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
+
+    def cases(self, folder: Path) -> set[str]:
+        """Of a folder with segmentations."""
+        ending = self.dataset_json["file_ending"]
+        return {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}
+
+    def model(self, configuration: str) -> Path:
+        return self.nnunet.results / self.dataset / f"{self.trainer}__{self.plans}__{configuration}"
+
+    @once
+    def train(self, configuration: str, fold: str) -> Path:
+        """The folder of the trained and validated fold."""
+        if configuration == "3d_cascade_fullres":
+            self.train_all("3d_lowres")
+        what = (self.dataset, configuration, fold, "-tr", self.trainer, "-p", self.plans)
+        self._run("train", *what, "--npz", "-device", "cpu", log=f"{configuration}_{fold}")
+        return self.model(configuration) / f"fold_{fold}"
+
+    def train_all(self, configuration: str) -> list[Path]:
+        return [self.train(configuration, fold) for fold in self.folds]
+
+    @once
+    def find_best(self, configurations: tuple[str, ...]) -> dict[str, Any]:
+        """What nnU-Net writes about the best of the configurations and their ensembles."""
+        for configuration in configurations:
+            self.train_all(configuration)
+        which = ("-c", *configurations, "-tr", self.trainer, "-p", self.plans, "-f", *self.folds)
+        self._run("find_best_configuration", self.dataset, *which, log="all")
+        return read_json(self.nnunet.results / self.dataset / "inference_information.json")
+
+    @once
+    def accumulate(self, configuration: str) -> Path:
+        """A folder with the validation cases of both folds."""
+        self.train_all(configuration)
+        output = self._output(f"accumulated_{configuration}")
+        which = ("-c", configuration, "-tr", self.trainer, "-p", self.plans, "-f", *self.folds, "-o", str(output))
+        self._run("accumulate_crossval_results", self.dataset, *which, log=configuration)
+        return output
+
+    @once
+    def predict(self, configuration: str) -> Path:
+        """The test set, with probabilities."""
+        self.train_all(configuration)
+        which = ["-d", self.dataset, "-c", configuration, "-tr", self.trainer, "-p", self.plans, "-f", *self.folds]
+        if configuration == "3d_cascade_fullres":
+            which += ["-prev_stage_predictions", str(self.predict("3d_lowres"))]
+        output = self._output(configuration)
+        folders = ("-i", str(self.raw / "imagesTs"), "-o", str(output))
+        self._run("predict", *folders, *which, "--save_probabilities", "-device", "cpu", log=configuration)
+        return output
+
+    @once
+    def ensemble(self, configurations: tuple[str, ...]) -> Path:
+        """The test set."""
+        members = [str(self.predict(configuration)) for configuration in configurations]
+        output = self._output("_and_".join(configurations))
+        self._run("ensemble", "-i", *members, "-o", str(output), log=output.name)
+        return output
+
+    @once
+    def predict_best(self, configurations: tuple[str, ...]) -> Path:
+        """The test set, predicted and postprocessed as `find_best` says."""
+        best = self.find_best(configurations)["best_model_or_ensemble"]
+        selected = tuple(model["configuration"] for model in best["selected_model_or_models"])
+        predictions = self.ensemble(selected) if len(selected) > 1 else self.predict(selected[0])
+        output = self._output("postprocessed")
+        how = ("-pp_pkl_file", best["postprocessing_file"], "-plans_json", best["some_plans_file"])
+        description = ("-dataset_json", str(self.raw / "dataset.json"))
+        self._run(
+            "apply_postprocessing", "-i", str(predictions), "-o", str(output), *how, *description, log=output.name
+        )
+        return output
+
+    @once
+    def evaluate(self, predictions: Path) -> float:
+        """The mean foreground Dice on the test set."""
+        description = ("-djfile", str(self.raw / "dataset.json"))
+        plans = ("-pfile", str(self.nnunet.preprocessed / self.dataset / f"{self.plans}.json"))
+        folders = (str(self.raw / "labelsTs"), str(predictions))
+        self._run("evaluate_folder", *folders, *description, *plans, log=predictions.name)
+        return mean_dice(predictions)
+
+    def chance(self, references: Path) -> float:
+        """The mean foreground Dice, as nnU-Net computes it, of the segmentation of another case as the prediction.
+
+        It is laid over the case centre on centre, and all pairs count. references: a folder with the segmentations of
+        the cases; the other ones are the training cases as they were before nnU-Net's scripts hid labels.
+        """
+        reader = reader_for(self.dataset_json)()
+        others = self._read(reader, whole_references(self.raw))
+        classes = self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
+        dice = []
+        for name, reference in self._read(reader, references).items():
+            ignored = reference == self.labels.ignore_label
+            for other, segmentation in others.items():
+                if other != name:
+                    guess = centred(segmentation, reference.shape)
+                    dice.append([_dice(reference, guess, which, ignored) for which in classes])
+        return float(np.mean(np.nanmean(dice, axis=0)))
+
+    def _read(self, reader: Any, folder: Path) -> dict[str, np.ndarray]:
+        files = sorted(folder.glob(f"*{self.dataset_json['file_ending']}"))
+        return {file.name: reader.read_seg(str(file))[0][0] for file in files}
+
+    def _output(self, name: str) -> Path:
+        return (
+            self.nnunet.workdir / "predictions" / self.dataset / self.plans / self.trainer / "_".join(self.folds) / name
+        )
+
+    def _run(self, command: str, *arguments: str, log: str) -> None:
+        name = f"{self.dataset}_{self.trainer}_{self.plans}_{command}_{log}"
+        self.nnunet.run(f"nnUNetv2_{command}", *arguments, log=name)
+
+
+def whole_references(raw: Path) -> Path:
+    """Those of the training cases, without an ignore label: nnU-Net's scripts make their datasets from number 4."""
+    is_made_from_it = "IntegrationTest" in raw.name
+    return (next(raw.parent.glob("Dataset004_*")) if is_made_from_it else raw) / "labelsTr"
+
+
+def centred(segmentation: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Cropped and padded with background to `shape`, its centre in the centre."""
+    starts = [(has - wanted) // 2 for has, wanted in zip(segmentation.shape, shape, strict=True)]
+    return crop_and_pad_nd(segmentation, [[start, start + size] for start, size in zip(starts, shape, strict=True)])
+
+
+def _dice(reference: np.ndarray, guess: np.ndarray, which: Any, ignored: np.ndarray) -> float:
+    masks = (region_or_label_to_mask(segmentation, which) for segmentation in (reference, guess))
+    tp, fp, fn, _ = compute_tp_fp_fn_tn(*masks, ignored)
+    return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else np.nan
+
+
+def mean_dice(folder: Path) -> float:
+    return load_summary_json(str(folder / "summary.json"))["foreground_mean"]["Dice"]
