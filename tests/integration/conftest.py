@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.pipeline import run_module, shrink, write_two_folds
+from integration.pipeline import make_label_scenarios, plan_and_preprocess, plan_resenc
 from integration.raw_datasets import (
     HIPPOCAMPUS,
     ULTRASOUND,
@@ -16,8 +16,8 @@ from integration.raw_datasets import (
 from integration.table import Cell, markdown
 from nnunet_xattnres.commands import NnUNet
 
-NUM_TRAINING = 12
-NUM_TEST = 4
+NUM_TRAINING = 8
+NUM_TEST = 3
 SCENARIOS = {
     "standard": "Dataset999_IntegrationTest_Hippocampus",
     "regions": "Dataset997_IntegrationTest_Hippocampus_regions",
@@ -27,7 +27,6 @@ SCENARIOS = {
 HIPPOCAMPUS_DATASET = "Dataset004_Hippocampus"
 TWO_CHANNELS = "Dataset995_TwoChannels"
 PNG = "Dataset994_Ultrasound"
-RESENC_PLANS = "nnUNetResEncUNetMPlans"
 
 
 @pytest.fixture(scope="session")
@@ -45,48 +44,29 @@ def hippocampus(nnunet: NnUNet) -> Path:
 
 @pytest.fixture(scope="session")
 def label_scenarios(nnunet: NnUNet, hippocampus: Path) -> NnUNet:
-    """The datasets of `SCENARIOS`, made, planned and given lowres and cascade configurations by nnU-Net's scripts."""
-    for dataset in SCENARIOS.values():
-        run_module(nnunet, f"nnunetv2.dataset_conversion.datasets_for_integration_tests.{dataset}")
-    numbers = [dataset[7:10] for dataset in SCENARIOS.values()]
-    nnunet.run("nnUNetv2_plan_and_preprocess", "-d", *numbers, "--no_pp", "-npfp", "2", log="plan")
-    run_module(nnunet, "nnunetv2.tests.integration_tests.add_lowres_and_cascade", "-d", *numbers)
-    for dataset in SCENARIOS.values():
-        shrink(nnunet, dataset, "nnUNetPlans", ["2d", "3d_lowres", "3d_fullres"])
-        write_two_folds(nnunet, dataset)
-    configurations = ("-c", "2d", "3d_lowres", "3d_fullres")
-    nnunet.run("nnUNetv2_preprocess", "-d", *numbers, *configurations, "-np", "2", log="preprocess")
+    """The datasets of `SCENARIOS`."""
+    make_label_scenarios(nnunet, SCENARIOS.values())
     return nnunet
 
 
 @pytest.fixture(scope="session")
 def resenc(label_scenarios: NnUNet) -> str:
-    """A dataset with plans for residual encoders. They share the preprocessed images of the others."""
-    dataset = SCENARIOS["standard"]
-    number = dataset[7:10]
-    label_scenarios.run("nnUNetv2_plan_experiment", "-d", number, "-pl", "nnUNetPlannerResEncM", log="plan_resenc")
-    shrink(label_scenarios, dataset, RESENC_PLANS, ["3d_fullres"])
-    return dataset
+    plan_resenc(label_scenarios, SCENARIOS["standard"], "3d_fullres")
+    return SCENARIOS["standard"]
 
 
 @pytest.fixture(scope="session")
 def two_channels(nnunet: NnUNet, hippocampus: Path) -> str:
     add_smoothed_channel(hippocampus, nnunet.raw / TWO_CHANNELS)
-    return _planned(nnunet, TWO_CHANNELS, "3d_fullres")
+    plan_and_preprocess(nnunet, TWO_CHANNELS, "3d_fullres")
+    return TWO_CHANNELS
 
 
 @pytest.fixture(scope="session")
 def png(nnunet: NnUNet) -> str:
     write_ultrasound(nnunet.raw / PNG, NUM_TRAINING, NUM_TEST)
-    return _planned(nnunet, PNG, "2d")
-
-
-def _planned(nnunet: NnUNet, dataset: str, configuration: str) -> str:
-    command = ("nnUNetv2_plan_and_preprocess", "-d", dataset[7:10], "-c", configuration)
-    nnunet.run(*command, "-npfp", "2", "-np", "2", log=f"{dataset}_plan")
-    shrink(nnunet, dataset, "nnUNetPlans", [configuration])
-    write_two_folds(nnunet, dataset)
-    return dataset
+    plan_and_preprocess(nnunet, PNG, "2d")
+    return PNG
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

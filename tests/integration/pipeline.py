@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -18,11 +18,13 @@ from nnunet_xattnres.datasets import reader_for
 from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write_json_atomically
 
 FOLDS = ("0", "1")
-BUDGET = TrainingBudget(num_epochs=4, num_iterations_per_epoch=50, num_val_iterations_per_epoch=2)
+RESENC_PLANS = "nnUNetResEncUNetMPlans"
 BASE_FEATURES = 8
-# Patch and batch size by the number of spatial axes: about the same number of voxels per step.
-MAX_PATCH_VOXELS = {2: 64 * 64, 3: 24**3}
+# By the number of spatial axes. In two dimensions the background outweighs the organ for longer.
+MAX_PATCH_VOXELS = {2: 64 * 64, 3: 20_000}
 BATCH_SIZE = {2: 8, 3: 2}
+ITERATIONS_PER_EPOCH = {2: 150, 3: 75}
+NUM_EPOCHS = 4
 
 Result = TypeVar("Result")
 
@@ -56,24 +58,64 @@ def run_module(nnunet: NnUNet, module: str, *arguments: str) -> None:
     nnunet.run(sys.executable, "-m", module, *arguments, log=module)
 
 
-def shrink(nnunet: NnUNet, dataset: str, plans: str, configurations: Sequence[str]) -> None:
-    """Make configurations CPU-sized under their own names; what was planned stays as `<name>_planned`."""
+def shrink(
+    nnunet: NnUNet,
+    dataset: str,
+    configurations: Sequence[str],
+    plans: str = "nnUNetPlans",
+    iterations: int | None = None,
+) -> None:
+    """Make configurations CPU-sized under their own names; what was planned stays as `<name>_planned`.
+
+    iterations: train a single epoch of this many.
+    """
     path = nnunet.preprocessed / dataset / f"{plans}.json"
     content = json.loads(path.read_text())
     for name in configurations:
         planned = f"{name}_planned"
         content["configurations"][planned] = content["configurations"].pop(name)
-        dimensions = len(content["configurations"][planned]["patch_size"])
+        axes = len(content["configurations"][planned]["patch_size"])
         add_small_configuration(
             content,
             name,
             planned,
             base_features=BASE_FEATURES,
-            max_patch_voxels=MAX_PATCH_VOXELS[dimensions],
-            batch_size=BATCH_SIZE[dimensions],
-            budget=BUDGET,
+            max_patch_voxels=MAX_PATCH_VOXELS[axes],
+            batch_size=BATCH_SIZE[axes],
+            budget=TrainingBudget(
+                num_epochs=1 if iterations else NUM_EPOCHS,
+                num_iterations_per_epoch=iterations or ITERATIONS_PER_EPOCH[axes],
+                num_val_iterations_per_epoch=2,
+            ),
         )
     write_json_atomically(content, path)
+
+
+def make_label_scenarios(nnunet: NnUNet, datasets: Collection[str], iterations: int | None = None) -> None:
+    """From dataset 4, by nnU-Net's own scripts: planned, with lowres and cascade configurations, preprocessed."""
+    for dataset in datasets:
+        run_module(nnunet, f"nnunetv2.dataset_conversion.datasets_for_integration_tests.{dataset}")
+    numbers = [dataset[7:10] for dataset in datasets]
+    nnunet.run("nnUNetv2_plan_and_preprocess", "-d", *numbers, "--no_pp", "-npfp", "2", log="plan")
+    run_module(nnunet, "nnunetv2.tests.integration_tests.add_lowres_and_cascade", "-d", *numbers)
+    for dataset in datasets:
+        shrink(nnunet, dataset, ("2d", "3d_lowres", "3d_fullres"), iterations=iterations)
+        write_two_folds(nnunet, dataset)
+    configurations = ("-c", "2d", "3d_lowres", "3d_fullres")
+    nnunet.run("nnUNetv2_preprocess", "-d", *numbers, *configurations, "-np", "2", log="preprocess")
+
+
+def plan_and_preprocess(nnunet: NnUNet, dataset: str, configuration: str, iterations: int | None = None) -> None:
+    command = ("nnUNetv2_plan_and_preprocess", "-d", dataset[7:10], "-c", configuration)
+    nnunet.run(*command, "-npfp", "2", "-np", "2", log=f"{dataset}_plan")
+    shrink(nnunet, dataset, (configuration,), iterations=iterations)
+    write_two_folds(nnunet, dataset)
+
+
+def plan_resenc(nnunet: NnUNet, dataset: str, configuration: str, iterations: int | None = None) -> None:
+    """More plans for a dataset, for residual encoders. They share the preprocessed images of the others."""
+    nnunet.run("nnUNetv2_plan_experiment", "-d", dataset[7:10], "-pl", "nnUNetPlannerResEncM", log="plan_resenc")
+    shrink(nnunet, dataset, (configuration,), RESENC_PLANS, iterations)
 
 
 def write_two_folds(nnunet: NnUNet, dataset: str) -> None:
@@ -121,14 +163,15 @@ class Experiment:
 
     @once
     def train(self, configuration: str, fold: str) -> Path:
-        """The folder of the trained and validated fold."""
-        if configuration == "3d_cascade_fullres":
-            self.train_all("3d_lowres")
+        """The folder of the trained and validated fold. Use `train_all`, which first trains what the cascade reads."""
         what = (self.dataset, configuration, fold, "-tr", self.trainer, "-p", self.plans)
         self._run("train", *what, "--npz", "-device", "cpu", log=f"{configuration}_{fold}")
         return self.model(configuration) / f"fold_{fold}"
 
     def train_all(self, configuration: str) -> list[Path]:
+        """The folders of the trained and validated folds."""
+        if configuration == "3d_cascade_fullres":
+            self.train_all("3d_lowres")
         return [self.train(configuration, fold) for fold in self.folds]
 
     @once
@@ -193,11 +236,13 @@ class Experiment:
         return mean_dice(predictions)
 
     def chance(self, references: Path) -> float:
-        """The mean foreground Dice, as nnU-Net computes it, of the segmentation of another case as the prediction.
+        """The mean foreground Dice, as nnU-Net computes it, of a guess that is right in everything but the image.
 
-        It is laid over the case centre on centre, and all pairs count. references: a folder with the segmentations of
-        the cases; the other ones are the training cases as they were before nnU-Net's scripts hid labels.
+        The guess is the segmentation of another case, somewhere: centre on centre, then rolled around every axis by a
+        random number of voxels. All pairs of a reference and another case count. references: a folder of them; the
+        other cases are the training cases, as they were before nnU-Net's scripts hid labels.
         """
+        rng = np.random.default_rng(0)
         reader = reader_for(self.dataset_json)()
         others = self._read(reader, whole_references(self.raw))
         classes = self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
@@ -207,6 +252,7 @@ class Experiment:
             for other, segmentation in others.items():
                 if other != name:
                     guess = centred(segmentation, reference.shape)
+                    guess = np.roll(guess, rng.integers(reference.shape), axis=tuple(range(reference.ndim)))
                     dice.append([_dice(reference, guess, which, ignored) for which in classes])
         return float(np.mean(np.nanmean(dice, axis=0)))
 

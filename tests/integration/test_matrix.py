@@ -3,16 +3,23 @@
 A test that is run alone runs the commands that it rests on, and only those.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
 
-from integration.conftest import RESENC_PLANS, SCENARIOS
-from integration.pipeline import Experiment, mean_dice, read_json
+from integration.checks import (
+    Record,
+    check_better_than_chance,
+    check_checkpoint,
+    check_model,
+    check_probabilities,
+    check_segmentations,
+    check_test_set,
+)
+from integration.conftest import SCENARIOS
+from integration.pipeline import RESENC_PLANS, Experiment, mean_dice, read_json
 from nnunet_xattnres.commands import NnUNet
 
 pytestmark = pytest.mark.slow
@@ -22,8 +29,6 @@ TRAINERS = {"standard, NoSkip": "nnUNetTrainerXAttnResNoSkip"}
 
 each_scenario = pytest.mark.parametrize("scenario", [*SCENARIOS, *TRAINERS])
 each_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS)
-
-Record = Callable[[str, object], None]
 
 
 @pytest.fixture
@@ -62,15 +67,12 @@ def test_train_and_validate(experiment: Experiment, configuration: str, record_p
 @each_scenario
 def test_cascade_reads_lowres(experiment: Experiment):
     """Hand segmentations of 3d_lowres to the cascade."""
-    experiment.train_all("3d_cascade_fullres")
+    folds = experiment.train_all("3d_cascade_fullres")
     handed_over = experiment.model("3d_lowres") / "predicted_next_stage" / "3d_cascade_fullres"
     assert {file.stem for file in handed_over.glob("*.b2nd")} == experiment.cases(experiment.raw / "labelsTr")
-    checkpoints = [
-        torch.load(experiment.train(name, "0") / "checkpoint_final.pth", weights_only=False)["network_weights"]
-        for name in ("3d_fullres", "3d_cascade_fullres")
-    ]
-    fullres, cascade = (next(iter(weights.values())).shape[1] for weights in checkpoints)
-    assert cascade == fullres + len(experiment.labels.foreground_labels)
+    weights = torch.load(folds[0] / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    images = len(experiment.dataset_json["channel_names"])
+    assert next(iter(weights.values())).shape[1] == images + len(experiment.labels.foreground_labels)
 
 
 @each_scenario
@@ -119,7 +121,7 @@ def test_accumulate_crossval_results(label_scenarios: NnUNet, record_property: R
 def test_resenc(label_scenarios: NnUNet, resenc: str, record_property: Record):
     """ResEnc plans."""
     experiment = Experiment(label_scenarios, resenc, plans=RESENC_PLANS, folds=("0",))
-    check_model(experiment, "3d_fullres", record_property)
+    check_test_set(experiment, check_model(experiment, "3d_fullres"), record_property)
     plans = read_json(experiment.model("3d_fullres") / "plans.json")
     architecture = plans["configurations"]["3d_fullres"]["architecture"]
     assert architecture["network_class_name"].endswith("ResidualEncoderUNet")
@@ -128,72 +130,16 @@ def test_resenc(label_scenarios: NnUNet, resenc: str, record_property: Record):
 def test_two_channels(nnunet: NnUNet, two_channels: str, record_property: Record):
     """Two input channels."""
     experiment = Experiment(nnunet, two_channels, folds=("0",))
-    check_model(experiment, "3d_fullres", record_property)
+    check_test_set(experiment, check_model(experiment, "3d_fullres"), record_property)
 
 
 def test_png(nnunet: NnUNet, png: str, record_property: Record):
     """2D PNG images."""
-    check_model(Experiment(nnunet, png, folds=("0",)), "2d", record_property)
+    experiment = Experiment(nnunet, png, folds=("0",))
+    check_test_set(experiment, check_model(experiment, "2d"), record_property)
 
 
 def test_fold_all(label_scenarios: NnUNet, record_property: Record):
     """Fold `all`."""
-    check_model(Experiment(label_scenarios, SCENARIOS["standard"], folds=("all",)), "2d", record_property)
-
-
-def check_model(experiment: Experiment, configuration: str, record_property: Record) -> None:
-    """One that has been trained on a single fold, and predicts the test set."""
-    (fold,) = experiment.train_all(configuration)
-    check_checkpoint(experiment, fold)
-    check_segmentations(experiment, fold / "validation", experiment.raw / "imagesTr")
-    check_test_set(experiment, experiment.predict(configuration), record_property)
-
-
-def check_checkpoint(experiment: Experiment, fold: Path) -> None:
-    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
-    assert checkpoint["trainer_name"] == experiment.trainer
-    assert any(name.startswith("xattnres.") for name in checkpoint["network_weights"])
-
-
-def check_test_set(experiment: Experiment, predictions: Path, record_property: Record) -> None:
-    assert experiment.cases(predictions) == experiment.cases(experiment.raw / "labelsTs")
-    check_segmentations(experiment, predictions, experiment.raw / "imagesTs")
-    check_better_than_chance(experiment, experiment.evaluate(predictions), experiment.raw / "labelsTs", record_property)
-
-
-def check_segmentations(experiment: Experiment, segmentations: Path, images: Path) -> None:
-    """The geometry of the images; labels that the dataset has, other than the ignore label, all of them somewhere."""
-    ending = experiment.dataset_json["file_ending"]
-    found = set()
-    for case in experiment.cases(segmentations):
-        segmentation = sitk.ReadImage(segmentations / f"{case}{ending}")
-        image = sitk.ReadImage(images / f"{case}_0000{ending}")
-        assert segmentation.GetSize() == image.GetSize()
-        for geometry in ("GetSpacing", "GetOrigin", "GetDirection"):
-            assert getattr(segmentation, geometry)() == pytest.approx(getattr(image, geometry)(), abs=1e-5)
-        found |= set(np.unique(sitk.GetArrayFromImage(segmentation)).tolist())
-    assert found == set(experiment.labels.all_labels)
-
-
-def check_probabilities(experiment: Experiment, folder: Path) -> None:
-    """Of every case: one map per class or region, from which its segmentation follows."""
-    cases = experiment.cases(folder)
-    assert {file.stem for file in folder.glob("*.npz")} == {file.stem for file in folder.glob("*.pkl")} == cases
-    for case in cases:
-        with np.load(folder / f"{case}.npz") as file:
-            probabilities = file["probabilities"].astype(np.float32)
-        assert len(probabilities) == experiment.labels.num_segmentation_heads
-        assert 0 <= probabilities.min() < probabilities.max() <= 1
-        if not experiment.labels.has_regions:
-            assert probabilities.sum(0) == pytest.approx(1, abs=1e-2)
-        segmentation = sitk.GetArrayFromImage(
-            sitk.ReadImage(folder / f"{case}{experiment.dataset_json['file_ending']}")
-        )
-        expected = experiment.labels.convert_probabilities_to_segmentation(probabilities)
-        assert np.mean(segmentation == expected) > 0.999
-
-
-def check_better_than_chance(experiment: Experiment, dice: float, references: Path, record_property: Record) -> None:
-    chance = experiment.chance(references)
-    record_property("result", f"{dice:.2f} ({chance:.2f})")
-    assert dice > chance
+    experiment = Experiment(label_scenarios, SCENARIOS["standard"], folds=("all",))
+    check_test_set(experiment, check_model(experiment, "2d"), record_property)

@@ -1,0 +1,36 @@
+"""nnU-Net's commands without processes of their own: the same entry points, no imports again and again."""
+
+import multiprocessing.dummy
+import multiprocessing.pool
+import runpy
+import sys
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+
+import pytest
+
+from nnunet_xattnres.commands import NnUNet
+
+
+class InProcess(NnUNet):
+    """Runs commands where the test runs; `settings` must hold around it."""
+
+    def run(self, *command: str, log: str, environment: Mapping[str, str] | None = None) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", list(command))
+            # The planner makes it a number of threads and cannot have none.
+            patch.setenv("nnUNet_n_proc_DA", "1" if "plan" in command[0] else "0")
+            if command[0] == sys.executable:
+                patch.setattr(sys, "argv", list(command[2:]))
+                runpy.run_module(command[2], run_name="__main__")
+            else:
+                (script,) = entry_points(group="console_scripts", name=command[0])
+                script.load()()
+
+    def settings(self, patch: pytest.MonkeyPatch) -> None:
+        """Until `patch` is undone: nnU-Net's folders, threads for its pools of workers, none of them for prediction."""
+        for name, value in self.folders().items():
+            patch.setenv(name, value)
+        for name in ("nnUNet_npp", "nnUNet_nps"):
+            patch.setenv(name, "0")
+        patch.setattr(multiprocessing, "get_context", lambda method=None: multiprocessing.dummy)
