@@ -1,9 +1,10 @@
 # Everything runs in .venv, which is made when it is missing. On Debian and Ubuntu: apt install python3-venv make
 PYTHON ?= python3
 DATA ?=
+TABLE ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint figures
+.PHONY: demo test test-matrix lint figures
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed  ## train, predict and evaluate on phantoms, or on DATA=path/to/Task04_Hippocampus
@@ -11,6 +12,9 @@ demo: .venv/.installed  ## train, predict and evaluate on phantoms, or on DATA=p
 
 test: .venv/.installed  ## the test suite
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest
+
+test-matrix: .venv/.installed  ## everything that nnU-Net does, with our trainers; TABLE=FILE to keep the table
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -m slow tests/integration tests $(if $(TABLE),--table "$(TABLE)")
 
 lint: .venv/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
