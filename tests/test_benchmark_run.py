@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pickle
 import random
 import signal
 import socket
@@ -19,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from nnunetv2.run import run_training
 
 from nnunet_xattnres.benchmark import fetch, launch, running
 from nnunet_xattnres.benchmark.launch import recorded_memory, set_seeds
@@ -409,6 +411,21 @@ def test_progress_is_read_from_nnunets_log(tmp_path):
     assert progress(tmp_path, CELL).line == "epoch 3/3, pseudo-Dice 0.600, 1 min of training left"
 
 
+@pytest.mark.parametrize(
+    ("printed", "mean"),
+    [
+        ("[0.5, 0.7]", "0.600"),
+        ("[np.float32(0.5), nan]", "0.500"),
+        ("[np.float64(3e-04), 1.0]", "0.500"),
+        ("[nan]", "-"),
+    ],
+)
+def test_pseudo_dice_as_numpy_prints_it(printed, mean, tmp_path):
+    line = "2026-11-23 16:01:00.1: Pseudo dice "
+    (folder_of(tmp_path) / "training_log_1.txt").write_text(f"{line}{printed} \n")
+    assert progress(tmp_path, CELL).line == f"epoch 1/3, pseudo-Dice {mean}"
+
+
 def test_status_of_a_matrix(tmp_path, capsys):
     cells = [replace(CELL, fold=fold, seed=seed) for seed in (0, 1) for fold in (0, 1)]
     write_cells(tmp_path, cells)
@@ -441,6 +458,24 @@ def test_seeds_fix_what_the_process_draws():
     assert draw() == first
     set_seeds(4)
     assert draw() != first
+
+
+def test_with_several_gpus_every_process_is_seeded(tmp_path, monkeypatch):
+    drawn = {}
+
+    def note(rank, *arguments):
+        drawn[rank, arguments] = torch.rand(()).item()
+
+    monkeypatch.setattr(run_training, "run_ddp", run_training.run_ddp)
+    launch._reach_every_gpu(3, tmp_path)
+    # nnU-Net sends it to processes of their own.
+    seeded = pickle.loads(pickle.dumps(run_training.run_ddp))
+    assert (seeded.func, seeded.args[:2]) == (launch.run_on_gpu, (3, tmp_path))
+    for rank in (0, 1):
+        launch.run_on_gpu(3, tmp_path, note, rank, "004", "2d")
+    set_seeds(3)
+    assert drawn[0, ("004", "2d")] == torch.rand(()).item()
+    assert drawn[1, ("004", "2d")] != drawn[0, ("004", "2d")]
 
 
 def test_memory_is_recorded_until_the_training_has_ended(tmp_path, monkeypatch):

@@ -223,6 +223,8 @@ def test_the_matched_control_has_the_parameters_of_what_it_is_a_control_for(nnun
     folder.mkdir(parents=True)
     for name in ("dataset_fingerprint.json", "dataset.json"):
         (folder / name).write_text((nnunet.preprocessed / PHANTOM / name).read_text())
+    for name in ("dataset_fingerprint", "nnUNetPlans"):
+        (folder / f"{name}.complete").touch()
     (folder / "nnUNetPlans.json").write_text(json.dumps(read_plans(nnunet)))
     preparation = _Preparation(copy, spec_of(small, arms), Dataset(path="", name=PHANTOM))
     preparation.plan()

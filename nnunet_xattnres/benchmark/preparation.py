@@ -160,11 +160,10 @@ class _Preparation:
 
     def plan(self) -> None:
         """nnU-Net's plans of every planner, with the configurations of the spec added."""
-        if not (self.folder / "dataset_fingerprint.json").is_file():
-            self._run("nnUNetv2_extract_fingerprint", "-d", self.number, "-np", NUM_WORKERS)
+        fingerprint = ("nnUNetv2_extract_fingerprint", "-d", self.number, "--clean", "-np", NUM_WORKERS)
+        self._run_once("dataset_fingerprint", *fingerprint)
         for planner in dict.fromkeys(arm.planner for arm in self.arms):
-            if not self._plans_file(planner).is_file():
-                self._run("nnUNetv2_plan_experiment", "-d", self.number, "-pl", planner)
+            self._run_once(_plans_name(planner), "nnUNetv2_plan_experiment", "-d", self.number, "-pl", planner)
             plans = self._plans(planner)
             for configuration in self.configurations:
                 self._add(plans, configuration)
@@ -178,12 +177,9 @@ class _Preparation:
         for planner in dict.fromkeys(arm.planner for arm in self.arms):
             plans = PlansManager(self._plans(planner))
             for base in dict.fromkeys(configuration.base for configuration in self.configurations):
-                data = self.folder / plans.get_configuration(base).data_identifier
-                complete = data.with_name(f"{data.name}.complete")
-                if not complete.exists():
-                    command = ["nnUNetv2_preprocess", "-d", self.number, "-plans_name", plans.plans_name]
-                    self._run(*command, "-c", base, "-np", NUM_WORKERS)
-                    complete.touch()
+                command = ["nnUNetv2_preprocess", "-d", self.number, "-plans_name", plans.plans_name]
+                data = plans.get_configuration(base).data_identifier
+                self._run_once(data, *command, "-c", base, "-np", NUM_WORKERS)
         self._split()
 
     def variants(self) -> list[dict[str, Any]]:
@@ -277,9 +273,13 @@ class _Preparation:
             with written_atomically(path) as temporary:
                 temporary.write_text(json.dumps(splits, indent=4))
 
-    def _run(self, *command: str) -> None:
-        print(f"$ {shlex.join(command)}", flush=True)
-        self.nnunet.run(*command, log=f"{self.dataset.name}/{command[0]}")
+    def _run_once(self, result: str, *command: str) -> None:
+        """Run the command that makes `result`, unless it has ended well before: what is there may be half of it."""
+        complete = self.folder / f"{result}.complete"
+        if not complete.exists():
+            print(f"$ {shlex.join(command)}", flush=True)
+            self.nnunet.run(*command, log=f"{self.dataset.name}/{result}")
+            complete.touch()
 
 
 def _planned_name(configuration: Configuration, arm: Arm) -> str:

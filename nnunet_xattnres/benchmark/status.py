@@ -13,7 +13,7 @@ from nnunet_xattnres.report import align_columns
 EPOCH = re.compile(r": Epoch (\d+) ?$", re.MULTILINE)
 EPOCH_TIME = re.compile(r": Epoch time: ([\d.]+) s", re.MULTILINE)
 PSEUDO_DICE = re.compile(r": Pseudo dice (\[.*\])")
-NUMBER = re.compile(r"\d\.\d+(?:e-\d+)?")
+NUMBER = re.compile(r"(?<=[\[( ])\d(?:\.\d+)?(?:e-\d+)?(?=[\]),])")
 TRAINED = ": Training done."
 
 
