@@ -135,7 +135,7 @@ def test_a_matrix_that_is_killed_continues_and_does_nothing_twice(folder):
     eventually((first.folder(out) / "checkpoint_latest.pth").exists)
     kill_everything_in(folder)
     run.communicate()
-    assert not is_locked(first.folder(out) / LOCK)
+    eventually(lambda: not is_locked(first.folder(out) / LOCK))
 
     finish(start(folder))
     check_finished(folder)
