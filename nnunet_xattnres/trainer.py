@@ -59,7 +59,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         for key, value in budget.items():
             setattr(self, key, value)
         # As often in a short training as nnU-Net does it in its thousand epochs.
-        self.save_every = min(self.save_every, max(1, self.num_epochs // 20))
+        self.save_every: int = min(self.save_every, max(1, self.num_epochs // 20))
 
     @classmethod
     def build_network_architecture(

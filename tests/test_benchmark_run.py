@@ -470,9 +470,9 @@ def test_with_several_gpus_every_process_is_seeded(tmp_path, monkeypatch):
     launch._reach_every_gpu(3, tmp_path)
     # nnU-Net sends it to processes of their own.
     seeded = pickle.loads(pickle.dumps(run_training.run_ddp))
-    assert (seeded.func, seeded.args[:2]) == (launch.run_on_gpu, (3, tmp_path))
+    monkeypatch.setattr(run_training, "run_ddp", note)
     for rank in (0, 1):
-        launch.run_on_gpu(3, tmp_path, note, rank, "004", "2d")
+        seeded(rank, "004", "2d")
     set_seeds(3)
     assert drawn[0, ("004", "2d")] == torch.rand(()).item()
     assert drawn[1, ("004", "2d")] != drawn[0, ("004", "2d")]

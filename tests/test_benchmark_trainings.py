@@ -169,7 +169,8 @@ def test_a_killed_run_leaves_its_trainings_to_the_next(folder):
     run = start(folder)
     eventually(lambda: is_locked(first.folder(out) / LOCK))
     os.kill(run.pid, signal.SIGKILL)
-    run.communicate()
+    # Its output ends with the training that it has left.
+    run.wait()
     assert is_locked(first.folder(out) / LOCK)
     finish(start(folder))
     check_finished(folder)

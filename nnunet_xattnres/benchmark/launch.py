@@ -47,12 +47,15 @@ def main() -> None:
     run()
 
 
-def run_on_gpu(seed: int, folder: Path, run: Callable[..., None], rank: int, *arguments: object) -> None:
-    """What nnU-Net does with every GPU, `run`, seeded: each draws other patches, the weights are those of rank 0."""
+def run_on_gpu(seed: int, folder: Path, rank: int, *arguments: object) -> None:
+    """What nnU-Net does with every GPU, seeded: each draws other patches, the weights are those of rank 0."""
+    # A new process, in which it is nnU-Net's own.
+    from nnunetv2.run.run_training import run_ddp
+
     set_seeds(seed + 1000 * rank)
     if rank == 0:
         record_memory(folder, on_gpu=True)
-    run(rank, *arguments)
+    run_ddp(rank, *arguments)
 
 
 def set_seeds(seed: int) -> None:
@@ -112,7 +115,7 @@ def _reach_every_gpu(seed: int, folder: Path) -> None:
 
     # By the module's name, under which those processes can import it.
     seeded = importlib.import_module("nnunet_xattnres.benchmark.launch").run_on_gpu
-    run_training.run_ddp = partial(seeded, seed, folder, run_training.run_ddp)
+    run_training.run_ddp = partial(seeded, seed, folder)
 
 
 if __name__ == "__main__":
