@@ -39,7 +39,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     the time, and at the end.
 
     A configuration in the plans may hold a budget, `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
-    "num_val_iterations_per_epoch": ...}`, each key optional, which then takes precedence.
+    "num_val_iterations_per_epoch": ...}`, each key optional, which then takes precedence. `checkpoint_latest.pth` is
+    written 20 times in a training of any length, where nnU-Net writes it every 50 epochs.
 
     Raises `XAttnResError` for a budget that is none, for plans without an encoder/decoder U-Net, and for a checkpoint
     that is damaged or that another trainer or preset has written.
@@ -64,6 +65,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         for key, value in budget.items():
             setattr(self, key, value)
         self._drawn_at, self._drawing_seconds = monotonic(), DRAWING_SECONDS
+        # As often in a short training as nnU-Net does it in its thousand epochs.
+        self.save_every: int = min(self.save_every, max(1, self.num_epochs // 20))
 
     @classmethod
     def build_network_architecture(
