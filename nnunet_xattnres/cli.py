@@ -90,6 +90,7 @@ def _parser() -> _Parser:
     )
     doctor.set_defaults(run=_doctor, after_interruption="nothing was changed")
     _add_inspect(commands)
+    _add_benchmark(commands)
     return parser
 
 
@@ -226,6 +227,27 @@ def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
     inspect.set_defaults(run=_inspect, after_interruption="the cases that were finished are there")
 
 
+def _add_benchmark(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    benchmark = commands.add_parser(
+        "benchmark",
+        help="train a matrix of datasets, configurations, trainers, folds and seeds, and compare",
+        description="Train a matrix of datasets, configurations, trainers, folds and seeds, and compare.",
+    )
+    steps = benchmark.add_subparsers(required=True, metavar="STEP")
+
+    report = steps.add_parser(
+        "report",
+        help="compare trainers, with intervals and tests",
+        description="Measure all predictions of a benchmark and compare its trainers: tables as Markdown, CSV and "
+        "JSON, figures as PNG and PDF.",
+    )
+    report.add_argument(
+        "source", type=Path, metavar="DIR", help="the folder of `benchmark run`, or one with the CSV files of a report"
+    )
+    report.add_argument("-o", dest="output", type=Path, required=True, metavar="OUT", help="where the report goes")
+    report.set_defaults(run=_benchmark_report, after_interruption="the same command begins again")
+
+
 def _add_trust_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--trust-checkpoint",
@@ -275,3 +297,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.routing.inspection import Options, run_inspect
 
     run_inspect(_chosen(Options, arguments))
+
+
+def _benchmark_report(arguments: argparse.Namespace) -> None:
+    from nnunet_xattnres.benchmark.reporting import run_report
+
+    run_report(arguments.source, arguments.output)
