@@ -309,7 +309,7 @@ def benchmark(tmp_path: Path) -> Path:
     write_spec(
         Spec(
             datasets=(Dataset(path=str(dataset), name="Dataset001_A", family="A", nsd_tolerance_mm=2.0),),
-            configurations=(Configuration("small", "3d_fullres"),),
+            configurations=(Configuration("small", "3d_fullres", features=8),),
             trainers=(Arm(PLANNED, PLANNED), Arm("wide", PLANNED, width=2.0)),
             folds=(0,),
             seeds=(5,),

@@ -16,7 +16,7 @@ from nnunet_xattnres.report import COLOURS
 # Without yellow, which is too light for lines and points on white.
 LINE_COLOURS = ("black", *(colour for colour in COLOURS if colour != "#F0E442"))
 LINE_STYLES = ("-", "--", ":")
-VERDICT_STYLES = {
+VERDICT_STYLES: dict[str, dict[str, Any]] = {
     BETTER: {"color": "#0072B2", "marker": "^"},
     WORSE: {"color": "#D55E00", "marker": "v"},
     NO_DIFFERENCE: {"color": "0.45", "marker": "o", "markerfacecolor": "white"},
