@@ -23,5 +23,5 @@ figures: .venv/.installed  ## the figure of the README
 .venv/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "apt install python3-venv first" >&2; exit 1; }
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e ".[benchmark,test,lint]"
+	$(BIN)/python -m pip install -e ".[test,lint]"
 	touch $@

@@ -11,7 +11,7 @@ from typing import NoReturn, TypeVar
 from nnunet_xattnres import __version__
 from nnunet_xattnres.config import BACKENDS
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.installation import check_nnunet_version, list_trainers, trainers_folder
+from nnunet_xattnres.installation import check_installed, check_nnunet_version, list_trainers, trainers_folder
 
 Options = TypeVar("Options")
 
@@ -235,6 +235,31 @@ def _add_benchmark(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     steps = benchmark.add_subparsers(required=True, metavar="STEP")
 
+    run = steps.add_parser(
+        "run",
+        help="run a matrix",
+        description="Run the matrix of a spec. Running it again continues where it was left.",
+    )
+    run.add_argument("spec", type=Path, metavar="SPEC.yaml", help="what the matrix consists of")
+    run.add_argument("-o", dest="output", type=Path, required=True, metavar="DIR", help="where everything is written")
+    run.set_defaults(run=_benchmark_run, after_interruption="the same command continues")
+
+    status = steps.add_parser("status", help="show how far a matrix is", description="Show how far a matrix is.")
+    status.add_argument("output", type=Path, metavar="DIR", help="the folder of `benchmark run`")
+    status.set_defaults(run=_benchmark_status, after_interruption="nothing was changed")
+
+    fetch = steps.add_parser(
+        "fetch",
+        help="download a task of the Medical Segmentation Decathlon",
+        description="Download a task of the Medical Segmentation Decathlon from its public mirror and check it. "
+        "Running it again continues a download.",
+    )
+    fetch.add_argument("task", metavar="TASK", help="its name or number: Task04_Hippocampus, or 4")
+    fetch.add_argument(
+        "-o", dest="output", type=Path, default=Path(), metavar="FOLDER", help="where the .tar goes (default: here)"
+    )
+    fetch.set_defaults(run=_benchmark_fetch, after_interruption="the same command continues the download")
+
     report = steps.add_parser(
         "report",
         help="compare trainers, with intervals and tests",
@@ -297,6 +322,25 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.routing.inspection import Options, run_inspect
 
     run_inspect(_chosen(Options, arguments))
+
+
+def _benchmark_run(arguments: argparse.Namespace) -> None:
+    check_installed("submitit", "yaml")
+    from nnunet_xattnres.benchmark.command import run_benchmark
+
+    run_benchmark(arguments.spec, arguments.output)
+
+
+def _benchmark_status(arguments: argparse.Namespace) -> None:
+    from nnunet_xattnres.benchmark.status import run_status
+
+    run_status(arguments.output)
+
+
+def _benchmark_fetch(arguments: argparse.Namespace) -> None:
+    from nnunet_xattnres.benchmark.fetch import fetch
+
+    fetch(arguments.task, arguments.output)
 
 
 def _benchmark_report(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,17 +77,25 @@ class NnUNet:
             defaults |= CPU_SETTINGS
         return defaults | dict(os.environ) | self.folders()
 
-    def run(self, *command: str, log: str, environment: Mapping[str, str] | None = None) -> None:
+    def run(
+        self,
+        *command: str,
+        log: str,
+        environment: Mapping[str, str] | None = None,
+        keep_open: Sequence[int] = (),
+    ) -> None:
         """Run one console command; its output goes to the terminal, as it comes, and to `workdir/logs/<log>.log`.
 
         environment: variables on top of `self.environment()`.
+        keep_open: file descriptors that the command inherits.
 
         Raises `XAttnResError` if the command is missing or fails.
         """
         log_file = self.workdir / "logs" / f"{log}.log"
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with termination_as_exception():
-            return_code = _run_and_log(command, self.environment() | dict(environment or {}), log_file)
+            variables = self.environment() | dict(environment or {})
+            return_code = _run_and_log(command, variables, log_file, keep_open)
         if return_code:
             raise XAttnResError(
                 f"{shlex.join(command)} failed: {_reason(return_code, log_file)} (whole output: {log_file})"
@@ -142,13 +150,16 @@ def termination_as_exception() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run_and_log(command: tuple[str, ...], environment: dict[str, str], log_file: Path) -> int:
+def _run_and_log(
+    command: tuple[str, ...], environment: dict[str, str], log_file: Path, keep_open: Sequence[int]
+) -> int:
     process = subprocess.Popen(
         [find_command(command[0]), *command[1:]],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        pass_fds=keep_open,
         # Its own process group, so that its worker processes can be ended with it.
         start_new_session=True,
     )

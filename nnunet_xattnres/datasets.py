@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +66,15 @@ def phantom_source() -> Source:
 
 
 def read_source(data: Path) -> Source:
-    """Tell the layout of `data` by its dataset.json. Raises `XAttnResError` if it has none of the two known ones."""
+    """Tell the layout of `data` by its dataset.json, or that it is an MSD task's archive.
+
+    Raises `XAttnResError` if it is none of these.
+    """
+    if data.is_file() and data.suffix == ".tar":
+        return _archive_source(data.resolve())
     if not data.is_dir():
-        problem = "is not a folder (an archive must be unpacked)" if data.exists() else "does not exist"
+        problem = "is not a folder (any archive but an MSD task's .tar must be unpacked)"
+        problem = problem if data.exists() else "does not exist"
         raise XAttnResError(f"{data} {problem}: give the folder of {LAYOUTS}")
     data = data.resolve()
     dataset_json = read_dataset_json(data)
@@ -117,6 +125,24 @@ def _msd_source(data: Path) -> Source:
     return Source(str(data), dataset, convert)
 
 
+def _archive_source(archive: Path) -> Source:
+    name = re.fullmatch(r"Task(\d\d)_([^_]+)", archive.stem)
+    if name is None:
+        raise XAttnResError(f"{archive} is not named TaskNN_Name.tar, as archives of MSD tasks are: rename it")
+
+    def unpack_and_convert(nnunet: NnUNet, folder: Path) -> None:
+        unpacked = folder / "unpacked"
+        try:
+            with tarfile.open(archive) as content:
+                content.extractall(unpacked, filter="data")
+        except (OSError, tarfile.TarError) as error:
+            raise XAttnResError(f"{archive} cannot be unpacked ({one_line(str(error))}): get it again") from None
+        read_source(unpacked / archive.stem).make_dataset(nnunet, folder)
+        shutil.rmtree(unpacked)
+
+    return Source(str(archive), f"Dataset0{name[1]}_{name[2]}", unpack_and_convert)
+
+
 def _raw_source(data: Path) -> Source:
     if not re.fullmatch(r"Dataset\d{3}_.+", data.name):
         raise XAttnResError(f"nnU-Net takes raw datasets in folders named DatasetNNN_Name: rename {data} accordingly")
@@ -125,6 +151,64 @@ def _raw_source(data: Path) -> Source:
         (folder / data.name).symlink_to(data)
 
     return Source(str(data), data.name, link)
+
+
+def place_raw_dataset(source: Source, nnunet: NnUNet, elsewhere: str) -> bool:
+    """Put the dataset, checked, into nnUNet_raw: whole or not at all. False if it is there already.
+
+    elsewhere: how to say another working directory, for messages.
+
+    Raises `XAttnResError` for data that cannot be used, and if something else has the dataset's name or number.
+    """
+    dataset = nnunet.raw / source.dataset
+    if dataset.exists():
+        _check_origin(source, dataset, elsewhere)
+        return False
+    _check_number_is_free(source, nnunet, elsewhere)
+    with _staging_folder(nnunet.workdir) as staging:
+        staged = staging / source.dataset
+        source.make_dataset(nnunet, staging)
+        try:
+            check_raw_dataset(staged)
+        except XAttnResError as error:
+            # The staging folder is about to go, so files are named relative to the dataset.
+            message = str(error).replace(f"{staged}{os.sep}", "")
+            raise XAttnResError(f"{source.origin}: {message}") from None
+        if not staged.is_symlink():
+            (staged / "origin.txt").write_text(source.origin)
+        nnunet.raw.mkdir(exist_ok=True)
+        staged.rename(dataset)
+    return True
+
+
+def _check_origin(source: Source, dataset: Path, elsewhere: str) -> None:
+    record = dataset / "origin.txt"
+    if dataset.is_symlink():
+        origin = str(dataset.resolve())
+    else:
+        origin = record.read_text() if record.is_file() else "something else"
+    if origin != source.origin:
+        raise XAttnResError(f"{dataset} was made from {origin}, not from {source.origin}: choose another {elsewhere}")
+
+
+def _check_number_is_free(source: Source, nnunet: NnUNet, elsewhere: str) -> None:
+    """nnU-Net refuses to work where two datasets have the same number."""
+    for folder in (nnunet.raw, nnunet.preprocessed, nnunet.results):
+        for other in folder.glob(f"{source.dataset[:10]}_*"):
+            if other.name != source.dataset:
+                raise XAttnResError(f"{other} has the same number as {source.dataset}: choose another {elsewhere}")
+
+
+@contextmanager
+def _staging_folder(workdir: Path) -> Iterator[Path]:
+    """A folder beside the final place, so that a finished dataset can be renamed into it. Gone afterwards."""
+    staging = workdir / ".staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_raw_dataset(folder: Path) -> Cases:

@@ -5,12 +5,9 @@ again continues where it stopped.
 """
 
 import json
-import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -26,8 +23,8 @@ from nnunet_xattnres.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.datasets import (
     Cases,
     Source,
-    check_raw_dataset,
     phantom_source,
+    place_raw_dataset,
     read_dataset_json,
     read_source,
     reader_for,
@@ -127,24 +124,8 @@ class Demo:
 
     def get_dataset(self) -> None:
         self._announce("The dataset in nnU-Net's raw format, and nnU-Net's integrity check")
-        if self.raw_dataset.exists():
-            self._check_origin()
+        if not place_raw_dataset(self.source, self.nnunet, "--workdir"):
             self._already_there(self.raw_dataset)
-            return
-        self._check_number_is_free()
-        with _staging_folder(self.nnunet.workdir) as staging:
-            staged = staging / self.source.dataset
-            self.source.make_dataset(self.nnunet, staging)
-            try:
-                check_raw_dataset(staged)
-            except XAttnResError as error:
-                # The staging folder is about to go, so files are named relative to the dataset.
-                message = str(error).replace(f"{staged}{os.sep}", "")
-                raise XAttnResError(f"{self.source.origin}: {message}") from None
-            if not staged.is_symlink():
-                (staged / "origin.txt").write_text(self.source.origin)
-            self.nnunet.raw.mkdir(exist_ok=True)
-            staged.rename(self.raw_dataset)
 
     def plan_and_preprocess(self) -> None:
         self._announce("Planning and preprocessing")
@@ -271,26 +252,6 @@ class Demo:
         self.nnunet.run(*command, log=f"{self.source.dataset}_{log}")
         print(f"{command[0]} took {time.monotonic() - started:.0f} s")
 
-    def _check_origin(self) -> None:
-        record = self.raw_dataset / "origin.txt"
-        if self.raw_dataset.is_symlink():
-            origin = str(self.raw_dataset.resolve())
-        else:
-            origin = record.read_text() if record.is_file() else "something else"
-        if origin != self.source.origin:
-            raise XAttnResError(
-                f"{self.raw_dataset} was made from {origin}, not from {self.source.origin}: choose another --workdir"
-            )
-
-    def _check_number_is_free(self) -> None:
-        """nnU-Net refuses to work where two datasets have the same number."""
-        for folder in (self.nnunet.raw, self.nnunet.preprocessed, self.nnunet.results):
-            for other in folder.glob(f"{self.source.dataset[:10]}_*"):
-                if other.name != self.source.dataset:
-                    raise XAttnResError(
-                        f"{other} has the same number as {self.source.dataset}: choose another --workdir"
-                    )
-
     def _checkpoint(self, trainer: str) -> Path:
         model = f"{trainer}__{PLANS}__{self.configuration}"
         return self.nnunet.results / self.source.dataset / model / "fold_0" / "checkpoint_final.pth"
@@ -322,15 +283,3 @@ class Demo:
             spacing = properties["spacing"][1:]
             pictured.append(PicturedCase(case, image[0], reference[0], predictions, scores, spacing))
         return draw_cases(pictured, names_of_values(self.dataset_json["labels"]))
-
-
-@contextmanager
-def _staging_folder(workdir: Path) -> Iterator[Path]:
-    """A folder beside the final place, so that a finished dataset can be renamed into it. Gone afterwards."""
-    staging = workdir / ".staging"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

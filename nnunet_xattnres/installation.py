@@ -41,3 +41,10 @@ def check_nnunet_version() -> None:
         raise XAttnResError(
             f"nnunetv2 {installed} does not fit: trainers are found through nnUNet_extTrainer from 2.8 on: {remedy}"
         )
+
+
+def check_installed(*modules: str) -> None:
+    """Raise `XAttnResError` unless what the benchmark needs beside nnU-Net can be imported."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise XAttnResError(f"the benchmark needs {', '.join(missing)}: pip install 'nnunet-xattnres[benchmark]'")

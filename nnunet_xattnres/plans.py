@@ -32,14 +32,14 @@ def add_small_configuration(
     name: str,
     base: str,
     *,
-    base_features: int,
-    max_patch_voxels: int,
-    batch_size: int,
-    budget: TrainingBudget,
+    base_features: int | None = None,
+    max_patch_voxels: int | None = None,
+    batch_size: int | None = None,
+    budget: TrainingBudget | None = None,
 ) -> None:
     """Add to `plans`, in place, the configuration `name`: `base` with a thinner network and a shorter training.
 
-    The data identifier is inherited, so nothing has to be preprocessed again.
+    The data identifier is inherited, so nothing has to be preprocessed again. What is None stays as planned.
 
     base_features: channels of the first stage, doubled from stage to stage, never more than planned.
     max_patch_voxels: see `reduced_patch_size`.
@@ -48,21 +48,34 @@ def add_small_configuration(
     Raises `XAttnResError` if `base` is not in the plans or its architecture is not a U-Net.
     """
     planned = _resolved_configuration(plans, base)
-    patch_size, n_stages = _reduced_patch_size_and_stages(planned, max_patch_voxels)
+    added: dict[str, Any] = {"inherits_from": base}
     architecture = deepcopy(planned["architecture"])
-    _truncate_stages(architecture["arch_kwargs"], n_stages)
-    architecture["arch_kwargs"]["features_per_stage"] = [
-        min(planned_features, base_features * 2**stage)
-        for stage, planned_features in enumerate(architecture["arch_kwargs"]["features_per_stage"])
-    ]
+    if max_patch_voxels is not None:
+        added["patch_size"], n_stages = _reduced_patch_size_and_stages(planned, max_patch_voxels)
+        _truncate_stages(architecture["arch_kwargs"], n_stages)
+    if base_features is not None:
+        architecture["arch_kwargs"]["features_per_stage"] = [
+            min(planned_features, base_features * 2**stage)
+            for stage, planned_features in enumerate(architecture["arch_kwargs"]["features_per_stage"])
+        ]
+    if batch_size is not None:
+        added["batch_size"] = batch_size
     # Inheritance is a shallow dict.update: only a whole architecture takes effect.
-    plans["configurations"][name] = {
-        "inherits_from": base,
-        "patch_size": patch_size,
-        "batch_size": batch_size,
-        "architecture": architecture,
-        "training": asdict(budget),
-    }
+    added["architecture"] = architecture
+    if budget is not None:
+        added["training"] = asdict(budget)
+    plans["configurations"][name] = added
+
+
+def add_wide_configuration(plans: dict[str, Any], name: str, base: str, width: float) -> None:
+    """Add to `plans`, in place, the configuration `name`: `base` with `width` times the channels in every stage.
+
+    Raises `XAttnResError` if `base` is not in the plans or its architecture is not a U-Net.
+    """
+    architecture = deepcopy(_resolved_configuration(plans, base)["architecture"])
+    features = architecture["arch_kwargs"]["features_per_stage"]
+    architecture["arch_kwargs"]["features_per_stage"] = [max(1, round(width * channels)) for channels in features]
+    plans["configurations"][name] = {"inherits_from": base, "architecture": architecture}
 
 
 def reduced_patch_size(plans: dict[str, Any], base: str, max_voxels: int) -> list[int]:

@@ -33,7 +33,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     and to the loggers that nnU-Net has beside its own.
 
     A configuration in the plans may hold a budget, `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
-    "num_val_iterations_per_epoch": ...}`, each key optional, which then takes precedence.
+    "num_val_iterations_per_epoch": ...}`, each key optional, which then takes precedence. `checkpoint_latest.pth` is
+    written 20 times in a training of any length, where nnU-Net writes it every 50 epochs.
 
     Raises `XAttnResError` for a budget that is none, for plans without an encoder/decoder U-Net, and for a checkpoint
     that is damaged or that another trainer or preset has written.
@@ -57,6 +58,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         _check_budget(budget, configuration)
         for key, value in budget.items():
             setattr(self, key, value)
+        # As often in a short training as nnU-Net does it in its thousand epochs.
+        self.save_every = min(self.save_every, max(1, self.num_epochs // 20))
 
     @classmethod
     def build_network_architecture(

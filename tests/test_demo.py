@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import sys
+import tarfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -292,6 +293,18 @@ def test_msd_task_is_converted_and_recognised(msd, tmp_path):
     msd.rename(elsewhere)
     with pytest.raises(XAttnResError, match="--workdir"):
         Demo(nnunet, read_source(elsewhere), 7).get_dataset()
+
+
+def test_archive_of_an_msd_task_is_unpacked_and_converted(msd, tmp_path):
+    archive = tmp_path / "Task12_Tiny.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(msd, arcname="Task12_Tiny")
+    nnunet = NnUNet(tmp_path / "work", "cpu")
+    nnunet.workdir.mkdir()
+    Demo(nnunet, read_source(archive), 7).get_dataset()
+    dataset = nnunet.raw / "Dataset012_Tiny"
+    assert {path.name for path in (dataset / "imagesTr").iterdir()} == {f"case_{n}_0000.nii.gz" for n in range(5)}
+    assert not (nnunet.workdir / ".staging").exists()
 
 
 def test_number_that_is_taken(raw, nnunet):

@@ -39,7 +39,6 @@ from nnunet_xattnres.datasets import read_dataset_json, reader_for
 from nnunet_xattnres.errors import XAttnResError, one_line
 
 VALIDATION, TEST = "validation", "test"
-INSTALL = "pip install 'nnunet-xattnres[benchmark]'"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ def read_benchmark(root: Path) -> Tables:
     finished = [cell for cell in cells if cell.state(root) == FINISHED]
     if not finished:
         raise XAttnResError(f"{root}: none of {len(cells)} cells is finished, see `nnunet-xattnres benchmark status`")
-    _check_monai()
+    # What MONAI's own functions hand to each other; no user can mend it.
+    warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
     datasets = {dataset.name: _Dataset(root, dataset) for dataset in read_spec(root / SPEC).datasets}
     predictions = [prediction for cell in finished for prediction in _predictions(root, cell, datasets[cell.dataset])]
     with ThreadPoolExecutor(cpu_count()) as pool:
@@ -105,15 +105,6 @@ def read_benchmark(root: Path) -> Tables:
         curves=_table("curves", (row for cell in finished for row in _curve_rows(root, cell))),
         datasets=_table("datasets", (dataset.row() for dataset in datasets.values())),
     )
-
-
-def _check_monai() -> None:
-    try:
-        # What MONAI's own functions hand to each other; no user can mend it.
-        warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-        import monai.metrics  # noqa: F401
-    except ImportError:
-        raise XAttnResError(f"surface distances are MONAI's, which is not installed: {INSTALL}") from None
 
 
 def _table(name: str, rows: Iterable[dict[str, Any]]) -> pandas.DataFrame:

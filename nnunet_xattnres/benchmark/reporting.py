@@ -32,6 +32,7 @@ from nnunet_xattnres.benchmark.statistics import (
 from nnunet_xattnres.benchmark.tables import Tables, has_tables, read_tables, write_csv, write_tables
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.installation import check_installed
 from nnunet_xattnres.overhead.results import PREFIX
 from nnunet_xattnres.report import write_figure
 
@@ -71,7 +72,8 @@ def run_report(source: Path, output: Path) -> None:
 def _read(source: Path) -> Tables:
     if has_tables(source):
         return read_tables(source)
-    # Imports what a report on CSV files can do without.
+    # What a report on CSV files can do without.
+    check_installed("monai", "yaml")
     from nnunet_xattnres.benchmark.metrics import read_benchmark
 
     return read_benchmark(source)

@@ -1,0 +1,310 @@
+"""Before anything is trained: the spec is checked, datasets are planned and preprocessed, configurations are made."""
+
+import inspect
+import io
+import json
+import os
+import shlex
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import nnunetv2
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import (
+    get_filenames_of_train_images_and_targets,
+    get_identifiers_from_splitted_dataset_folder,
+)
+
+from nnunet_xattnres.benchmark.matrix import Cell, is_locked, locked, write_cells
+from nnunet_xattnres.benchmark.spec import PLANNER, Arm, Configuration, Dataset, Spec
+from nnunet_xattnres.commands import NUM_WORKERS, NnUNet, environment_with
+from nnunet_xattnres.datasets import Source, place_raw_dataset, read_dataset_json, read_source
+from nnunet_xattnres.errors import XAttnResError, suggestion
+from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, add_wide_configuration, write_json_atomically
+from nnunet_xattnres.trainer import XAttnResTrainerMixin
+from nnunet_xattnres.trainer_lookup import find_trainer
+
+LOCK = "preparation.lock"
+# nnU-Net's own.
+NUM_ITERATIONS, NUM_VAL_ITERATIONS = 250, 50
+# Between which widths the one with the wanted parameters is searched.
+WIDTHS = (0.25, 8.0)
+
+
+def check_spec(spec: Spec) -> tuple[Spec, list[Source]]:
+    """The spec with what can be filled in, and where its datasets come from.
+
+    Raises `XAttnResError` for trainers, planners and datasets that are not there or do not fit together.
+    """
+    for arm in spec.trainers:
+        _check_arm(arm, spec.configurations)
+    sources = [_source(dataset) for dataset in spec.datasets]
+    names: dict[str, Source] = {}
+    for source in sources:
+        other = names.setdefault(source.dataset[7:10], source)
+        if other is not source:
+            raise XAttnResError(f"{other.origin} and {source.origin} both have the id {int(source.dataset[7:10])}")
+    datasets = [_filled(dataset, source) for dataset, source in zip(spec.datasets, sources, strict=True)]
+    return replace(spec, datasets=tuple(datasets)), sources
+
+
+def prepare(root: Path, spec: Spec, sources: list[Source]) -> list[Cell]:
+    """Everything before training, whatever of it is not there yet. Returns the cells of the matrix."""
+    if is_locked(root / LOCK):
+        print("Another process prepares the data: waiting for it", flush=True)
+    with locked(root / LOCK, patience=float("inf")):
+        prepared = {}
+        for dataset, source in zip(spec.datasets, sources, strict=True):
+            preparation = _Preparation(NnUNet(root, "cpu"), spec, dataset)
+            place_raw_dataset(source, preparation.nnunet, "-o")
+            preparation.plan()
+            preparation.preprocess()
+            prepared[dataset] = preparation.variants()
+        cells = [
+            Cell(dataset.name, **variant, fold=fold, seed=seed, test=bool(dataset.test))
+            for seed in spec.seeds
+            for fold in spec.folds
+            for dataset, variants in prepared.items()
+            for variant in variants
+        ]
+        write_cells(root, cells)
+    return cells
+
+
+def _check_arm(arm: Arm, configurations: tuple[Configuration, ...]) -> None:
+    _plans_name(arm.planner)
+    for name in filter(None, (arm.trainer, arm.parameters_of)):
+        trainer = find_trainer(name)
+        budgets = [configuration.name for configuration in configurations if configuration.epochs]
+        if budgets and not issubclass(trainer, XAttnResTrainerMixin):
+            raise XAttnResError(
+                f"{name} ignores the budget of the configuration {budgets[0]}: take a trainer of this plugin, "
+                "nnUNetTrainerPlanned for the planned network"
+            )
+
+
+def _plans_name(planner: str) -> str:
+    """What nnU-Net calls the plans of a planner. Raises `XAttnResError` if it finds no such class."""
+    folder = os.path.join(nnunetv2.__path__[0], "experiment_planning")
+    found = recursive_find_python_class(folder, planner, "nnunetv2.experiment_planning")
+    if found is None:
+        known = [PLANNER, *(f"nnUNetPlannerResEnc{size}" for size in "MLXL")]
+        raise XAttnResError(
+            f"nnU-Net finds no planner {planner}: {suggestion(planner, known) or 'see its documentation'}"
+        )
+    return inspect.signature(found.__init__).parameters["plans_name"].default
+
+
+def _source(dataset: Dataset) -> Source:
+    source = read_source(Path(dataset.path or _raw_folder(dataset.id)))
+    if dataset.name not in ("", source.dataset):
+        raise XAttnResError(f"{source.origin} makes {source.dataset}, not {dataset.name}: mend the name in the spec")
+    return source
+
+
+def _raw_folder(number: int | None) -> str:
+    if "nnUNet_raw" not in os.environ:
+        raise XAttnResError(f"dataset {number}: nnUNet_raw is not set, in which nnU-Net looks for it: export it")
+    found = list(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{number:03d}_*"))
+    if len(found) != 1:
+        there = ", ".join(folder.name for folder in sorted(Path(os.environ["nnUNet_raw"]).glob("Dataset*"))) or "none"
+        raise XAttnResError(f"dataset {number}: nnUNet_raw must hold one of that number; there are {there}")
+    return str(found[0])
+
+
+def _filled(dataset: Dataset, source: Source) -> Dataset:
+    test = _has_test_set(dataset, Path(source.origin))
+    family = dataset.family or source.dataset
+    return replace(dataset, path=source.origin, id=None, name=source.dataset, family=family, test=test)
+
+
+def _has_test_set(dataset: Dataset, data: Path) -> bool:
+    """Raises `XAttnResError` for a test set of which a label is missing."""
+    is_raw = data.is_dir() and "channel_names" in read_dataset_json(data)
+    if not is_raw and dataset.test:
+        raise XAttnResError(f"{data}: the test sets of MSD tasks have no labels: remove test from the dataset")
+    if not is_raw or dataset.test is False:
+        return False
+    ending = read_dataset_json(data)["file_ending"]
+    images = data / "imagesTs"
+    cases = get_identifiers_from_splitted_dataset_folder(str(images), ending) if images.is_dir() else []
+    if dataset.test and not len(cases):
+        raise XAttnResError(f"{data} has no test images in imagesTs: remove test from the dataset")
+    unlabelled = [case for case in cases if not (data / "labelsTs" / f"{case}{ending}").is_file()]
+    if unlabelled:
+        raise XAttnResError(
+            f"{data}: the test set has no label for {unlabelled[0]}: add it to labelsTs, or say test: false"
+        )
+    return bool(len(cases))
+
+
+class _Preparation:
+    """The steps of one dataset. A step whose result is there already does nothing."""
+
+    def __init__(self, nnunet: NnUNet, spec: Spec, dataset: Dataset) -> None:
+        self.nnunet = nnunet
+        self.dataset = dataset
+        self.configurations = spec.configurations_of(dataset)
+        self.arms = spec.arms_of(dataset)
+        self.number = str(int(dataset.name[7:10]))
+        self.folder = nnunet.preprocessed / dataset.name
+
+    def plan(self) -> None:
+        """nnU-Net's plans of every planner, with the configurations of the spec added."""
+        fingerprint = ("nnUNetv2_extract_fingerprint", "-d", self.number, "--clean", "-np", NUM_WORKERS)
+        self._run_once("dataset_fingerprint", *fingerprint)
+        for planner in dict.fromkeys(arm.planner for arm in self.arms):
+            self._run_once(_plans_name(planner), "nnUNetv2_plan_experiment", "-d", self.number, "-pl", planner)
+            plans = self._plans(planner)
+            for configuration in self.configurations:
+                self._add(plans, configuration)
+                for arm in self.arms:
+                    if arm.planner == planner:
+                        self._widen(plans, configuration, arm)
+            write_json_atomically(plans, self._plans_file(planner))
+
+    def preprocess(self) -> None:
+        """What the configurations train on; several share it."""
+        for planner in dict.fromkeys(arm.planner for arm in self.arms):
+            plans = PlansManager(self._plans(planner))
+            for base in dict.fromkeys(configuration.base for configuration in self.configurations):
+                command = ["nnUNetv2_preprocess", "-d", self.number, "-plans_name", plans.plans_name]
+                data = plans.get_configuration(base).data_identifier
+                self._run_once(data, *command, "-c", base, "-np", NUM_WORKERS)
+        self._split()
+
+    def variants(self) -> list[dict[str, Any]]:
+        """The fields of the cells of this dataset that do not depend on fold and seed."""
+        dataset_json = read_dataset_json(self.folder)
+        variants = []
+        for configuration in self.configurations:
+            for arm in self.arms:
+                plans = self._plans(arm.planner)
+                planned = _planned_name(configuration, arm)
+                trainer = _trainer(plans, planned, dataset_json, arm.trainer)
+                variants.append(
+                    {
+                        "configuration": configuration.name,
+                        "trainer": arm.name,
+                        "trainer_class": arm.trainer,
+                        "plans": plans["plans_name"],
+                        "planned_configuration": planned,
+                        "num_epochs": trainer.num_epochs,
+                        "parameters": _count_parameters(trainer),
+                    }
+                )
+        return variants
+
+    def _plans_file(self, planner: str) -> Path:
+        return self.folder / f"{_plans_name(planner)}.json"
+
+    def _plans(self, planner: str) -> dict[str, Any]:
+        return json.loads(self._plans_file(planner).read_text())
+
+    def _add(self, plans: dict[str, Any], configuration: Configuration) -> None:
+        if configuration.base not in plans["configurations"]:
+            available = ", ".join(plans["configurations"])
+            raise XAttnResError(
+                f"nnU-Net plans no {configuration.base} for {self.dataset.name}: choose from {available}, "
+                "or say which configurations the dataset has in the spec"
+            )
+        if PlansManager(plans).get_configuration(configuration.base).previous_stage_name is not None:
+            raise XAttnResError(f"{configuration.base} is a cascade, which needs the folds of another: leave it out")
+        if configuration.name not in plans["configurations"]:
+            budget = configuration.epochs and TrainingBudget(
+                configuration.epochs,
+                configuration.iterations or NUM_ITERATIONS,
+                configuration.validation_iterations or NUM_VAL_ITERATIONS,
+            )
+            add_small_configuration(
+                plans,
+                configuration.name,
+                configuration.base,
+                base_features=configuration.features,
+                max_patch_voxels=configuration.patch_voxels,
+                batch_size=configuration.batch_size,
+                budget=budget or None,
+            )
+
+    def _widen(self, plans: dict[str, Any], configuration: Configuration, arm: Arm) -> None:
+        name = _planned_name(configuration, arm)
+        if name not in plans["configurations"]:
+            width = arm.width
+            if arm.parameters_of is not None:
+                width = self._matching_width(plans, configuration, arm)
+            assert width is not None
+            add_wide_configuration(plans, name, configuration.name, width)
+
+    def _matching_width(self, plans: dict[str, Any], configuration: Configuration, arm: Arm) -> float:
+        """The width at which `arm` has as many parameters as the trainer that it names, as nearly as can be."""
+        dataset_json = read_dataset_json(self.folder)
+
+        def parameters(trainer: str, width: float) -> int:
+            changed = json.loads(json.dumps(plans))
+            add_wide_configuration(changed, "wide", configuration.name, width)
+            return _count_parameters(_trainer(changed, "wide", dataset_json, trainer))
+
+        wanted = parameters(arm.parameters_of or "", 1.0)
+        low, high = WIDTHS
+        # Channels are whole numbers: twelve halvings are finer than that.
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if parameters(arm.trainer, middle) < wanted else (low, middle)
+        return min(low, high, key=lambda width: abs(parameters(arm.trainer, width) - wanted))
+
+    def _split(self) -> None:
+        """nnU-Net's own split, before several trainings want to write it at once."""
+        path = self.folder / "splits_final.json"
+        if not path.exists():
+            raw = self.nnunet.raw / self.dataset.name
+            cases = sorted(get_filenames_of_train_images_and_targets(str(raw), read_dataset_json(raw)))
+            splits = [
+                {key: list(map(str, cases)) for key, cases in fold.items()} for fold in generate_crossval_split(cases)
+            ]
+            with written_atomically(path) as temporary:
+                temporary.write_text(json.dumps(splits, indent=4))
+
+    def _run_once(self, result: str, *command: str) -> None:
+        """Run the command that makes `result`, unless it has ended well before: what is there may be half of it."""
+        complete = self.folder / f"{result}.complete"
+        if not complete.exists():
+            print(f"$ {shlex.join(command)}", flush=True)
+            self.nnunet.run(*command, log=f"{self.dataset.name}/{result}")
+            complete.touch()
+
+
+def _planned_name(configuration: Configuration, arm: Arm) -> str:
+    """What the plans call the configuration of an arm."""
+    is_wide = arm.width is not None or arm.parameters_of is not None
+    return f"{configuration.name}_{arm.name}" if is_wide else configuration.name
+
+
+def _trainer(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], name: str) -> nnUNetTrainer:
+    """A trainer to ask; what it writes when it begins is thrown away."""
+    trainer_class = find_trainer(name)
+    with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        folders = dict.fromkeys(("nnUNet_results", "nnUNet_preprocessed"), folder)
+        with environment_with(**folders, nnUNet_wandb_enabled="0"):
+            # The trainer takes the additional key out again.
+            return trainer_class(
+                plans | {"continue_training": False}, configuration, 0, dataset_json, torch.device("cpu")
+            )
+
+
+def _count_parameters(trainer: nnUNetTrainer) -> int:
+    plans, configuration = trainer.plans_manager, trainer.configuration_manager
+    channels = determine_num_input_channels(plans, configuration, trainer.dataset_json)
+    with torch.device("meta"):
+        network = trainer.build_network_architecture(
+            plans, configuration, channels, trainer.label_manager.num_segmentation_heads, True
+        )
+    return sum(parameter.numel() for parameter in network.parameters())

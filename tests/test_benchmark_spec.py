@@ -1,0 +1,252 @@
+"""The spec of a benchmark: what is refused before anything is trained, and what the plans get from it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import yaml
+from conftest import PHANTOM, read_plans
+from test_plans import ISOTROPIC, planned
+
+from nnunet_xattnres.benchmark.command import run_benchmark
+from nnunet_xattnres.benchmark.preparation import _Preparation, check_spec
+from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, read_spec, without_executor, write_spec
+from nnunet_xattnres.cli import main
+from nnunet_xattnres.commands import NnUNet
+from nnunet_xattnres.plans import add_wide_configuration
+
+SPECS = Path(__file__).parent.parent / "specs"
+SHAPE = (8, 9, 10)
+
+
+def write_image(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A tiny dataset in nnU-Net's raw format."""
+    folder = tmp_path / "data" / "Dataset123_Tiny"
+    for case in range(5):
+        write_image(folder / "imagesTr" / f"case_{case}_0000.nii.gz", np.zeros(SHAPE, np.float32))
+        write_image(folder / "labelsTr" / f"case_{case}.nii.gz", np.ones(SHAPE, np.uint8))
+    dataset_json = {
+        "channel_names": {"0": "nothing"},
+        "labels": {"background": 0, "all": 1},
+        "numTraining": 5,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(dataset_json))
+    return folder
+
+
+@pytest.fixture
+def content(raw):
+    """A spec that is fine, as YAML holds it."""
+    return {
+        "datasets": [{"path": "data/Dataset123_Tiny"}],
+        "configurations": {"small": {"base": "3d_fullres", "features": 4, "epochs": 1}},
+        "trainers": ["nnUNetTrainerPlanned", "nnUNetTrainerXAttnRes"],
+        "folds": [0, 1],
+        "seeds": [0],
+    }
+
+
+def write(content, folder):
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def refusal(content, tmp_path, capsys):
+    """What `benchmark run` answers, after checking that it is one line and nothing was begun."""
+    assert main(["benchmark", "run", str(write(content, tmp_path)), "-o", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"trainer": ["nnUNetTrainerPlanned"]}, "unknown key trainer: did you mean trainers"),
+        ({"folds": None}, "folds is missing"),
+        ({"folds": [5]}, "from 0 to 4"),
+        ({"folds": [0, 0]}, "twice"),
+        ({"seeds": 3}, "seeds must be a list"),
+        ({"seeds": [True]}, "whole number"),
+        ({"datasets": [{"path": "x", "tolerance": 1}]}, "unknown key tolerance: did you mean nsd_tolerance_mm"),
+        ({"datasets": [{"path": "x", "nsd_tolerance_mm": 0}]}, "positive number"),
+        ({"datasets": [{"path": "x", "id": 3}]}, "one of them"),
+        ({"datasets": [{"path": "x", "trainers": ["nnUNetTrainerPlaned"]}]}, "did you mean nnUNetTrainerPlanned"),
+        ({"datasets": [{"path": "$NO_SUCH_VARIABLE/x"}]}, "NO_SUCH_VARIABLE in $NO_SUCH_VARIABLE/x is not set"),
+        ({"datasets": ["data/Nowhere"]}, "does not exist"),
+        ({"datasets": [777]}, "dataset 777"),
+        ({"datasets": [{"path": "data/Dataset123_Tiny", "name": "Dataset007_Bond"}]}, "not Dataset007_Bond"),
+        ({"datasets": 2 * ["data/Dataset123_Tiny"]}, "both have the id 123"),
+        ({"datasets": [{"path": "data/Dataset123_Tiny", "test": True}]}, "no test images"),
+        ({"configurations": {"small": {"base": "3d_fullres", "feature": 4}}}, "did you mean features"),
+        ({"configurations": {"3d_fullres": {"features": 4}}}, "a name of its own"),
+        ({"configurations": {"a__b": {"base": "2d", "features": 4}}}, "single underscores"),
+        ({"configurations": {"a": {"base": "2d"}}}, "the same as its base"),
+        ({"configurations": {"a": {"base": "2d", "iterations": 4}}}, "no epochs"),
+        ({"trainers": ["nnUNetTrainerXAtnRes"]}, "did you mean nnUNetTrainerXAttnRes"),
+        ({"trainers": ["nnUNetTrainerDA5"]}, "nnUNetTrainerDA5 ignores the budget of the configuration small"),
+        ({"trainers": [{"trainer": "nnUNetTrainerPlanned", "width": 1.2}]}, "needs a name"),
+        ({"trainers": [{"trainer": "nnUNetTrainerPlanned", "name": "A", "planner": "ResEncM"}]}, "no planner ResEncM"),
+        (
+            {"trainers": [{"trainer": "nnUNetTrainerPlanned", "name": "A", "parameters_of": "nnUNetTrainerX"}]},
+            "finds no trainer nnUNetTrainerX",
+        ),
+        (
+            {"trainers": ["nnUNetTrainerPlanned", {"trainer": "nnUNetTrainerPlanned", "name": "A"}]},
+            "nnUNetTrainerPlanned and A are the same",
+        ),
+        ({"executor": "slrm"}, "there is no executor slrm: did you mean slurm"),
+        ({"executor": {"kind": "local", "job": 2}}, "unknown key job: did you mean jobs"),
+        ({"executor": {"kind": "local", "parameters": {"partition": "gpu"}}}, "Slurm"),
+    ],
+)
+def test_a_mistake_in_the_spec_is_one_line(change, complaint, content, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    assert complaint in refusal(content | change, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("text", ["datasets: [", "- a\n- b\n", ""])
+def test_a_file_that_is_no_spec(text, tmp_path, capsys):
+    (tmp_path / "spec.yaml").write_text(text)
+    assert main(["benchmark", "run", str(tmp_path / "spec.yaml"), "-o", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_missing_spec(tmp_path, capsys):
+    assert main(["benchmark", "run", str(tmp_path / "spec.yaml"), "-o", str(tmp_path / "out")]) == 1
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_a_test_set_without_labels(content, raw, tmp_path, capsys):
+    write_image(raw / "imagesTs" / "test_0_0000.nii.gz", np.zeros(SHAPE, np.float32))
+    assert "no label for test_0: add it to labelsTs" in refusal(content, tmp_path, capsys)
+    content["datasets"][0]["test"] = False
+    spec, _ = check_spec(read_spec(write(content, tmp_path)))
+    assert spec.datasets[0].test is False
+    del content["datasets"][0]["test"]
+    write_image(raw / "labelsTs" / "test_0.nii.gz", np.ones(SHAPE, np.uint8))
+    spec, _ = check_spec(read_spec(write(content, tmp_path)))
+    assert spec.datasets[0].test is True
+
+
+def test_results_of_another_spec(content, tmp_path, monkeypatch, capsys):
+    prepared = []
+    monkeypatch.setattr("nnunet_xattnres.benchmark.command.prepare", lambda *given: prepared.append(given) or [])
+    out = tmp_path / "out"
+    run_benchmark(write(content, tmp_path), out)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    # Other words and another executor, the same matrix.
+    same = content | {"datasets": [str(tmp_path / "data/Dataset123_Tiny")], "executor": {"jobs": 2}}
+    run_benchmark(write(same, elsewhere), out)
+    assert len(prepared) == 2
+    assert main(["benchmark", "run", str(write(content | {"seeds": [0, 1]}, tmp_path)), "-o", str(out)]) == 1
+    assert "another spec" in capsys.readouterr().err
+    assert len(prepared) == 2
+
+
+def test_a_dataset_by_its_number_in_nnunet_raw(content, raw, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", str(raw.parent))
+    spec, (source,) = check_spec(read_spec(write(content | {"datasets": [123]}, tmp_path)))
+    assert source.dataset == spec.datasets[0].name == "Dataset123_Tiny"
+    assert spec.datasets[0].family == "Dataset123_Tiny"
+    # Once found, it is known by its path.
+    assert (spec.datasets[0].id, spec.datasets[0].path) == (None, str(raw))
+
+
+def test_a_spec_is_written_as_it_was_read(content, tmp_path):
+    spec, _ = check_spec(read_spec(write(content, tmp_path)))
+    (tmp_path / "other").mkdir()
+    write_spec(spec, tmp_path / "other" / "spec.yaml")
+    assert read_spec(tmp_path / "other" / "spec.yaml") == spec
+
+
+def test_datasets_may_have_fewer_configurations_and_trainers(content, tmp_path):
+    content["datasets"][0]["trainers"] = ["nnUNetTrainerXAttnRes"]
+    spec = read_spec(write(content, tmp_path))
+    assert [arm.name for arm in spec.arms_of(spec.datasets[0])] == ["nnUNetTrainerXAttnRes"]
+    assert [configuration.name for configuration in spec.configurations_of(spec.datasets[0])] == ["small"]
+
+
+@pytest.mark.parametrize("name", ["msd.yaml", "cpu-evidence.yaml"])
+def test_committed_specs_are_read(name, monkeypatch):
+    for variable in ("MSD", "XATTNRES_DATA"):
+        monkeypatch.setenv(variable, "/data")
+    spec = read_spec(SPECS / name)
+    assert {arm.trainer for arm in spec.trainers} >= {"nnUNetTrainerPlanned", "nnUNetTrainerXAttnRes"}
+
+
+def test_the_decathlons_spec_has_all_tasks_and_folds(monkeypatch):
+    monkeypatch.setenv("MSD", "/data")
+    spec = read_spec(SPECS / "msd.yaml")
+    assert [Path(dataset.path or "").name[:6] for dataset in spec.datasets] == [f"Task{n:02d}" for n in range(1, 11)]
+    assert spec.folds == (0, 1, 2, 3, 4)
+    assert spec.configurations == (Configuration("3d_fullres", base="3d_fullres"),)
+    assert len(spec.trainers) == 4
+
+
+# What the plans get
+
+
+def test_all_stages_are_widened():
+    plans = planned(ISOTROPIC[:4], [40, 56, 40])
+    base = next(iter(plans["configurations"]))
+    features = plans["configurations"][base]["architecture"]["arch_kwargs"]["features_per_stage"]
+    add_wide_configuration(plans, "wide", base, 1.5)
+    wide = plans["configurations"]["wide"]
+    assert wide["inherits_from"] == base
+    assert wide["architecture"]["arch_kwargs"]["features_per_stage"] == [round(1.5 * channels) for channels in features]
+    assert plans["configurations"][base]["architecture"]["arch_kwargs"]["features_per_stage"] == features
+
+
+def test_the_matched_control_has_the_parameters_of_what_it_is_a_control_for(nnunet: NnUNet, tmp_path):
+    small = Configuration("small", base="3d_fullres", features=16, patch_voxels=30_000, batch_size=2, epochs=3)
+    arms = (
+        Arm("nnUNetTrainerPlanned", "nnUNetTrainerPlanned"),
+        Arm("nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnRes"),
+        Arm("wide", "nnUNetTrainerPlanned", parameters_of="nnUNetTrainerXAttnRes"),
+        Arm("wider", "nnUNetTrainerPlanned", width=1.25),
+    )
+    copy = NnUNet(tmp_path, "cpu")
+    folder = copy.preprocessed / PHANTOM
+    folder.mkdir(parents=True)
+    for name in ("dataset_fingerprint.json", "dataset.json"):
+        (folder / name).write_text((nnunet.preprocessed / PHANTOM / name).read_text())
+    for name in ("dataset_fingerprint", "nnUNetPlans"):
+        (folder / f"{name}.complete").touch()
+    (folder / "nnUNetPlans.json").write_text(json.dumps(read_plans(nnunet)))
+    preparation = _Preparation(copy, spec_of(small, arms), Dataset(path="", name=PHANTOM))
+    preparation.plan()
+    planned_network, xattnres, wide, wider = preparation.variants()
+    assert {variant["num_epochs"] for variant in (planned_network, xattnres, wide, wider)} == {3}
+    assert xattnres["parameters"] > planned_network["parameters"]
+    assert wide["parameters"] == pytest.approx(xattnres["parameters"], rel=0.01)
+    assert wider["parameters"] > wide["parameters"]
+    assert wide["planned_configuration"] == "small_wide"
+    before = (folder / "nnUNetPlans.json").read_bytes()
+    preparation.plan()
+    assert (folder / "nnUNetPlans.json").read_bytes() == before
+
+
+def spec_of(configuration, arms):
+    from nnunet_xattnres.benchmark.spec import Spec
+
+    return Spec((), (configuration,), arms, (0,), (0,))
+
+
+def test_another_executor_is_the_same_matrix(content, tmp_path):
+    spec = read_spec(write(content, tmp_path))
+    other = read_spec(write(content | {"executor": {"kind": "slurm", "parameters": {"partition": "gpu"}}}, tmp_path))
+    assert spec != other
+    assert without_executor(spec) == without_executor(other)
