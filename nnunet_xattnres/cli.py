@@ -267,6 +267,18 @@ def _add_benchmark(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     fetch.set_defaults(run=_benchmark_fetch, after_interruption="the same command continues the download")
 
+    report = steps.add_parser(
+        "report",
+        help="compare trainers, with intervals and tests",
+        description="Measure all predictions of a benchmark and compare its trainers: tables as Markdown, CSV and "
+        "JSON, figures as PNG and PDF.",
+    )
+    report.add_argument(
+        "source", type=Path, metavar="DIR", help="the folder of `benchmark run`, or one with the CSV files of a report"
+    )
+    report.add_argument("-o", dest="output", type=Path, required=True, metavar="OUT", help="where the report goes")
+    report.set_defaults(run=_benchmark_report, after_interruption="the same command begins again")
+
 
 def _add_trust_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
@@ -336,3 +348,9 @@ def _benchmark_fetch(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.benchmark.fetch import fetch
 
     fetch(arguments.task, arguments.output)
+
+
+def _benchmark_report(arguments: argparse.Namespace) -> None:
+    from nnunet_xattnres.benchmark.reporting import run_report
+
+    run_report(arguments.source, arguments.output)

@@ -115,7 +115,9 @@ def draw_cases(cases: list[PicturedCase], names: dict[int, str]) -> Figure:
 def write_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Whole or not at all, in the format that the path's name says."""
     with written_atomically(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=dpi)
+        kind = path.suffix[1:].lower()
+        # Without the time of writing, the same picture is the same file.
+        figure.savefig(temporary, format=kind, dpi=dpi, metadata={"CreationDate": None} if kind == "pdf" else None)
 
 
 def draw_slice(

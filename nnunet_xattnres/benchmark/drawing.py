@@ -1,0 +1,153 @@
+"""The figures of a report."""
+
+from typing import Any
+
+import numpy as np
+import pandas
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
+from nnunet_xattnres.overhead.results import PREFIX
+from nnunet_xattnres.report import COLOURS
+
+# Without yellow, which is too light for lines and points on white.
+LINE_COLOURS = ("black", *(colour for colour in COLOURS if colour != "#F0E442"))
+LINE_STYLES = ("-", "--", ":")
+VERDICT_STYLES: dict[str, dict[str, Any]] = {
+    BETTER: {"color": "#0072B2", "marker": "^"},
+    WORSE: {"color": "#D55E00", "marker": "v"},
+    NO_DIFFERENCE: {"color": "0.45", "marker": "o", "markerfacecolor": "white"},
+}
+POINTS = 100  # Dice is drawn in percent
+FONT_SIZE = 8
+SMALL_FONT_SIZE = 7
+PANELS_PER_ROW = 3
+
+
+def short_name(trainer: str) -> str:
+    return trainer.removeprefix(PREFIX) or trainer
+
+
+def set_title(row: Any) -> str:
+    """Of a row with the columns that name a set."""
+    return f"{row['dataset']}\n{row['configuration']}, {row['set']}"
+
+
+def draw_differences(rows: list[dict[str, Any]]) -> Figure:
+    """A panel per set or family of several, a line per pair: mean difference in Dice and its interval.
+
+    rows: of `compare`, of one metric. The verdict of a set that shares its family's test is drawn there.
+    """
+    pairs = list(dict.fromkeys((row["first"], row["second"]) for row in rows))
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(set_title(row) if row["dataset"] else f"family {row['family']}\nper patient", []).append(row)
+    num_rows = -(-len(panels) // PANELS_PER_ROW)
+    num_columns = min(len(panels), PANELS_PER_ROW)
+    size = (2.6 + 2.0 * num_columns, 0.7 + num_rows * (0.75 + 0.22 * len(pairs)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, of_panel) in zip(axes.flat, panels.items(), strict=False):
+        _draw_panel_of_differences(axis, of_panel, pairs)
+        axis.set_title(title, fontsize=FONT_SIZE)
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(pairs)), [f"{short_name(a)} - {short_name(b)}" for a, b in pairs], fontsize=FONT_SIZE)
+        axis.set_ylim(len(pairs) - 0.5, -0.5)  # the first on top
+    figure.supxlabel("difference in mean Dice, percentage points, with 95 % interval over cases", fontsize=FONT_SIZE)
+    handles = [Line2D([], [], linestyle="-", label=verdict, **style) for verdict, style in VERDICT_STYLES.items()]
+    handles.append(Line2D([], [], color="0.45", label="tested with its family"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=FONT_SIZE, frameon=False)
+    return figure
+
+
+def _draw_panel_of_differences(axis: Axes, rows: list[dict[str, Any]], pairs: list[tuple[str, str]]) -> None:
+    for row in rows:
+        position = pairs.index((row["first"], row["second"]))
+        style: dict[str, Any] = VERDICT_STYLES.get(row["verdict"], {"color": "0.45", "marker": "|"})
+        axis.plot([POINTS * row["low"], POINTS * row["high"]], [position] * 2, color=style["color"], linewidth=1.4)
+        axis.plot(POINTS * row["difference"], position, markersize=5, **style)
+    axis.axvline(0, color="black", linewidth=0.8, zorder=0)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.margins(x=0.08)
+    axis.tick_params(labelsize=SMALL_FONT_SIZE, length=2, pad=2)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y", color="0.92")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def draw_cases(values: pandas.DataFrame, trainers: list[str]) -> Figure:
+    """A box per trainer over a point per case. values: of one set, from `case_values`."""
+    per_case = values.groupby(["trainer", "case"], sort=False).dice.mean() * POINTS
+    trainers = [trainer for trainer in trainers if trainer in per_case.index]
+    figure = Figure(figsize=(6.4, 0.9 + 0.45 * len(trainers)), layout="constrained")
+    axis = figure.subplots()
+    # The same places whenever it is drawn.
+    rng = np.random.default_rng(0)
+    for position, trainer in enumerate(trainers):
+        dice = per_case[trainer].to_numpy()
+        axis.plot(
+            dice,
+            position + rng.uniform(-0.28, 0.28, len(dice)),
+            ".",
+            color=LINE_COLOURS[position % len(LINE_COLOURS)],
+            alpha=0.7,
+            markersize=5,
+            markeredgewidth=0,
+            rasterized=len(dice) > 1000,
+        )
+    black = {"color": "black", "linewidth": 1.0}
+    axis.boxplot(
+        [per_case[trainer].to_numpy() for trainer in trainers],
+        positions=range(len(trainers)),
+        orientation="horizontal",
+        widths=0.62,
+        showfliers=False,
+        medianprops={"color": "black", "linewidth": 2.0},
+        boxprops=black,
+        whiskerprops=black,
+        capprops=black,
+        manage_ticks=False,
+    )
+    axis.set_yticks(range(len(trainers)), [short_name(trainer) for trainer in trainers], fontsize=FONT_SIZE)
+    axis.set_ylim(len(trainers) - 0.5, -0.5)
+    axis.set_xlabel("Dice of a case, %", fontsize=FONT_SIZE)
+    axis.set_title(set_title(values.iloc[0]).replace("\n", ", "), fontsize=FONT_SIZE + 1)
+    axis.tick_params(labelsize=FONT_SIZE, length=2)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+def draw_curves(curves: pandas.DataFrame, trainers: list[str]) -> Figure:
+    """Pseudo-Dice and losses by epoch, a line per training. curves: of one dataset and configuration."""
+    present = [trainer for trainer in trainers if (curves.trainer == trainer).any()]
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    panels = {"pseudo_dice": "pseudo-Dice", "train_loss": "training loss", "val_loss": "validation loss"}
+    for axis, (column, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for (trainer, _, _), of_cell in curves.groupby(["trainer", "fold", "seed"], sort=False):
+            # A single epoch makes no line.
+            marker = "." if len(of_cell) == 1 else ""
+            axis.plot(of_cell.epoch, of_cell[column], marker=marker, alpha=0.75, **_line(present.index(trainer)))
+        axis.set_title(title, fontsize=FONT_SIZE)
+        axis.set_xlabel("epoch", fontsize=FONT_SIZE)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.tick_params(labelsize=SMALL_FONT_SIZE, length=2)
+        axis.spines[["top", "right"]].set_visible(False)
+    first = curves.iloc[0]
+    figure.suptitle(f"{first.dataset}, {first.configuration}: a line per fold and seed", fontsize=FONT_SIZE + 1)
+    handles = [Line2D([], [], label=short_name(trainer), **_line(i)) for i, trainer in enumerate(present)]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=FONT_SIZE, frameon=False
+    )
+    return figure
+
+
+def _line(position: int) -> dict[str, Any]:
+    style = LINE_STYLES[position // len(LINE_COLOURS) % len(LINE_STYLES)]
+    return {"color": LINE_COLOURS[position % len(LINE_COLOURS)], "linestyle": style, "linewidth": 1.1}

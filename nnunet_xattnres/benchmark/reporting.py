@@ -1,0 +1,341 @@
+"""The command `nnunet-xattnres benchmark report`: tables as Markdown, CSV and JSON, and figures."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import pandas
+from matplotlib import style
+from matplotlib.figure import Figure
+
+from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences, short_name
+from nnunet_xattnres.benchmark.matrix import FINISHED
+from nnunet_xattnres.benchmark.statistics import (
+    BETTER,
+    COSTS,
+    MEAN_LABEL,
+    NO_DIFFERENCE,
+    RESAMPLES,
+    SET,
+    SIGNIFICANCE,
+    WORSE,
+    case_values,
+    compare,
+    spreads,
+    summarise,
+)
+from nnunet_xattnres.benchmark.tables import Tables, has_tables, read_tables, write_csv, write_tables
+from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.installation import check_installed
+from nnunet_xattnres.overhead.results import PREFIX
+from nnunet_xattnres.report import write_figure
+
+NOTHING = "-"
+FORMATS = ("png", "pdf")
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What follows from the tables."""
+
+    summary: Rows
+    comparisons: Rows
+    spreads: Rows
+
+
+def run_report(source: Path, output: Path) -> None:
+    """Report on a benchmark's folder, or again on the CSV files of a report.
+
+    Raises `XAttnResError` if there is nothing to report on, if it is damaged, and if `output` cannot be written.
+    """
+    tables = _read(source)
+    _check_writable(output)
+    write_tables(tables, output)
+    # From the files, so that a report on them is the same.
+    tables = read_tables(output)
+    results = Results(summarise(tables), compare(tables), spreads(tables))
+    for name in ("summary", "comparisons", "spreads"):
+        write_csv(pandas.DataFrame(getattr(results, name)), output / f"{name}.csv")
+    _write_text(json.dumps(_without_nan(_record(tables, results)), indent=1) + "\n", output / "report.json")
+    figures = _draw(tables, results, output)
+    _write_text(markdown(tables, results, figures), output / "report.md")
+    print(f"Report: {output / 'report.md'}")
+
+
+def _read(source: Path) -> Tables:
+    if has_tables(source):
+        return read_tables(source)
+    # What a report on CSV files can do without.
+    check_installed("monai", "yaml")
+    from nnunet_xattnres.benchmark.metrics import read_benchmark
+
+    return read_benchmark(source)
+
+
+def _check_writable(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise XAttnResError(f"cannot write to {output} ({error.strerror}): choose another -o") from None
+
+
+def _write_text(text: str, path: Path) -> None:
+    with written_atomically(path) as temporary:
+        temporary.write_text(text)
+
+
+def _record(tables: Tables, results: Results) -> dict[str, Any]:
+    unfinished = tables.cells[tables.cells.state != FINISHED]
+    return {
+        "summary": results.summary,
+        "comparisons": results.comparisons,
+        "spreads": results.spreads,
+        "unfinished_cells": json.loads(unfinished.to_json(orient="records")),
+        "versions": _versions(tables),
+    }
+
+
+def _without_nan(content: Any) -> Any:
+    """JSON has neither NaN, which becomes null, nor infinity, which becomes a text."""
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_without_nan(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if math.isnan(content) else "inf"
+    return content
+
+
+def _versions(tables: Tables) -> list[str]:
+    finished = tables.cells[tables.cells.state == FINISHED]
+    return sorted({f"{row.versions}; {row.device}" for row in finished.itertuples()})
+
+
+def _draw(tables: Tables, results: Results, output: Path) -> list[str]:
+    """Write all figures; returns their names."""
+    trainers = list(dict.fromkeys(tables.cells.trainer))
+    values = case_values(tables.cases)
+    figures: dict[str, Callable[[], Figure]] = {}
+    differences = [row for row in results.comparisons if row["metric"] == "dice"]
+    if differences:
+        figures["paired_differences"] = partial(draw_differences, differences)
+    for key, of_set in values.groupby(SET, sort=False):
+        figures["_".join(["dice", *key])] = partial(draw_cases, of_set, trainers)
+    for key, of_curves in tables.curves.groupby(SET[:2], sort=False):
+        figures["_".join(["curves", *key])] = partial(draw_curves, of_curves, trainers)
+    # nnU-Net's progress plot changes matplotlib's defaults for the whole process. In a PDF, text stays text.
+    with style.context(["default", {"pdf.fonttype": 42}]):
+        for name, draw in figures.items():
+            figure = draw()
+            for kind in FORMATS:
+                write_figure(figure, output / f"{name}.{kind}")
+    return list(figures)
+
+
+def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
+    """The whole report."""
+    parts = [
+        "# Benchmark",
+        _overview(tables),
+        "## Differences",
+        _explanation(),
+        _verdicts(results.comparisons),
+        *_differences(results.comparisons, "dice"),
+        *_differences(results.comparisons, "nsd"),
+        *(f"![{name}]({name}.png)" for name in figures if name.startswith("paired")),
+        "## Every trainer",
+        "Dice and NSD in %, HD95 in mm. Brackets: 95 % bootstrap interval of the mean over cases. HD95 is the median "
+        "over cases; how many are infinite, because a prediction is empty, stands beside it. Costs are medians over "
+        "trainings.",
+        *_trainers(tables, results.summary, figures),
+        *_empty_references(results.summary),
+        "## Which datasets can tell trainers apart",
+        "Standard deviation of the trainers' mean Dice, beside that of the folds and seeds of one trainer (pooled), in "
+        "percentage points. Where the ratio is low, differences between trainers drown in those between trainings.",
+        _spreads(results.spreads),
+        "## Trainings",
+        *(f"![{name}]({name}.png)" for name in figures if name.startswith("curves")),
+        "Versions:",
+        "\n".join(f"- {line}" for line in _versions(tables)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _overview(tables: Tables) -> str:
+    cells = tables.cells
+    finished = cells[cells.state == FINISHED]
+    tolerances = "; ".join(f"{row.dataset} {row.nsd_tolerance_mm:g} mm" for row in tables.datasets.itertuples())
+    lines = [
+        f"{len(finished)} of {len(cells)} trainings of the matrix are finished. Trainers are named without `{PREFIX}`. "
+        f"Tolerance of NSD: {tolerances}."
+    ]
+    unfinished = cells[cells.state != FINISHED]
+    if len(unfinished):
+        lines.append("\n**Not finished, and therefore in no number:**\n")
+        for (dataset, configuration, trainer), of_arm in unfinished.groupby([*SET[:2], "trainer"], sort=False):
+            missing = ", ".join(f"fold {row.fold} seed {row.seed} ({row.state})" for row in of_arm.itertuples())
+            lines.append(f"- {dataset}, {configuration}, {short_name(trainer)}: {missing}")
+    return "\n".join(lines)
+
+
+def _explanation() -> str:
+    return (
+        "Differences are paired: cases in the folds and seeds that both trainers have finished, values averaged over "
+        "these first, a case's value being its mean over the labels that its reference contains. Brackets: 95 % "
+        f"bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p says how far another training would "
+        "differ: «ahead in» says in how many of the trainings first had the higher mean. p: Wilcoxon signed-rank, for "
+        "every pair by itself corrected over families with Holm's method; datasets of the same patients are one family "
+        "and have one test, of each patient's mean difference. Better or worse is what the corrected test shows at "
+        f"{SIGNIFICANCE:g}, if the mean points the same way; everything else is «{NO_DIFFERENCE}», which is no proof "
+        "of equality. Nothing is corrected for the number of pairs. Time, parameters, memory: first / second."
+    )
+
+
+def _verdicts(comparisons: Rows) -> str:
+    """How often each verdict fell on Dice, by pair."""
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for row in comparisons:
+        if row["metric"] == "dice" and row["verdict"]:
+            pairs.setdefault((row["first"], row["second"]), []).append(row["verdict"])
+    verdicts = (BETTER, WORSE, NO_DIFFERENCE)
+    lines = [
+        [f"{short_name(first)} - {short_name(second)}", *(str(fell.count(verdict)) for verdict in verdicts)]
+        for (first, second), fell in pairs.items()
+    ]
+    return (
+        _table(["Dice, number of families", *verdicts], lines) if lines else "There is no pair of trainers to compare."
+    )
+
+
+def _differences(comparisons: Rows, metric: str) -> list[str]:
+    rows = [row for row in comparisons if row["metric"] == metric]
+    title = {"dice": "Dice", "nsd": "NSD"}[metric]
+    header = ["first - second", "dataset", "trainings", "ahead in", "cases", f"{title}, points", "wins/ties/losses"]
+    header += ["p", "p (Holm)", "first is", "time", "parameters", "memory"]
+    lines = [
+        [
+            f"{short_name(row['first'])} - {short_name(row['second'])}",
+            _set_name(row) if row["dataset"] else f"family {row['family']}, by patient",
+            _number(row["cells"], "d"),
+            _number(row["cells_ahead"], "d"),
+            str(row["cases"]),
+            f"{_points(row['difference'], '+')} {_interval(row['low'], row['high'], '+')}",
+            f"{row['wins']}/{row['ties']}/{row['losses']}",
+            _number(row["p"], ".2g"),
+            _number(row["p_holm"], ".2g"),
+            f"see family {row['family']}" if row["verdict"] is None else row["verdict"],
+            *(_number(row[f"{cost}_ratio"], ".2f", "x") for cost in COSTS),
+        ]
+        for row in rows
+    ]
+    return [f"### Paired differences in {title}", _table(header, lines)] if lines else []
+
+
+def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
+    parts = []
+    header = ["label", "trainer", "trainings", "cases", "Dice", "NSD", "HD95", "infinite", "s / epoch"]
+    header += ["parameters", "memory GB"]
+    for key in dict.fromkeys(tuple(row[name] for name in SET) for row in summary):
+        rows = [row for row in summary if tuple(row[name] for name in SET) == key]
+        if len({row["label"] for row in rows}) == 2:
+            # Of a single label, which is its own mean.
+            rows = [row for row in rows if row["label"] != MEAN_LABEL]
+        incomplete = any(row["cells"] < row["cells_of_set"] for row in rows)
+        lines = [
+            [
+                row["label"],
+                short_name(row["trainer"]),
+                f"{row['cells']}{'*' if row['cells'] < row['cells_of_set'] else ''}",
+                str(row["cases"]),
+                f"{_points(row['dice'])} {_interval(row['dice_low'], row['dice_high'])}",
+                _points(row["nsd"]),
+                _number(row["hd95"], ".2f"),
+                str(row["hd95_infinite"]),
+                *_costs(row),
+            ]
+            for row in rows
+        ]
+        parts += [f"### {_set_name(rows[0])}", _table(header, lines)]
+        if incomplete:
+            parts.append(
+                "\\* Fewer folds or seeds than others, and so maybe other cases: not to be compared with the other "
+                "rows; the paired differences are over common ones."
+            )
+        parts += [f"![{name}]({name}.png)" for name in figures if name == "_".join(["dice", *key])]
+    return parts
+
+
+def _costs(row: dict[str, Any]) -> list[str]:
+    parameters = row["parameters"]
+    millions = NOTHING if parameters is None else f"{parameters / 1e6:.3g} M"
+    return [_number(row["seconds_per_epoch"], ".3g"), millions, _number(row["peak_memory_gb"], ".3g")]
+
+
+def _empty_references(summary: Rows) -> list[str]:
+    rows = [row for row in summary if row["empty_references"] and row["label"] != MEAN_LABEL]
+    if not rows:
+        return []
+    header = ["dataset", "label", "trainer", "predictions", "rightly empty", "false positives", "their mean volume"]
+    lines = [
+        [
+            _set_name(row),
+            row["label"],
+            short_name(row["trainer"]),
+            str(row["empty_references"]),
+            str(row["both_empty"]),
+            str(row["false_positives"]),
+            _number(row["false_positive_voxels"], ".4g", " voxels"),
+        ]
+        for row in rows
+    ]
+    text = (
+        "Predictions of cases whose reference lacks the label. They are in none of the means above: where both are "
+        "empty Dice is undefined, and of a false positive it is 0, however small that is."
+    )
+    return ["## Empty references", text, _table(header, lines)]
+
+
+def _spreads(rows: Rows) -> str:
+    header = ["dataset", "trainers", "trainings of each", "between trainers", "within a trainer", "ratio"]
+    lines = [
+        [
+            _set_name(row),
+            str(row["trainers"]),
+            str(row["cells"]),
+            _points(row["between"]),
+            _points(row["within"]),
+            _number(row["ratio"], ".2f"),
+        ]
+        for row in rows
+    ]
+    return _table(header, lines)
+
+
+def _set_name(row: dict[str, Any]) -> str:
+    return f"{row['dataset']}, {row['configuration']}, {row['set']}"
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+
+
+def _points(fraction: float, sign: str = "") -> str:
+    return NOTHING if math.isnan(fraction) else f"{100 * fraction:{sign}.2f}"
+
+
+def _interval(low: float, high: float, sign: str = "") -> str:
+    return "" if math.isnan(low) else f"[{_points(low, sign)}, {_points(high, sign)}]"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return NOTHING if value is None or math.isnan(value) else f"{value:{form}}{unit}"

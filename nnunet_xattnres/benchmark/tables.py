@@ -1,0 +1,140 @@
+"""The tables that a report starts from, as CSV files."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pandas
+
+from nnunet_xattnres.benchmark.matrix import FINISHED
+from nnunet_xattnres.errors import XAttnResError, one_line
+from nnunet_xattnres.files import written_atomically
+
+CELL = ["dataset", "configuration", "trainer", "fold", "seed"]
+# The type of every column; numbers that may be missing are "float64" and "Int64".
+COLUMNS = {
+    "cases": {
+        "dataset": "str",
+        "family": "str",
+        "configuration": "str",
+        "trainer": "str",
+        "fold": "int64",
+        "seed": "int64",
+        "set": "str",
+        "case": "str",
+        "label": "str",
+        "dice": "float64",
+        "nsd": "float64",
+        "hd95": "float64",
+        "reference_voxels": "int64",
+        "predicted_voxels": "int64",
+    },
+    "cells": {
+        "dataset": "str",
+        "configuration": "str",
+        "trainer": "str",
+        "fold": "int64",
+        "seed": "int64",
+        "state": "str",
+        "epochs": "Int64",
+        "seconds_per_epoch": "float64",
+        "parameters": "Int64",
+        "peak_memory_gb": "float64",
+        "plans": "str",
+        "device": "str",
+        "versions": "str",
+    },
+    "curves": {
+        "dataset": "str",
+        "configuration": "str",
+        "trainer": "str",
+        "fold": "int64",
+        "seed": "int64",
+        "epoch": "int64",
+        "train_loss": "float64",
+        "val_loss": "float64",
+        "pseudo_dice": "float64",
+    },
+    "datasets": {"dataset": "str", "family": "str", "nsd_tolerance_mm": "float64", "labels": "str"},
+}
+REMEDY = "make it with `nnunet-xattnres benchmark report` from the benchmark's folder"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was measured, as `COLUMNS` says.
+
+    cases: a row per prediction and label; an undefined metric is NaN. set: "validation" or "test".
+    cells: a row per training of the matrix, whatever has become of it. versions: "package version; ...".
+    curves: a row per epoch. datasets: labels is "value:name;...", the values of a region joined by "+".
+
+    Rows have the order of the matrix: the first trainer is the one that the others are compared with first.
+    """
+
+    cases: pandas.DataFrame
+    cells: pandas.DataFrame
+    curves: pandas.DataFrame
+    datasets: pandas.DataFrame
+
+
+def has_tables(folder: Path) -> bool:
+    return (folder / "cases.csv").is_file()
+
+
+def write_tables(tables: Tables, folder: Path) -> None:
+    for field in fields(Tables):
+        write_csv(getattr(tables, field.name), folder / f"{field.name}.csv")
+
+
+def write_csv(table: pandas.DataFrame, path: Path) -> None:
+    """Numbers with six significant digits, nothing for those that are undefined."""
+    with written_atomically(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+
+
+def read_tables(folder: Path) -> Tables:
+    """Raises `XAttnResError` for a file that is missing or damaged, and for files of different benchmarks."""
+    tables = Tables(**{name: _read(folder / f"{name}.csv", columns) for name, columns in COLUMNS.items()})
+    _check_consistency(tables, folder)
+    return tables
+
+
+def _read(path: Path, columns: dict[str, str]) -> pandas.DataFrame:
+    try:
+        may_be_missing = {name: [""] for name, kind in columns.items() if kind in ("float64", "Int64")}
+        # All names as text first, for a case may be called 001 or NA.
+        header = pandas.read_csv(path, nrows=0).columns
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise XAttnResError(f"{path} has no column {', '.join(missing)}: {REMEDY}")
+        table = pandas.read_csv(path, dtype=columns, keep_default_na=False, na_values=may_be_missing)
+    except XAttnResError:
+        raise
+    except OSError as error:
+        raise XAttnResError(f"cannot read {path} ({error.strerror}): {REMEDY}") from None
+    except ValueError as error:
+        raise XAttnResError(f"{path} is damaged ({one_line(str(error))}): {REMEDY}") from None
+    return table[list(columns)]
+
+
+def _check_consistency(tables: Tables, folder: Path) -> None:
+    finished = tables.cells[tables.cells.state == FINISHED]
+    if finished.empty:
+        raise XAttnResError(f"{folder}: no cell is finished, there is nothing to report yet")
+    with_cases = set(tables.cases[CELL].itertuples(index=False, name=None))
+    of_cells = set(finished[CELL].itertuples(index=False, name=None))
+    for cell in sorted(with_cases ^ of_cells):
+        has, lacks = ("cases.csv", "cells.csv") if cell in with_cases else ("cells.csv", "cases.csv")
+        name = "{}, {}, {}, fold {}, seed {}".format(*cell)
+        raise XAttnResError(f"{folder}: {has} has {name}, finished, and {lacks} has not: take files of one report")
+    families = tables.datasets.set_index("dataset").family.to_dict()
+    for dataset, family in sorted(set(zip(tables.cases.dataset, tables.cases.family, strict=True))):
+        if families.get(dataset) != family:
+            raise XAttnResError(
+                f"{folder}: datasets.csv does not have {dataset} of family {family}, as cases.csv has: "
+                "take files of one report"
+            )
+    keys = [*CELL, "set", "case", "label"]
+    twice = tables.cases[tables.cases.duplicated(keys)]
+    if not twice.empty:
+        name = ", ".join(map(str, twice.iloc[0][keys]))
+        raise XAttnResError(f"{folder / 'cases.csv'} has {name} twice: {REMEDY}")

@@ -1,0 +1,486 @@
+import json
+import math
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import SimpleITK as sitk
+import torch
+from scipy import stats
+from test_routing import assert_no_texts_overlap
+
+from nnunet_xattnres.benchmark.drawing import draw_cases, draw_differences
+from nnunet_xattnres.benchmark.matrix import Cell, write_cells
+from nnunet_xattnres.benchmark.metrics import labels_or_regions, measure
+from nnunet_xattnres.benchmark.reporting import run_report
+from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, write_spec
+from nnunet_xattnres.benchmark.statistics import (
+    BETTER,
+    NO_DIFFERENCE,
+    WORSE,
+    case_values,
+    compare,
+    holm,
+    sample,
+    spreads,
+    summarise,
+    wilcoxon,
+)
+from nnunet_xattnres.benchmark.tables import COLUMNS, Tables, read_tables, write_tables
+from nnunet_xattnres.cli import main
+
+PLANNED, OURS = "nnUNetTrainerPlanned", "nnUNetTrainerXAttnRes"
+DATASETS = {"Dataset001_A": "Dataset001_A", "Dataset002_CT": "Sarcoma", "Dataset003_MR": "Sarcoma"}
+
+
+def table(name: str, rows: list[dict]) -> pandas.DataFrame:
+    return pandas.DataFrame(rows, columns=list(COLUMNS[name])).astype(COLUMNS[name])
+
+
+def case_row(
+    dataset: str, trainer: str, fold: int, seed: int, case: str, dice: float, label: str = "a", **more
+) -> dict:
+    row = {
+        "dataset": dataset,
+        "family": DATASETS[dataset],
+        "configuration": "small",
+        "trainer": trainer,
+        "fold": fold,
+        "seed": seed,
+        "set": "validation",
+        "case": case,
+        "label": label,
+        "dice": dice,
+        "nsd": dice,
+        "hd95": 1.0,
+        "reference_voxels": 10,
+        "predicted_voxels": 10,
+    }
+    return row | more
+
+
+def tables_of(case_rows: list[dict], unfinished: tuple = ()) -> Tables:
+    cases = table("cases", case_rows)
+    keys = cases[["dataset", "configuration", "trainer", "fold", "seed"]].drop_duplicates()
+    cells = [
+        {
+            **key,
+            "state": "finished",
+            "epochs": 2,
+            "seconds_per_epoch": 10.0 if key["trainer"] == PLANNED else 15.0,
+            "parameters": 1_234_567 if key["trainer"] == PLANNED else 2_469_134,
+            "peak_memory_gb": math.nan,
+            "plans": "nnUNetPlans",
+            "device": "cpu",
+            "versions": "torch 2.8",
+        }
+        for key in keys.to_dict("records")
+    ]
+    curves = [
+        {**key, "epoch": epoch, "train_loss": -epoch, "val_loss": -epoch, "pseudo_dice": epoch / 2}
+        for key in keys.to_dict("records")
+        for epoch in range(2)
+    ]
+    datasets = [
+        {"dataset": name, "family": DATASETS[name], "nsd_tolerance_mm": 1.5, "labels": "1:a"}
+        for name in keys.dataset.unique()
+    ]
+    blank = dict.fromkeys(("plans", "device", "versions"), "")
+    return Tables(
+        cases,
+        table("cells", [*cells, *(cell | blank for cell in unfinished)]),
+        table("curves", curves),
+        table("datasets", datasets),
+    )
+
+
+@pytest.fixture
+def tables() -> Tables:
+    """Two trainers, three datasets of two families, two folds of six cases, two seeds; ours is better in the first."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for dataset, fold, case in product(DATASETS, range(2), range(6)):
+        difficulty = rng.uniform(0.4, 0.8)
+        for trainer, seed in product((PLANNED, OURS), range(2)):
+            gain = 0.05 if trainer == OURS and dataset == "Dataset001_A" else 0
+            dice = difficulty + gain + rng.normal(0, 0.01)
+            rows.append(case_row(dataset, trainer, fold, seed, f"00{fold}{case}", dice))
+    return tables_of(rows)
+
+
+def differences_of(tables: Tables, dataset: str) -> np.ndarray:
+    """By loops: per case the mean over seeds of ours - planned."""
+    dice = {(row.case, row.seed, row.trainer): row.dice for row in tables.cases.itertuples() if row.dataset == dataset}
+    cases = dict.fromkeys(case for case, _, _ in dice)
+    return np.array([np.mean([dice[case, s, OURS] - dice[case, s, PLANNED] for s in range(2)]) for case in cases])
+
+
+class TestStatistics:
+    def test_holm_by_hand(self):
+        # 4 * 0.01, 3 * 0.02, then never less than before: 2 * 0.03, 1 * 0.5
+        assert holm([0.03, 0.01, 0.5, 0.02]) == [0.06, 0.04, 0.5, 0.06]
+        assert holm([0.4, 0.9]) == [0.8, 0.9]
+        assert holm([0.01, 0.012]) == [0.02, 0.02]
+
+    def test_signed_ranks_of_six_wins(self):
+        # All of 2^6 sign patterns are equally likely, two are as extreme.
+        assert wilcoxon(np.arange(1.0, 7)) == pytest.approx(2 / 64)
+        assert wilcoxon(np.zeros(5)) == 1.0
+
+    def test_the_interval_is_that_of_resampled_means(self):
+        values = np.random.default_rng(3).normal(0.02, 0.05, 30)
+        rng = np.random.default_rng(7)
+        means = values[rng.integers(0, 30, (40000, 30))].mean(axis=1)
+        found = sample(values)
+        assert (found.low, found.high) == pytest.approx(tuple(np.percentile(means, (2.5, 97.5))), abs=7e-4)
+        assert found.mean == pytest.approx(values.mean(), abs=1e-6)
+        assert sample(values) == found
+        assert math.isnan(sample(values[:1]).low)
+
+    def test_a_pair_is_compared_over_cases_with_seeds_averaged_first(self, tables):
+        row = next(row for row in compare(tables) if row["dataset"] == "Dataset001_A" and row["metric"] == "dice")
+        expected = differences_of(tables, "Dataset001_A")
+        assert (row["first"], row["second"]) == (OURS, PLANNED)
+        assert (row["cases"], row["cells"], row["cells_ahead"]) == (12, 4, 4)
+        assert row["difference"] == pytest.approx(expected.mean(), abs=1e-6)
+        assert row["low"] < row["difference"] < row["high"]
+        assert (row["wins"], row["ties"], row["losses"]) == (12, 0, 0)
+        assert row["p"] == pytest.approx(stats.wilcoxon(expected).pvalue, rel=1e-5)
+        # Two families.
+        assert row["p_holm"] == pytest.approx(2 * row["p"], rel=1e-5)
+        assert row["verdict"] == BETTER
+        assert (row["seconds_per_epoch_ratio"], row["parameters_ratio"]) == (1.5, 2.0)
+        assert row["peak_memory_gb_ratio"] is None
+
+    def test_a_family_is_one_hypothesis_over_patients(self, tables):
+        rows = [row for row in compare(tables) if row["family"] == "Sarcoma" and row["metric"] == "dice"]
+        assert [row["dataset"] for row in rows] == ["Dataset002_CT", "Dataset003_MR", ""]
+        assert [row["verdict"] for row in rows] == [None, None, NO_DIFFERENCE]
+        per_patient = (differences_of(tables, "Dataset002_CT") + differences_of(tables, "Dataset003_MR")) / 2
+        assert rows[2]["cases"] == 12
+        assert rows[2]["p"] == pytest.approx(stats.wilcoxon(per_patient).pvalue, rel=1e-4)
+        assert rows[2]["difference"] == pytest.approx(per_patient.mean(), abs=1e-6)
+
+    def test_only_common_folds_and_seeds_are_compared(self, tables):
+        lacks = (tables.cases.trainer == OURS) & (tables.cases.fold == 1) & (tables.cases.seed == 1)
+        cases = tables.cases[~lacks].copy()
+        # Were they compared, these would make a difference.
+        alone = (cases.trainer == PLANNED) & (cases.fold == 1) & (cases.seed == 1)
+        cases.loc[alone, "dice"] = 0.0
+        row = compare(Tables(cases, tables.cells, tables.curves, tables.datasets))[0]
+        assert (row["cells"], row["cases"]) == (3, 12)
+        assert row["difference"] == pytest.approx(0.05, abs=0.01)
+
+    @pytest.mark.parametrize("sign, verdict", [(1, BETTER), (-1, WORSE)])
+    def test_the_test_decides_and_not_the_interval(self, sign, verdict):
+        def rows(number: int) -> list[dict]:
+            return [
+                case_row("Dataset001_A", trainer, 0, 0, str(i), 0.5 + (trainer == OURS) * sign * (0.01 + 0.001 * i))
+                for i in range(number)
+                for trainer in (PLANNED, OURS)
+            ]
+
+        assert compare(tables_of(rows(6)))[0]["verdict"] == verdict
+        # Five cases can never be significant, however narrow their interval.
+        few = compare(tables_of(rows(5)))[0]
+        assert few["low"] * few["high"] > 0
+        assert few["verdict"] == NO_DIFFERENCE
+
+    def test_ranks_and_mean_that_point_apart_show_nothing(self):
+        gains = [0.01] * 20 + [-0.9]
+        rows = [
+            case_row("Dataset001_A", trainer, 0, 0, str(i), 0.05 if trainer == PLANNED else 0.05 + gain)
+            for i, gain in enumerate(gains)
+            for trainer in (PLANNED, OURS)
+        ]
+        row = compare(tables_of(rows))[0]
+        assert row["p_holm"] < 0.05
+        assert row["difference"] < 0
+        assert row["verdict"] == NO_DIFFERENCE
+
+    def test_empty_references_are_in_no_mean_and_counted(self):
+        nothing = {"nsd": math.nan, "hd95": math.nan, "reference_voxels": 0, "predicted_voxels": 0}
+        wrong = {"nsd": 0.0, "hd95": math.inf, "reference_voxels": 0}
+        rows = [
+            case_row("Dataset001_A", OURS, 0, 0, "1", 0.8),
+            case_row("Dataset001_A", OURS, 0, 0, "1", math.nan, "b", **nothing),
+            case_row("Dataset001_A", OURS, 0, 0, "2", 0.6),
+            case_row("Dataset001_A", OURS, 0, 0, "2", 0.0, "b", **wrong, predicted_voxels=30),
+            case_row("Dataset001_A", OURS, 0, 0, "3", 0.4),
+            case_row("Dataset001_A", OURS, 0, 0, "3", 0.0, "b", nsd=0.0, hd95=math.inf, predicted_voxels=0),
+            case_row("Dataset001_A", OURS, 0, 0, "4", 0.4),
+            case_row("Dataset001_A", OURS, 0, 0, "4", 0.0, "b", **wrong, predicted_voxels=50),
+        ]
+        mean, _, b = summarise(tables_of(rows))
+        assert (b["label"], b["cases"], b["dice"], b["hd95"], b["hd95_infinite"]) == ("b", 1, 0.0, math.inf, 1)
+        assert (b["empty_references"], b["both_empty"], b["false_positives"]) == (3, 1, 2)
+        assert b["false_positive_voxels"] == 40
+        # 0.8, 0.6, (0.4 + 0) / 2, 0.4
+        assert (mean["label"], mean["cases"], mean["dice"]) == ("mean", 4, 0.5)
+        assert (mean["hd95"], mean["hd95_infinite"]) == (1.0, 1)
+
+    def test_spreads_by_hand(self):
+        means = {PLANNED: (0.70, 0.74), OURS: (0.80, 0.82), "nnUNetTrainerNoSkip": (0.1, None)}
+        rows = [
+            case_row("Dataset001_A", trainer, 0, seed, "1", dice)
+            for trainer, of_seeds in means.items()
+            for seed, dice in enumerate(of_seeds)
+            if dice is not None
+        ]
+        (row,) = spreads(tables_of(rows))
+        # The third lacks a seed. Means 0.72 and 0.81; variances 0.0008 and 0.0002.
+        assert (row["trainers"], row["cells"]) == (2, 2)
+        assert row["between"] == pytest.approx(0.09 / math.sqrt(2), abs=1e-6)
+        assert row["within"] == pytest.approx(math.sqrt(0.0005), abs=1e-6)
+        assert row["ratio"] == pytest.approx(row["between"] / row["within"], rel=1e-4)
+
+
+def ball(radius: float, spacing: tuple[float, ...], shape: tuple[int, ...]) -> np.ndarray:
+    centred = (np.arange(size) - size // 2 for size in shape)
+    axes = np.meshgrid(*(places * step for places, step in zip(centred, spacing, strict=True)), indexing="ij")
+    return sum(axis**2 for axis in axes) <= radius**2
+
+
+class TestMetrics:
+    def test_concentric_balls_in_an_anisotropic_image(self):
+        spacing, shape = (2.5, 1.0, 0.8), (28, 70, 86)
+        small, large = ball(20, spacing, shape), ball(26, spacing, shape)
+        metrics = measure(small, large, spacing, 3.0)
+        # 2 * 20^3 / (20^3 + 26^3); surfaces 6 mm apart.
+        assert metrics.dice == pytest.approx(0.6255, abs=0.005)
+        assert metrics.hd95 == pytest.approx(6, abs=1)
+        assert metrics.nsd == 0
+        assert measure(small, large, spacing, 8.0).nsd == 1
+        assert measure(large, small, spacing, 3.0).hd95 == metrics.hd95
+
+    def test_a_box_moved_along_the_coarse_axis(self):
+        reference, prediction = np.zeros((2, 30, 60, 60), bool)
+        reference[5:15, 10:50, 10:50] = True
+        prediction[7:17, 10:50, 10:50] = True
+        spacing = (3.0, 1.0, 1.0)
+        assert measure(reference, prediction, spacing, 6.0).nsd == 1
+        metrics = measure(reference, prediction, spacing, 5.0)
+        assert metrics.dice == pytest.approx(0.8)
+        assert metrics.hd95 == pytest.approx(6)
+        # Wrong of 2 * 8000 mm2: the end faces outside the other box, 40 mm x 40 mm, and of those inside it what is
+        # more than 5 mm from its sides, 30 mm x 30 mm.
+        assert metrics.nsd == pytest.approx(1 - 2 * (1600 + 900) / 16000, abs=0.03)
+
+    def test_squares_in_two_dimensions(self):
+        reference, prediction = np.zeros((2, 50, 50), bool)
+        reference[10:30, 10:30] = True
+        prediction[10:30, 13:33] = True
+        metrics = measure(reference, prediction, (1.0, 2.0), 1.0)
+        assert metrics.dice == pytest.approx(0.85)
+        assert metrics.hd95 == pytest.approx(6)
+        assert 0 < metrics.nsd < 1
+        assert measure(reference, prediction, (1.0, 2.0), 6.0).nsd == 1
+
+    def test_what_is_defined_of_empty_masks(self):
+        nothing, something = np.zeros((4, 4, 4), bool), np.ones((4, 4, 4), bool)
+        both = measure(nothing, nothing, (1, 1, 1), 1.0)
+        assert np.isnan([both.dice, both.nsd, both.hd95]).all()
+        for reference, prediction in ((nothing, something), (something, nothing)):
+            one = measure(reference, prediction, (1, 1, 1), 1.0)
+            assert (one.dice, one.nsd, one.hd95) == (0.0, 0.0, math.inf)
+        # A surface at the border of the image is one.
+        whole = measure(something, something, (1, 1, 1), 0.0)
+        assert (whole.dice, whole.nsd, whole.hd95) == (1.0, 1.0, 0.0)
+
+    def test_labels_and_regions(self):
+        labels = {"background": 0, "whole": [1, 2], "core": [2], "rim": 1, "ignore": 3}
+        assert labels_or_regions(labels) == {"whole": (1, 2), "core": (2,), "rim": (1,)}
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    """A benchmark's folder with a finished cell and one that failed: two cases, regions and voxels to be ignored."""
+    root = tmp_path / "benchmark"
+    dataset = root / "nnUNet_raw" / "Dataset001_A"
+    labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    dataset.mkdir(parents=True)
+    content = {"labels": labels, "regions_class_order": [1, 2], "file_ending": ".nii.gz", "channel_names": {"0": "MR"}}
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    preprocessed = root / "nnUNet_preprocessed" / "Dataset001_A"
+    preprocessed.mkdir(parents=True)
+    (preprocessed / "splits_final.json").write_text(json.dumps([{"train": [], "val": ["1", "2"]}]))
+    write_spec(
+        Spec(
+            datasets=(Dataset(path=str(dataset), name="Dataset001_A", family="A", nsd_tolerance_mm=2.0),),
+            configurations=(Configuration("small", "3d_fullres", features=8),),
+            trainers=(Arm(PLANNED, PLANNED), Arm("wide", PLANNED, width=2.0)),
+            folds=(0,),
+            seeds=(5,),
+        ),
+        root / "spec.yaml",
+    )
+    cells = [
+        Cell("Dataset001_A", "small", name, PLANNED, "nnUNetPlans", configuration, 0, 5, 2, 123, test=True)
+        for name, configuration in ((PLANNED, "small"), ("wide", "small_wide"))
+    ]
+    write_cells(root, cells)
+    results = {"epochs": 2, "seconds_per_epoch": 3.5, "peak_memory_gb": None, "versions": {"torch": "2.8"}}
+    cells[0].write_record(root, "finished", **results, device="cpu")
+    cells[1].write_record(root, "failed", reason="because")
+    folder = cells[0].folder(root)
+    reference, prediction = np.zeros((2, 10, 20, 20), np.uint8)
+    reference[2:8, 5:15, 5:15] = 1
+    reference[4:6, 5:15, 5:15] = 2
+    prediction[2:8, 5:15, 5:13] = 1
+    # Nobody knows what is right here.
+    reference[9], prediction[9] = 3, 2
+    for case, kind, references in (
+        ("1", "validation", "labelsTr"),
+        ("2", "validation", "labelsTr"),
+        ("9", "test", "labelsTs"),
+    ):
+        write_image(reference, dataset / references / f"{case}.nii.gz")
+        write_image(prediction, folder / kind / f"{case}.nii.gz")
+    logging = {
+        "train_losses": [1.0, np.float32(0.5)],
+        "val_losses": [1.0, 0.25],
+        "mean_fg_dice": [0.1, np.float64(0.75)],
+    }
+    checkpoint = {"trainer_name": PLANNED, "init_args": {}, "network_weights": {}, "logging": logging}
+    torch.save(checkpoint, folder / "checkpoint_final.pth")
+    return root
+
+
+def write_image(array: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((1.0, 1.0, 3.0))
+    sitk.WriteImage(image, str(path))
+
+
+class TestFolder:
+    def test_tables_of_a_benchmark(self, benchmark, tmp_path):
+        assert main(["benchmark", "report", str(benchmark), "-o", str(tmp_path / "out")]) == 0
+        tables = read_tables(tmp_path / "out")
+        cases = tables.cases.set_index(["set", "case", "label"])
+        assert list(cases.index) == [
+            (kind, case, label)
+            for kind, case in (("validation", "1"), ("validation", "2"), ("test", "9"))
+            for label in ("whole", "core")
+        ]
+        whole, core = cases.loc[("validation", "2", "whole")], cases.loc[("test", "9", "core")]
+        assert (whole.trainer, whole.fold, whole.seed, whole.family) == (PLANNED, 0, 5, "A")
+        assert (whole.reference_voxels, whole.predicted_voxels) == (600, 480)
+        assert whole.dice == pytest.approx(960 / 1080, rel=1e-5)
+        # Its side is 2 mm off, as far as the tolerance.
+        assert (whole.nsd, whole.hd95) == (1.0, 2.0)
+        assert (core.reference_voxels, core.predicted_voxels) == (200, 0)
+        assert (core.dice, core.nsd, core.hd95) == (0.0, 0.0, math.inf)
+        assert list(tables.cells.state) == ["finished", "failed"]
+        assert tables.cells.seconds_per_epoch[0] == 3.5
+        assert list(tables.curves.pseudo_dice) == [0.1, 0.75]
+        assert tables.datasets.to_dict("records") == [
+            {"dataset": "Dataset001_A", "family": "A", "nsd_tolerance_mm": 2.0, "labels": "1+2:whole;2:core"}
+        ]
+        assert main(["benchmark", "report", str(tmp_path / "out"), "-o", str(tmp_path / "again")]) == 0
+        for name in ("report.md", "report.json", "cases.csv", "cells.csv"):
+            assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+    @pytest.mark.parametrize(
+        "damage, message",
+        [
+            (lambda folder: (folder / "validation" / "2.nii.gz").unlink(), "is finished, but"),
+            (lambda folder: (folder / "validation" / "2.nii.gz").write_bytes(b"no image"), "cannot read"),
+            (
+                lambda folder: write_image(np.zeros((3, 3, 3), np.uint8), folder / "test" / "9.nii.gz"),
+                "the shape (3, 3, 3)",
+            ),
+            (lambda folder: (folder / "checkpoint_final.pth").unlink(), "checkpoint_final.pth does not exist"),
+            (lambda folder: edit(folder / "cell.json", "finished", "failed"), "none of 2 cells is finished"),
+        ],
+    )
+    def test_a_damaged_cell_is_said_in_one_line(self, benchmark, tmp_path, capsys, damage, message):
+        (folder,) = benchmark.glob("seed_5/*/*/*__small/fold_0")
+        damage(folder)
+        assert main(["benchmark", "report", str(benchmark), "-o", str(tmp_path / "out")]) == 1
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nnunet-xattnres: ")]
+        assert len(lines) == 1
+        assert message in lines[0]
+
+
+class TestReport:
+    def test_a_report_is_rebuilt_from_its_csv_files_byte_for_byte(self, tables, tmp_path):
+        write_tables(tables, tmp_path)
+        for source, output in ((tmp_path, "one"), (tmp_path / "one", "two")):
+            assert main(["benchmark", "report", str(source), "-o", str(tmp_path / output)]) == 0
+        files = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
+        assert files == {file.name: file.read_bytes() for file in (tmp_path / "two").iterdir()}
+        figures = ["paired_differences", *(f"dice_{name}_small_validation" for name in DATASETS)]
+        figures += [f"curves_{name}_small" for name in DATASETS]
+        written = {"cases", "cells", "curves", "datasets", "summary", "comparisons", "spreads"}
+        expected = {f"{name}.csv" for name in written} | {"report.md", "report.json"}
+        assert files.keys() == expected | {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")}
+        # A case called 0003 is no number.
+        assert b",0003,a," in files["cases.csv"]
+        json.loads(files["report.json"], parse_constant=pytest.fail)
+        text = files["report.md"].decode()
+        assert "| XAttnRes - Planned | family Sarcoma, by patient | - | - | 12 |" in text
+        assert "| a | Planned | 4 | 12 |" in text
+        assert text.count("1.50x | 2.00x | - |") == 2 * len(DATASETS)
+        assert "24 of 24 trainings of the matrix are finished" in text
+
+    def test_cells_that_are_missing_are_named(self, tables, tmp_path, capsys):
+        cell = {"dataset": "Dataset001_A", "configuration": "small", "trainer": "nnUNetTrainerNoSkip", "fold": 1}
+        unfinished = [cell | {"seed": 0, "state": "failed"}, cell | {"seed": 1, "state": "waiting"}]
+        lacks = (tables.cases.trainer == OURS) & (tables.cases.fold == 1) & (tables.cases.dataset == "Dataset001_A")
+        write_tables(tables_of(tables.cases[~lacks].to_dict("records"), tuple(unfinished)), tmp_path)
+        run_report(tmp_path, tmp_path / "out")
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert "22 of 24 trainings of the matrix are finished" in text
+        assert "- Dataset001_A, small, NoSkip: fold 1 seed 0 (failed), fold 1 seed 1 (waiting)" in text
+        assert "| a | XAttnRes | 2* | 6 |" in text
+        assert text.count("not to be compared with the other rows") == 1
+
+    @pytest.mark.parametrize(
+        "damage, message",
+        [
+            (lambda folder: (folder / "cells.csv").unlink(), "cannot read"),
+            (lambda folder: edit(folder / "cases.csv", ",nsd,", ",surface,"), "cases.csv has no column nsd"),
+            (lambda folder: edit(folder / "cases.csv", ",10,10\n", ",ten,10\n"), "cases.csv is damaged"),
+            (lambda folder: edit(folder / "cells.csv", "Dataset003", "Dataset009"), "take files of one report"),
+            (lambda folder: edit(folder / "datasets.csv", "Sarcoma", "other"), "of family Sarcoma"),
+            (lambda folder: edit(folder / "cells.csv", "finished", "failed"), "no cell is finished"),
+            (lambda folder: edit(folder / "cases.csv", "0003", "0002"), "twice"),
+            (lambda folder: (folder / "cases.csv").unlink(), "no matrix.json"),
+            (lambda folder: (folder / "cases.csv").write_text(""), "cases.csv is damaged"),
+        ],
+    )
+    def test_damage_is_said_in_one_line(self, tables, tmp_path, capsys, damage, message):
+        write_tables(tables, tmp_path)
+        damage(tmp_path)
+        assert main(["benchmark", "report", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+        assert not (tmp_path / "out").exists()
+
+    def test_an_output_that_cannot_be_written(self, tables, tmp_path, capsys):
+        write_tables(tables, tmp_path)
+        assert main(["benchmark", "report", str(tmp_path), "-o", str(tmp_path / "cells.csv" / "out")]) == 1
+        assert "choose another -o" in capsys.readouterr().err
+
+    def test_texts_of_figures_do_not_overlap(self, tables):
+        rows = [row for row in compare(tables) if row["metric"] == "dice"]
+        assert_no_texts_overlap(draw_differences(rows))
+        values = case_values(tables.cases)
+        assert_no_texts_overlap(draw_cases(values[values.dataset == "Dataset001_A"], [PLANNED, OURS]))
+
+    def test_a_single_trainer_is_reported_alone(self, tables, tmp_path):
+        alone = tables_of(tables.cases[tables.cases.trainer == OURS].to_dict("records"))
+        write_tables(alone, tmp_path)
+        run_report(tmp_path, tmp_path / "out")
+        assert "There is no pair of trainers to compare." in (tmp_path / "out" / "report.md").read_text()
+        assert read_tables(tmp_path / "out").cases.equals(read_tables(tmp_path).cases)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
