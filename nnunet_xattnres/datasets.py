@@ -248,11 +248,13 @@ def check_nifti_files(files: Iterable[Path]) -> None:
     def damage(file: Path) -> str | None:
         try:
             np.asanyarray(nibabel.load(file).dataobj)
+        except MemoryError:
+            raise
         except Exception as error:
             return f"{file} is truncated or damaged ({one_line(str(error))}): get the file again"
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(int(NUM_WORKERS)) as pool:
         for found in pool.map(damage, (file for file in files if file.name.endswith((".nii", ".nii.gz")))):
             if found:
                 pool.shutdown(cancel_futures=True)

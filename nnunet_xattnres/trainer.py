@@ -1,6 +1,8 @@
 """What all XAttnRes trainers share. The trainers themselves, thin presets of this, live in `trainers/`."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any, ClassVar
@@ -19,7 +21,7 @@ from nnunet_xattnres.routing.drawing import draw_history, save_figure
 from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
 
 # Of the time of a training, what drawing its attention weights may take; and the seconds that it takes, to begin with.
-DRAWING_SHARE = 0.01
+DRAWING_SHARE = 0.003
 DRAWING_SECONDS = 1.0
 
 BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
@@ -35,8 +37,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     default_num_epochs: the number of epochs where the plans say nothing; None for the base trainer's.
 
     After every validation the mean attention weights go to `xattnres_routing.json` beside `progress.png` and to the
-    loggers that nnU-Net has beside its own; `xattnres_routing.png` shows them where drawing takes no more than 1 % of
-    the time, and at the end.
+    loggers that nnU-Net has beside its own; `xattnres_routing.png` shows them from time to time, where drawing
+    takes no more than 0.3 % of it, and at the end.
 
     A configuration in the plans may hold a budget, `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
     "num_val_iterations_per_epoch": ...}`, each key optional, which then takes precedence. `checkpoint_latest.pth` is
@@ -89,21 +91,18 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         self.routing_recorder = ValidationRecorder(self.network, self.device, self.num_iterations_per_epoch)
 
     def validation_step(self, batch: dict) -> dict:
-        self.routing_recorder.observe(batch["data"])
+        with self._going_on_without("recorded"):
+            self.routing_recorder.observe(batch["data"])
         return super().validation_step(batch)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
         means = self.routing_recorder.means()
         if means and self.local_rank == 0:
-            try:
-                self._save_routing(means)
-            except Exception as error:
-                # A record is not worth a training, whose checkpoint of this epoch is yet to be written.
-                reason = one_line(f"{type(error).__name__}: {error}")
-                self.print_to_log_file(
-                    f"the attention weights of epoch {self.current_epoch} are not recorded ({reason})"
-                )
+            with self._going_on_without("recorded"):
+                history = self._record_routing(means)
+                with self._going_on_without("drawn"):
+                    self._draw_routing(history)
 
     def save_checkpoint(self, filename: str) -> None:
         """Write the checkpoint whole or not at all: a process that is killed leaves the previous one."""
@@ -126,23 +125,33 @@ class XAttnResTrainerMixin(nnUNetTrainer):
             self._check_checkpoint(filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
 
-    def _save_routing(self, means: dict[str, list[float | None]]) -> None:
+    @contextmanager
+    def _going_on_without(self, what: str) -> Iterator[None]:
+        """A record is not worth a training, whose checkpoint of this epoch is yet to be written."""
+        try:
+            yield
+        except Exception as error:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            self.print_to_log_file(f"the attention weights of epoch {self.current_epoch} are not {what} ({reason})")
+
+    def _record_routing(self, means: dict[str, list[float | None]]) -> RoutingHistory:
         history = self._routing_history()
         history.record(self.current_epoch, means)
         history.write(Path(self.output_folder, RECORD))
-        self._draw_routing(history)
         for target, sources in history.sources.items():
             for source, weight in zip(sources, means[target], strict=True):
                 if weight is not None:
                     for logger in self.logger.loggers:
                         logger.log(f"routing/{target}/{source}", weight, self.current_epoch)
+        return history
 
     def _draw_routing(self, history: RoutingHistory) -> None:
-        """In the last epoch, and before it where that takes less than 1 % of the time since it was last done."""
+        """First and in the last epoch, and between where it takes little of the time since it was last done."""
         start = monotonic()
-        is_last = self.current_epoch + 1 >= self.num_epochs
-        if is_last or self._drawing_seconds < DRAWING_SHARE * (start - self._drawn_at):
-            save_figure(lambda: draw_history(history), Path(self.output_folder, PICTURE))
+        picture = Path(self.output_folder, PICTURE)
+        is_due = self.current_epoch + 1 >= self.num_epochs or not picture.exists()
+        if is_due or self._drawing_seconds < DRAWING_SHARE * (start - self._drawn_at):
+            save_figure(lambda: draw_history(history), picture)
             self._drawn_at = monotonic()
             self._drawing_seconds = self._drawn_at - start
 
@@ -157,7 +166,9 @@ class XAttnResTrainerMixin(nnUNetTrainer):
             if history.sources != new.sources:
                 raise XAttnResError(f"{path} is of another network")
         except XAttnResError as error:
-            self.print_to_log_file(f"{error}; the record starts anew")
+            kept = os.fspath(path.with_suffix(".old.json"))
+            os.replace(path, kept)
+            self.print_to_log_file(f"{error}; it is kept as {kept}, and the record starts anew")
             return new
         return history
 
@@ -171,17 +182,23 @@ class XAttnResTrainerMixin(nnUNetTrainer):
             raise XAttnResError(
                 f"{filename} was written by {written_by}, which has no XAttnRes: continue it with -tr {written_by}"
             )
-        config = self.xattnres_config.architecture()
-        if record["config"] != config:
-            preset = _differences(record["config"], config)
-            raise XAttnResError(
-                f"{filename} was written by {written_by} of nnunet-xattnres {record['version']} with {preset}: "
-                f"continue it with that trainer and version, not with {type(self).__name__} of {__version__}"
-            )
+        check_preset(filename, checkpoint, type(self), "continue it")
         if record["version"] != __version__:
             self.print_to_log_file(
                 f"{filename} was written by nnunet-xattnres {record['version']}, this is {__version__}"
             )
+
+
+def check_preset(filename: str, checkpoint: dict[str, Any], trainer: type[XAttnResTrainerMixin], what: str) -> None:
+    """Raise `XAttnResError` if the checkpoint records another preset than the trainer's. what: to do with it."""
+    record = checkpoint["init_args"]["xattnres"]
+    config = trainer.xattnres_config.architecture()
+    if record["config"] != config:
+        raise XAttnResError(
+            f"{filename} was written by {checkpoint['trainer_name']} of nnunet-xattnres {record['version']} with "
+            f"{_differences(record['config'], config)}: {what} with that trainer and version, not with "
+            f"{trainer.__name__} of {__version__}"
+        )
 
 
 def _differences(recorded: dict[str, Any], here: dict[str, Any]) -> str:

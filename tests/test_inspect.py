@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -25,11 +26,13 @@ from torch import nn
 from nnunet_xattnres.alignment import resize
 from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT
 from nnunet_xattnres.cli import main
+from nnunet_xattnres.config import XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.routing import inspection
 from nnunet_xattnres.routing.drawing import CasePicture, draw_case
 from nnunet_xattnres.routing.inspection import Model, NetworkWithWeights, Regions, find_cases, on_boundary, shares
 from nnunet_xattnres.routing.nifti import as_nifti
+from nnunet_xattnres.routing.recording import RECORD
 from nnunet_xattnres.routing.slices import Slice
 
 CPU = torch.device("cpu")
@@ -322,6 +325,12 @@ class TestMistakes:
             inspect("-m", model, "-f", 0, "-i", image, "-o", ".")
         assert list((tmp_path / "out").iterdir()) == []
 
+    def test_new_folders_go_with_what_was_to_be_in_them(self, model, image, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(inspection, "inspect_case", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "new" / "also" / "out")
+        assert not (tmp_path / "new").exists()
+
     def test_a_channel_too_many(self, model, image, tmp_path, capsys):
         shutil.copy(image, image.with_name("case_0001.nii.gz"))
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image.parent)
@@ -347,11 +356,62 @@ class TestMistakes:
 
     def test_a_full_disk(self, model, image, tmp_path, capsys, monkeypatch):
         def disk_full(*arguments: object) -> None:
-            raise OSError("No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(nibabel, "save", disk_full)
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
-        assert "cannot write the maps of case (No space left on device)" in error
+        assert "cannot go on with case ([Errno 28] No space left on device): make room" in error
+
+    def test_an_image_that_is_gone_midway_is_not_taken_for_a_full_disk(
+        self, model, image, tmp_path, capsys, monkeypatch
+    ):
+        def gone(*arguments: object) -> None:
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(image))
+
+        monkeypatch.setattr(inspection, "as_nifti", gone)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert str(image) in error and "make room" not in error
+
+    @pytest.mark.parametrize("name", ["thesis.txt", "routing.json.bak"])
+    def test_a_folder_with_something_else_is_not_replaced(self, model, image, tmp_path, capsys, name):
+        mine = tmp_path / "out" / "case" / name
+        mine.parent.mkdir(parents=True)
+        mine.write_text("two years of work")
+        assert inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out") == 1
+        assert f"{mine} is not from inspect" in capsys.readouterr().err
+        assert mine.read_text() == "two years of work"
+
+    def test_a_network_that_has_diverged(self, model, image, tmp_path, capsys):
+        file = model / "fold_0" / FINAL_CHECKPOINT
+        checkpoint = torch.load(file, weights_only=False)
+        checkpoint["network_weights"]["xattnres.D0.query"].fill_(torch.nan)
+        torch.save(checkpoint, file)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "has not diverged" in error
+
+    def test_a_checkpoint_of_another_preset(self, model, image, tmp_path, capsys):
+        file = model / "fold_0" / FINAL_CHECKPOINT
+        checkpoint = torch.load(file, weights_only=False)
+        config = XAttnResConfig(fusion="residual").architecture()
+        checkpoint["init_args"]["xattnres"] = {"version": "0.0.1", "config": config}
+        torch.save(checkpoint, file)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "nnunet-xattnres 0.0.1 with fusion" in error
+
+    @pytest.mark.parametrize("content", ["nothing", '{"sources": {}, "epochs": {}}'])
+    def test_a_damaged_record_of_the_training(self, model, image, tmp_path, capsys, monkeypatch, content):
+        monkeypatch.setattr(inspection, "inspect_case", lambda *arguments: 1 / 0)  # it is read before
+        (model / "fold_0" / RECORD).write_text(content)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image, "--pdf")
+        assert "no record of attention weights" in error
+
+    def test_no_memory_to_check_images(self, model, image, tmp_path, capsys, monkeypatch):
+        def fail(*arguments: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(nibabel, "load", fail)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "too little memory for the images" in error
 
     @pytest.mark.parametrize("place", ["predict", "maps"])
     @pytest.mark.parametrize(
@@ -368,7 +428,7 @@ class TestMistakes:
 
         monkeypatch.setattr(Model, place, fail)
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
-        assert "too little memory for the maps of case: choose fewer --targets" in error
+        assert "too little memory for case: choose fewer --targets" in error
 
     def test_another_failure_is_not_taken_for_want_of_memory(self, model, image, tmp_path, monkeypatch):
         def fail(*arguments: object) -> None:

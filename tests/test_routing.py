@@ -322,33 +322,35 @@ class TestTraining:
             assert [logger.logged[f"routing/{target}/{name}", 1] for name in history.sources[target]] == weights
         assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
-    @pytest.mark.parametrize("training_steps, batches", [(2, 1), (99, 1), (100, 2), (250, 2)])
-    def test_only_as_many_batches_are_recorded_as_cost_little(
-        self, nnunet_environment, monkeypatch, training_steps, batches
+    @pytest.mark.parametrize("training_steps, patches", [(2, [1]), (50, [2]), (99, [2]), (100, [2, 2]), (250, [2, 2])])
+    def test_only_as_many_patches_are_recorded_as_cost_little(
+        self, nnunet_environment, monkeypatch, training_steps, patches
     ):
         calls = []
-        monkeypatch.setattr(WeightMeans, "add", lambda self, target, weights: calls.append(target))
+        monkeypatch.setattr(WeightMeans, "add", lambda self, target, weights: calls.append((target, weights.shape[1])))
         trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
         trainer.num_iterations_per_epoch = training_steps
         validate(trainer, num_batches=3)
-        assert len(calls) == batches * len(trainer.network.routing_sources)
+        assert calls == [(target, number) for number in patches for target in trainer.network.routing_sources]
         assert not Path(trainer.output_folder, recording.RECORD).exists()  # nothing was taken in
 
-    def test_drawing_takes_a_hundredth_of_the_time(self, nnunet_environment, monkeypatch):
+    def test_drawing_takes_little_of_the_time(self, nnunet_environment, monkeypatch):
         clock, drawn = [0.0], []
 
         def draw(*arguments: object) -> None:
             drawn.append(trainer.current_epoch)
             clock[0] += 2
+            Path(trainer.output_folder, recording.PICTURE).touch()
 
         monkeypatch.setattr(trainer_module, "monotonic", lambda: clock[0])
         monkeypatch.setattr(trainer_module, "save_figure", draw)
         trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
         trainer.num_epochs = 6
-        # Due after 100 s, for it may take a second, and 200 s after it has taken two.
-        for epoch, clock[0] in enumerate((90, 110, 300, 315, 320, 330)):
+        monkeypatch.setattr(trainer_module, "DRAWING_SHARE", 0.01)
+        # At once, for there is no picture yet, and then 200 s after it has taken two.
+        for epoch, clock[0] in enumerate((90, 110, 280, 300, 320, 330)):
             file = validate(trainer, epoch)
-        assert drawn == [1, 3, 5]
+        assert drawn == [0, 3, 5]
         assert list(RoutingHistory.read(file).epochs) == list(range(6))
 
     def test_a_continued_training_appends(self, nnunet_environment):
@@ -366,17 +368,49 @@ class TestTraining:
         assert history.epochs[1] != before.epochs[1]
 
     @pytest.mark.parametrize(
-        "content", ['{"sources": {"D0"', '{"sources": {"D0": ["E0"]}, "epochs": {}}', "NaN inside"]
+        "content", ['{"sources": {"D0"', '{"sources": {"D0": ["E0"]}, "epochs": {"0": {"D0": [1]}}}', "NaN inside"]
     )
-    def test_a_file_of_no_use_is_replaced(self, nnunet_environment, content, capsys):
+    def test_a_file_of_no_use_makes_room(self, nnunet_environment, content, capsys):
         trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
         if content == "NaN inside":
             sources = trainer.network.routing_sources
             no_numbers = {target: [math.nan] * len(names) for target, names in sources.items()}
             content = json.dumps({"sources": sources, "epochs": {"3": no_numbers}})
-        Path(trainer.output_folder, recording.RECORD).write_text(content)
+        record = Path(trainer.output_folder, recording.RECORD)
+        record.write_text(content)
         assert list(RoutingHistory.read(validate(trainer, epoch=4)).epochs) == [4]
         assert "starts anew" in capsys.readouterr().out
+        assert record.with_suffix(".old.json").read_text() == content
+
+    def test_a_file_that_cannot_be_read_now_stays(self, nnunet_environment, monkeypatch, capsys):
+        trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
+        before = validate(trainer).read_text()
+
+        def fail(path: Path) -> bytes:
+            raise OSError("Stale file handle")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", fail)
+            record = validate(trainer, epoch=1)
+        assert "of epoch 1 are not recorded (OSError" in capsys.readouterr().out
+        assert record.read_text() == before
+
+    def test_a_pass_that_fails_does_not_end_a_training(self, nnunet_environment, monkeypatch, capsys):
+        def fail(*arguments: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
+        monkeypatch.setattr(WeightMeans, "add", fail)
+        assert not validate(trainer).exists()
+        assert "of epoch 0 are not recorded (OutOfMemoryError: CUDA out of memory)" in capsys.readouterr().out
+
+    def test_a_picture_that_fails_leaves_the_record(self, nnunet_environment, monkeypatch, capsys):
+        trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
+        trainer.logger.loggers.append(logger := Logger())
+        monkeypatch.setattr(trainer_module, "draw_history", lambda history: 1 / 0)
+        assert list(RoutingHistory.read(validate(trainer)).epochs) == [0]
+        assert logger.logged
+        assert "of epoch 0 are not drawn (ZeroDivisionError" in capsys.readouterr().out
 
     def test_a_full_disk_does_not_end_a_training(self, nnunet_environment, monkeypatch, capsys):
         def disk_full(*arguments: object) -> None:

@@ -31,6 +31,7 @@ NOTHING_TO_READ = "0.93"
 WEIGHT = "attention weight"
 DPI = 120
 LEGEND_LINE = 0.16  # inches
+TITLE_CHARACTER = 0.1
 POINTS_PER_LINE = 250  # drawn again after every epoch: a few inches show no more
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 6.5
@@ -122,11 +123,12 @@ def draw_case(picture: CasePicture) -> Figure:
     width = float(np.clip(9 / len(sources), 0.75, 1.4))
     height = width * aspect
     rows_top = top_margin + height + 0.45
+    title = f"{picture.title}: attention weights"
     page = _Page(
-        max(left_margin + len(sources) * (width + gap) + right_margin, 4.5),
+        max(left_margin + len(sources) * (width + gap) + right_margin, 4.5, TITLE_CHARACTER * len(title)),
         rows_top + len(picture.maps) * (height + gap) + 0.3,
     )
-    _draw_title(page, f"{picture.title}: attention weights")
+    _draw_title(page, title)
     for i, labels in enumerate((None, picture.prediction)):
         axis = page.axes(left_margin + i * (width + gap), top_margin, width, height)
         draw_slice(axis, picture.image, picture.spacing, labels)

@@ -2,13 +2,14 @@
 
 import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,9 +39,12 @@ from nnunet_xattnres.routing.nifti import as_nifti
 from nnunet_xattnres.routing.recording import DECIMALS, RECORD, RoutingHistory
 from nnunet_xattnres.routing.slices import Slice
 from nnunet_xattnres.sources import from_file
+from nnunet_xattnres.trainer import check_preset
 from nnunet_xattnres.trainer_lookup import find_trainer
 
 PLACES = ("interior", "boundary")
+OWN_FILES = re.compile(r"routing\.(json|png|pdf)|prediction\..+|[^.]+_from_[^.]+\.nii\.gz")
+NO_ROOM = (ENOSPC, EDQUOT, None)  # SimpleITK says no number
 
 # nnU-Net blends tiles in half precision, and a tile's corners count as little as its smallest number, 6e-8, while up to
 # eight centres that count 10 may meet. Weights that are so much larger neither vanish in the corners nor overflow.
@@ -86,14 +90,19 @@ def run_inspect(options: Options) -> None:
         limit_memory(psutil.virtual_memory().available + psutil.swap_memory().free)
     model = Model(options.model, options.fold, options.checkpoint, options.targets, device, options.trust_checkpoint)
     cases = find_cases(options.images, model.dataset_json["file_ending"])
-    check_nifti_files(Path(file) for files in cases.values() for file in files)
+    for case in cases:
+        _check_place(options.output / case)
+    with _want_explained("the images", device):
+        check_nifti_files(Path(file) for files in cases.values() for file in files)
+    history = _history_of(model) if options.pdf else None
     formats = ["png", "pdf"] if options.pdf else ["png"]
     # A bar over the cases or, where there is only one, over its tiles and then its maps: they would break each other.
-    model.predictor.allow_tqdm = len(cases) == 1
+    single = len(cases) == 1
+    model.predictor.allow_tqdm = single
     with (
         termination_as_exception(),
         _staging_folder(options.output) as staging,
-        tqdm(cases.items(), unit="case", disable=model.predictor.allow_tqdm) as progress,
+        tqdm(cases.items(), unit="case", disable=single) as progress,
     ):
         for case, files in progress:
             progress.set_postfix_str(case)
@@ -102,10 +111,9 @@ def run_inspect(options: Options) -> None:
             with _want_explained(case, device):
                 inspect_case(model, case, files, folder, formats)
                 _put(folder, options.output / case)
-        record = model.folder / RECORD
-        if options.pdf and record.is_file():
-            history = RoutingHistory.read(record)
-            save_figure(lambda: draw_history(history), options.output / "training.pdf")
+        if history is not None:
+            with _want_explained("the training", device):
+                save_figure(lambda: draw_history(history), options.output / "training.pdf")
 
 
 def inspect_case(model: "Model", case: str, files: Sequence[str], folder: Path, formats: Sequence[str]) -> None:
@@ -220,7 +228,7 @@ class Model:
         self.labels = {0: "background"} | names_of_values(self.dataset_json["labels"])
         self.reader = self.plans.image_reader_writer_class()
         self.preprocessor = self.configuration.preprocessor_class(verbose=False)
-        network = self._network(checkpoint["network_weights"])
+        network = self._network(checkpoint)
         self.sources = {target: network.routing_sources[target] for target in _chosen(targets, network)}
         # It says on stdout what it does on a CPU.
         with redirect_stdout(io.StringIO()):
@@ -269,6 +277,11 @@ class Model:
             image, None, properties, self.plans, self.configuration, self.dataset_json
         )
         channels = self.predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).cpu()
+        if not channels.isfinite().all():
+            raise XAttnResError(
+                f"the network of {self.folder} answers with values that are no numbers: choose the checkpoint of a "
+                "training that has not diverged"
+            )
         logits, *weights = channels.split([self.num_heads, *map(len, self.sources.values())])
         return logits, dict(zip(self.sources, weights, strict=True))
 
@@ -301,8 +314,9 @@ class Model:
         insert_crop_into_image(whole, np.asarray(resampled)[0], properties["bbox_used_for_cropping"])
         return whole.transpose(self.plans.transpose_backward)
 
-    def _network(self, weights: Mapping[str, Tensor]) -> PlannedUNet:
-        network = find_trainer(self.trainer).build_network_architecture(
+    def _network(self, checkpoint: dict[str, Any]) -> PlannedUNet:
+        trainer = find_trainer(self.trainer)
+        network = trainer.build_network_architecture(
             self.plans,
             self.configuration,
             self.num_channels,
@@ -314,8 +328,10 @@ class Model:
                 f"{self.folder} was trained by {self.trainer}, whose network has no attention to inspect: choose a "
                 "model of an XAttnRes trainer"
             )
+        if "xattnres" in checkpoint["init_args"]:
+            check_preset(str(self.folder / self.checkpoint_name), checkpoint, trainer, "inspect it")
         try:
-            network.load_state_dict(weights)
+            network.load_state_dict(checkpoint["network_weights"])
         except RuntimeError as error:
             raise XAttnResError(
                 f"the weights in {self.folder} are not those of today's {self.trainer} ({one_line(str(error))[:200]}): "
@@ -378,6 +394,18 @@ def find_cases(images: Sequence[Path], file_ending: str) -> dict[str, list[str]]
     What a folder holds beside them is not looked at. Raises `XAttnResError` for a file of another name, and for a
     channel that is missing or there twice.
     """
+    cases = _channels_by_case(images, file_ending)
+    if not cases:
+        raise XAttnResError(f"no image that ends in _0000{file_ending} in {', '.join(map(str, images))}")
+    for case, channels in cases.items():
+        missing = sorted(set(range(max(channels))) - channels.keys())
+        if missing:
+            names = ", ".join(f"{case}_{channel:04d}{file_ending}" for channel in missing)
+            raise XAttnResError(f"{channels[max(channels)]} comes without {names}: add what is missing")
+    return {case: [str(channels[number]) for number in sorted(channels)] for case, channels in cases.items()}
+
+
+def _channels_by_case(images: Sequence[Path], file_ending: str) -> dict[str, dict[int, Path]]:
     pattern = re.compile(r"([^.].*)_(\d{4})" + re.escape(file_ending))
     cases: dict[str, dict[int, Path]] = {}
     for path in images:
@@ -391,14 +419,7 @@ def find_cases(images: Sequence[Path], file_ending: str) -> dict[str, list[str]]
                     raise XAttnResError(f"{earlier} and {file} are the same channel of {name[1]}: leave one out")
             elif file is path:
                 raise XAttnResError(f"{file} is not named as nnU-Net wants it: CASE_0000{file_ending}, _0001 and so on")
-    if not cases:
-        raise XAttnResError(f"no image that ends in _0000{file_ending} in {', '.join(map(str, images))}")
-    for case, channels in cases.items():
-        missing = sorted(set(range(max(channels))) - channels.keys())
-        if missing:
-            names = ", ".join(f"{case}_{channel:04d}{file_ending}" for channel in missing)
-            raise XAttnResError(f"{channels[max(channels)]} comes without {names}: add what is missing")
-    return {case: [str(channels[number]) for number in sorted(channels)] for case, channels in cases.items()}
+    return cases
 
 
 def _chosen(targets: list[str] | None, network: PlannedUNet) -> list[str]:
@@ -419,35 +440,54 @@ def _read_checkpoint(model: Path, path: Path, trusted: bool) -> dict[str, Any]:
     return read_checkpoint(path, "get it again", trusted)
 
 
+def _history_of(model: Model) -> RoutingHistory | None:
+    """What the training has recorded, if it has."""
+    try:
+        return RoutingHistory.read(model.folder / RECORD)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise XAttnResError(f"cannot read {error.filename} ({error.strerror}): leave --pdf out") from None
+
+
 @contextmanager
-def _want_explained(case: str, device: torch.device) -> Iterator[None]:
-    """A full disk, or too little memory, in one line."""
+def _want_explained(what: str, device: torch.device) -> Iterator[None]:
+    """A full disk, a file that cannot be read or written, or too little memory, in one line."""
     try:
         yield
     except OSError as error:
-        raise XAttnResError(f"cannot write the maps of {case} ({error}): make room or choose --targets") from None
+        remedy = "make room or choose --targets" if error.errno in NO_ROOM else "see to that file and run again"
+        raise XAttnResError(f"cannot go on with {what} ({error}): {remedy}") from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         remedy = "choose fewer --targets" + ", or --device cpu" * (device.type == "cuda")
-        raise XAttnResError(f"too little memory for the maps of {case}: {remedy}") from None
+        raise XAttnResError(f"too little memory for {what}: {remedy}") from None
 
 
 @contextmanager
 def _staging_folder(output: Path) -> Iterator[Path]:
     """A folder inside `output` from which finished cases are moved to their places. Gone afterwards."""
-    is_new = not output.exists()
-    staging = output / f".{os.getpid()}.tmp"
+    new = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
-        staging.mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
+        staging = Path(mkdtemp(prefix=".inspect_", dir=output))
     except OSError as error:
         raise XAttnResError(f"cannot write to {output} ({error.strerror}): choose another -o") from None
     try:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if is_new and not any(output.iterdir()):
-            output.rmdir()
+        for folder in new:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _check_place(place: Path) -> None:
+    """Raise `XAttnResError` if there is something that an earlier run has not written, for it would be replaced."""
+    foreign = [place] if place.is_file() else [file for file in place.glob("*") if not OWN_FILES.fullmatch(file.name)]
+    if foreign:
+        raise XAttnResError(f"{foreign[0]} is not from inspect, which would replace {place}: choose another -o")
 
 
 def _put(folder: Path, place: Path) -> None:
