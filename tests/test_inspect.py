@@ -413,7 +413,7 @@ class TestMistakes:
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
         assert "too little memory for the images" in error
 
-    @pytest.mark.parametrize("place", ["predict", "maps"])
+    @pytest.mark.parametrize("where", [(SimpleITKIO, "read_images"), (Model, "predict"), (Model, "maps")])
     @pytest.mark.parametrize(
         "want",
         [
@@ -422,11 +422,11 @@ class TestMistakes:
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.25 GiB"),
         ],
     )
-    def test_too_little_memory(self, model, image, tmp_path, capsys, monkeypatch, place, want):
+    def test_too_little_memory(self, model, image, tmp_path, capsys, monkeypatch, where, want):
         def fail(*arguments: object) -> None:
             raise want
 
-        monkeypatch.setattr(Model, place, fail)
+        monkeypatch.setattr(*where, fail)
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
         assert "too little memory for case: choose fewer --targets" in error
 

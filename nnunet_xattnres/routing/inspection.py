@@ -255,6 +255,8 @@ class Model:
             with redirect_stdout(complaints), redirect_stderr(io.StringIO()):
                 image, properties = self.reader.read_images(files)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             reason = one_line(complaints.getvalue() or str(error)) or type(error).__name__
             raise XAttnResError(f"cannot read {', '.join(files)} ({reason}): get the files again") from None
         if not np.isfinite(image).all():
