@@ -11,6 +11,7 @@ import SimpleITK as sitk
 import torch
 from conftest import PHANTOM
 from matplotlib import style
+from matplotlib.contour import ContourSet
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
@@ -684,3 +685,14 @@ def test_no_texts_of_a_case_overlap(num_stages, shape, num_labels):
         picture.maps[target] = {name: (rng.random(shape), 0.12) for name in names}
     with style.context("default"):
         assert_no_texts_overlap(draw_case(picture))
+
+
+@pytest.mark.parametrize("zoom", [1, 4])
+def test_the_outline_is_where_the_foreground_is(zoom):
+    prediction = np.zeros((100 * zoom, 80 * zoom), int)
+    prediction[20 * zoom : 60 * zoom, 30 * zoom : 70 * zoom] = 1
+    maps = {"D0": {"E0": (np.ones(prediction.shape), 1.0)}}
+    figure = draw_case(CasePicture("case", np.ones(prediction.shape), prediction, (1.0, 1.0), {1: "head"}, maps))
+    (outline,) = [line for axis in figure.axes for line in axis.collections if isinstance(line, ContourSet)]
+    corners = np.array([outline.get_paths()[0].vertices.min(axis=0), outline.get_paths()[0].vertices.max(axis=0)])
+    np.testing.assert_allclose(corners, np.array([[30, 20], [70, 60]]) * zoom - 0.5, atol=zoom)

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from skimage.measure import block_reduce
 
 from nnunet_xattnres.report import draw_slice, label_colour, write_figure
 from nnunet_xattnres.routing.collecting import in_pool_order, kind_and_number
@@ -30,6 +31,8 @@ LINE_STYLES = {"E": "-", "D": "--", "input": "--", "block": "-"}
 NOTHING_TO_READ = "0.93"
 WEIGHT = "attention weight"
 DPI = 120
+DPI_IN_PRINT = 300  # of the slices in a PDF
+OUTLINE_PIXELS = 128  # along a panel, whose lines are too thick for finer outlines
 LEGEND_LINE = 0.16  # inches
 TITLE_CHARACTER = 0.1
 POINTS_PER_LINE = 250  # drawn again after every epoch: a few inches show no more
@@ -41,7 +44,7 @@ def save_figure(draw: Callable[[], Figure], path: Path) -> None:
     """Draw a figure and write it, whole or not at all, in the format that the path's name says."""
     # nnU-Net's progress plot changes matplotlib's defaults for the whole process. In a PDF, text stays text.
     with style.context(["default", {"pdf.fonttype": 42}]):
-        write_figure(draw(), path, DPI)
+        write_figure(draw(), path, DPI_IN_PRINT if path.suffix == ".pdf" else DPI)
 
 
 class _Page:
@@ -175,10 +178,13 @@ def _draw_weights(
 ) -> None:
     draw_slice(axis, picture.image, picture.spacing)
     pixel_aspect = picture.spacing[0] / picture.spacing[1]
-    axis.imshow(weights, cmap=COLOURS, norm=scale, alpha=0.8, interpolation="nearest", aspect=pixel_aspect)
+    axis.imshow(weights, cmap=COLOURS, norm=scale, alpha=0.8, aspect=pixel_aspect)
     outlined: list[AbstractPathEffect] = [withStroke(linewidth=1.6, foreground="black")]
-    if 0 < (picture.prediction > 0).mean() < 1:
-        contours = axis.contour(picture.prediction > 0, levels=[0.5], colors="white", linewidths=0.7)
+    step = -(-max(weights.shape) // OUTLINE_PIXELS)
+    foreground = block_reduce(picture.prediction > 0, step, np.mean)
+    if foreground.min() < 0.5 < foreground.max():
+        rows, columns = (step * np.arange(extent) + (step - 1) / 2 for extent in foreground.shape)
+        contours = axis.contour(columns, rows, foreground, levels=[0.5], colors="white", linewidths=0.7)
         contours.set_path_effects(outlined)
     axis.text(
         0.04,
