@@ -11,7 +11,7 @@ demo: .venv/.installed  ## train, predict and evaluate on phantoms, or on DATA=p
 	$(BIN)/nnunet-xattnres demo $(if $(DATA),--data "$(DATA)")
 
 test: .venv/.installed  ## the test suite
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 test-matrix: .venv/.installed  ## everything that nnU-Net does, with our trainers; TABLE=FILE to keep the table
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -m slow tests/integration tests $(if $(TABLE),--table "$(TABLE)")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import nibabel
-import numpy as np
 from nnunetv2.experiment_planning.verify_dataset_integrity import (
     check_cases,
     verify_dataset_integrity,
@@ -247,7 +246,7 @@ def check_nifti_files(files: Iterable[Path]) -> None:
 
     def damage(file: Path) -> str | None:
         try:
-            np.asanyarray(nibabel.load(file).dataobj)
+            nibabel.load(file).dataobj.get_unscaled()
         except MemoryError:
             raise
         except Exception as error:
