@@ -50,10 +50,13 @@ def make_model(
     trainer: str = "nnUNetTrainerXAttnRes",
     configuration: str = "3d_small",
     forced: tuple[str, str] | None = None,
+    dataset: dict[str, Any] | None = None,
     **plans: Any,
 ) -> Path:
     """A model's folder as nnU-Net leaves it behind. The network is untrained, its queries random or forced."""
     trained = make_trainer(nnunet, recursive_find_trainer_class_by_name(trainer), configuration)
+    trained.dataset_json |= dataset or {}
+    trained.label_manager = trained.plans_manager.get_label_manager(trained.dataset_json)
     torch.manual_seed(0)
     trained.initialize()
     network = trained.network
@@ -71,7 +74,7 @@ def make_model(
     trained.save_checkpoint(str(folder / "checkpoint_final.pth"))
     model = folder.parent
     (model / "plans.json").write_text(json.dumps(trained.plans_manager.plans | plans))
-    shutil.copy(nnunet.raw / PHANTOM / "dataset.json", model)
+    (model / "dataset.json").write_text(json.dumps(trained.dataset_json))
     return model
 
 
@@ -187,6 +190,27 @@ class TestInspect:
         assert inspect(*arguments) == 0  # again: earlier results are replaced
         assert not list(out.glob("*/routing.pdf"))
         assert not list(out.glob(".*"))
+
+    def test_regions_and_two_channels(self, nnunet_environment, tmp_path):
+        labels = {"background": 0, "whole": [1, 2], "tail": [2]}
+        dataset = {"labels": labels, "regions_class_order": [1, 2], "channel_names": {"0": "T1", "1": "T2"}}
+        model = make_model(nnunet_environment, configuration="2d_small", dataset=dataset)
+        plans = json.loads((model / "plans.json").read_text())
+        for by_channel in ("normalization_schemes", "use_mask_for_norm"):
+            plans["configurations"]["2d"][by_channel] *= 2
+        intensities = plans["foreground_intensity_properties_per_channel"]
+        intensities["1"] = intensities["0"]
+        (model / "plans.json").write_text(json.dumps(plans))
+        image = rotated_image(nnunet_environment, tmp_path / "images")
+        shutil.copy(image, image.with_name("case_0001.nii.gz"))
+        out = tmp_path / "out"
+        assert inspect("-m", model, "-f", 0, "-i", image.parent, "-o", out, "--targets", "D0") == 0
+        predicted = {int(value) for value in np.unique(nibabel.load(out / "case" / "prediction.nii.gz").dataobj)}
+        assert predicted - {0}
+        record = json.loads((out / "case" / "routing.json").read_text())
+        names = {0: "background", 1: "label 1", 2: "label 2"}
+        assert record["mean_weights"]["D0"].keys() == {names[value] for value in predicted}
+        assert len(record["images"]) == 2
 
     def test_another_checkpoint_and_progress_of_a_single_case(self, nnunet_environment, tmp_path, capsys):
         model = make_model(nnunet_environment, configuration="2d_small")
