@@ -11,7 +11,6 @@ import time
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from nnunet_xattnres.datasets import (
     reader_for,
 )
 from nnunet_xattnres.device import choose_device
-from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.files import make_writable_folder
 from nnunet_xattnres.plans import (
     TrainingBudget,
     add_small_configuration,
@@ -75,7 +74,8 @@ def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> 
     trainers = list(dict.fromkeys([trainer, BASELINE] if baseline else [trainer]))
     for name in trainers:
         check_trainer(name)
-    nnunet = NnUNet(_writable(workdir), choose_device())
+    make_writable_folder(workdir, "--workdir")
+    nnunet = NnUNet(workdir.resolve(), choose_device())
     print("The commands below, and any other of nnU-Net's, work in a shell with these variables:")
     for variable, value in nnunet.folders().items():
         print(f"  export {variable}={shlex.quote(value)}")
@@ -89,16 +89,6 @@ def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> 
         demo.evaluate(name)
     demo.report(trainers)
     print(f"\nThe demo took {(time.monotonic() - started) / 60:.1f} minutes.")
-
-
-def _writable(workdir: Path) -> Path:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise XAttnResError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from None
-    return workdir.resolve()
 
 
 def check_trainer(name: str) -> None:

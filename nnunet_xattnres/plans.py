@@ -10,7 +10,7 @@ import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.files import write_text_atomically
 
 # nnU-Net's planner stops pooling an axis before its feature map gets smaller than this.
 MINIMUM_BOTTLENECK = 4
@@ -88,10 +88,9 @@ def reduced_patch_size(plans: dict[str, Any], base: str, max_voxels: int) -> lis
     return _reduced_patch_size_and_stages(_resolved_configuration(plans, base), max_voxels)[0]
 
 
-def write_json_atomically(content: dict[str, Any], path: Path) -> None:
+def write_json_atomically(content: Any, path: Path) -> None:
     """Write `content` to `path` such that a reader, or an interruption, never sees half a file."""
-    with written_atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=4))
+    write_text_atomically(json.dumps(content, indent=4), path)
 
 
 def _resolved_configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """What a run reports: Dice tables, and pictures of cases."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -110,6 +112,11 @@ def draw_cases(cases: list[PicturedCase], names: dict[int, str]) -> Figure:
     handles = [Patch(color=label_colour(value), label=name) for value, name in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9, frameon=False)
     return figure
+
+
+def figure_style() -> AbstractContextManager[None]:
+    """nnU-Net's progress plot changes matplotlib's defaults for the whole process. In a PDF, text stays text."""
+    return style.context(["default", {"pdf.fonttype": 42}])
 
 
 def write_figure(figure: Figure, path: Path, dpi: int = 150) -> None:

@@ -1,8 +1,6 @@
 """Data that is odd but legal, from raw images to a prediction, with nnU-Net's own functions in this process."""
 
 import json
-import multiprocessing
-import multiprocessing.dummy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from conftest import ONE_SHORT_EPOCH
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from training import CPU, train
+from training import CPU, run_in_threads, train
 
 from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.plans import add_small_configuration, write_json_atomically
@@ -86,11 +84,8 @@ DATASETS = {
 
 @pytest.fixture
 def nnunet_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NnUNet:
-    """nnU-Net in this process: threads in place of its worker processes, each of which would import torch."""
     nnunet = NnUNet(tmp_path, "cpu")
-    for name, value in nnunet.folders().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: multiprocessing.dummy)
+    run_in_threads(nnunet, monkeypatch)
     return nnunet
 
 

@@ -1,12 +1,24 @@
-"""Trainings without nnU-Net's command, in this process or as `python training.py DATASET CONFIG TRAINER RESUME`."""
+"""nnU-Net without its commands, in this process or as `python training.py DATASET CONFIG TRAINER RESUME`."""
 
+import multiprocessing.dummy
+import multiprocessing.pool
 import sys
 
+import pytest
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_xattnres.commands import NnUNet
+
 CPU = torch.device("cpu")
+
+
+def run_in_threads(nnunet: NnUNet, patch: pytest.MonkeyPatch) -> None:
+    """nnU-Net in this process: threads in place of its worker processes, each of which would import torch."""
+    for name, value in nnunet.folders().items():
+        patch.setenv(name, value)
+    patch.setattr(multiprocessing, "get_context", lambda method=None: multiprocessing.dummy)
 
 
 def train(

@@ -12,7 +12,7 @@ from typing import Any
 
 from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.files import write_text_atomically
 from nnunet_xattnres.plans import write_json_atomically
 
 SPEC = "spec.yaml"
@@ -95,8 +95,7 @@ class Cell:
 
 
 def write_cells(root: Path, cells: list[Cell]) -> None:
-    with written_atomically(root / MATRIX) as temporary:
-        temporary.write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
+    write_text_atomically(json.dumps([asdict(cell) for cell in cells], indent=1), root / MATRIX)
 
 
 def read_cells(root: Path) -> list[Cell]:

@@ -28,7 +28,6 @@ from nnunet_xattnres.benchmark.spec import PLANNER, Arm, Configuration, Dataset,
 from nnunet_xattnres.commands import NUM_WORKERS, NnUNet, environment_with
 from nnunet_xattnres.datasets import Source, place_raw_dataset, read_dataset_json, read_source
 from nnunet_xattnres.errors import XAttnResError, suggestion
-from nnunet_xattnres.files import written_atomically
 from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, add_wide_configuration, write_json_atomically
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 from nnunet_xattnres.trainer_lookup import find_trainer
@@ -270,8 +269,7 @@ class _Preparation:
             splits = [
                 {key: list(map(str, cases)) for key, cases in fold.items()} for fold in generate_crossval_split(cases)
             ]
-            with written_atomically(path) as temporary:
-                temporary.write_text(json.dumps(splits, indent=4))
+            write_json_atomically(splits, path)
 
     def _run_once(self, result: str, *command: str) -> None:
         """Run the command that makes `result`, unless it has ended well before: what is there may be half of it."""

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import pandas
-from matplotlib import style
 from matplotlib.figure import Figure
 
 from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences, short_name
@@ -30,11 +28,10 @@ from nnunet_xattnres.benchmark.statistics import (
     summarise,
 )
 from nnunet_xattnres.benchmark.tables import Tables, has_tables, read_tables, write_csv, write_tables
-from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.files import make_writable_folder, write_text_atomically
 from nnunet_xattnres.installation import check_installed
 from nnunet_xattnres.overhead.results import PREFIX
-from nnunet_xattnres.report import write_figure
+from nnunet_xattnres.report import figure_style, write_figure
 
 NOTHING = "-"
 FORMATS = ("png", "pdf")
@@ -56,16 +53,16 @@ def run_report(source: Path, output: Path) -> None:
     Raises `XAttnResError` if there is nothing to report on, if it is damaged, and if `output` cannot be written.
     """
     tables = _read(source)
-    _check_writable(output)
+    make_writable_folder(output, "-o")
     write_tables(tables, output)
     # From the files, so that a report on them is the same.
     tables = read_tables(output)
     results = Results(summarise(tables), compare(tables), spreads(tables))
     for name in ("summary", "comparisons", "spreads"):
         write_csv(pandas.DataFrame(getattr(results, name)), output / f"{name}.csv")
-    _write_text(json.dumps(_without_nan(_record(tables, results)), indent=1) + "\n", output / "report.json")
+    write_text_atomically(json.dumps(_without_nan(_record(tables, results)), indent=1) + "\n", output / "report.json")
     figures = _draw(tables, results, output)
-    _write_text(markdown(tables, results, figures), output / "report.md")
+    write_text_atomically(markdown(tables, results, figures), output / "report.md")
     print(f"Report: {output / 'report.md'}")
 
 
@@ -77,20 +74,6 @@ def _read(source: Path) -> Tables:
     from nnunet_xattnres.benchmark.metrics import read_benchmark
 
     return read_benchmark(source)
-
-
-def _check_writable(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise XAttnResError(f"cannot write to {output} ({error.strerror}): choose another -o") from None
-
-
-def _write_text(text: str, path: Path) -> None:
-    with written_atomically(path) as temporary:
-        temporary.write_text(text)
 
 
 def _record(tables: Tables, results: Results) -> dict[str, Any]:
@@ -132,8 +115,7 @@ def _draw(tables: Tables, results: Results, output: Path) -> list[str]:
         figures["_".join(["dice", *key])] = partial(draw_cases, of_set, trainers)
     for key, of_curves in tables.curves.groupby(SET[:2], sort=False):
         figures["_".join(["curves", *key])] = partial(draw_curves, of_curves, trainers)
-    # nnU-Net's progress plot changes matplotlib's defaults for the whole process. In a PDF, text stays text.
-    with style.context(["default", {"pdf.fonttype": 42}]):
+    with figure_style():
         for name, draw in figures.items():
             figure = draw()
             for kind in FORMATS:

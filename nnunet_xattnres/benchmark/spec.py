@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from nnunet_xattnres.errors import XAttnResError, one_line, suggestion
-from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.files import write_text_atomically
 
 PLANNER = "ExperimentPlanner"
 NUM_FOLDS = 5
@@ -130,8 +130,7 @@ def write_spec(spec: Spec, path: Path) -> None:
     """Write a spec that `read_spec` reads as the same, whatever folder it is in."""
     content = asdict(spec)
     content["configurations"] = {entry.pop("name"): entry for entry in content["configurations"]}
-    with written_atomically(path) as temporary:
-        temporary.write_text(yaml.safe_dump(_without_none(content), sort_keys=False))
+    write_text_atomically(yaml.safe_dump(_without_none(content), sort_keys=False), path)
 
 
 def without_executor(spec: Spec) -> Spec:

@@ -29,7 +29,7 @@ from nnunet_xattnres.commands import (
 )
 from nnunet_xattnres.device import NO_MEMORY_LEFT, choose_device
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.files import write_text_atomically
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
 from nnunet_xattnres.plans import write_json_atomically
@@ -219,8 +219,7 @@ def _write(comparisons: list[Comparison], options: Options, device: str) -> None
     }
     write_json_atomically(content, options.json)
     if options.csv is not None:
-        with written_atomically(options.csv) as temporary:
-            temporary.write_text(csv_lines(comparisons))
+        write_text_atomically(csv_lines(comparisons), options.csv)
     write_figure(draw_ratios(comparisons), options.chart)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, style
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from skimage.measure import block_reduce
 
-from nnunet_xattnres.report import draw_slice, label_colour, write_figure
+from nnunet_xattnres.report import draw_slice, figure_style, label_colour, write_figure
 from nnunet_xattnres.routing.collecting import in_pool_order, kind_and_number
 from nnunet_xattnres.routing.recording import RoutingHistory
 
@@ -42,8 +42,7 @@ SMALL_FONT_SIZE = 6.5
 
 def save_figure(draw: Callable[[], Figure], path: Path) -> None:
     """Draw a figure and write it, whole or not at all, in the format that the path's name says."""
-    # nnU-Net's progress plot changes matplotlib's defaults for the whole process. In a PDF, text stays text.
-    with style.context(["default", {"pdf.fonttype": 42}]):
+    with figure_style():
         write_figure(draw(), path, DPI_IN_PRINT if path.suffix == ".pdf" else DPI)
 
 

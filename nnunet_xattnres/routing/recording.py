@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.files import write_text_atomically
 from nnunet_xattnres.network import PlannedUNet, uncompiled
 from nnunet_xattnres.routing.collecting import WeightMeans, in_pool_order
 
@@ -67,8 +67,8 @@ class RoutingHistory:
         self.epochs[epoch] = means
 
     def write(self, path: Path) -> None:
-        with written_atomically(path) as temporary:
-            temporary.write_text(json.dumps({"sources": self.sources, "epochs": self.epochs}, allow_nan=False))
+        content = {"sources": self.sources, "epochs": self.epochs}
+        write_text_atomically(json.dumps(content, allow_nan=False), path)
 
 
 class ValidationRecorder:

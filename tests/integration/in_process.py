@@ -1,13 +1,12 @@
 """nnU-Net's commands without processes of their own: the same entry points, no imports again and again."""
 
-import multiprocessing.dummy
-import multiprocessing.pool
 import runpy
 import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 import pytest
+from training import run_in_threads
 
 from nnunet_xattnres.commands import NnUNet
 
@@ -29,8 +28,6 @@ class InProcess(NnUNet):
 
     def settings(self, patch: pytest.MonkeyPatch) -> None:
         """Until `patch` is undone: nnU-Net's folders, threads for its pools of workers, none of them for prediction."""
-        for name, value in self.folders().items():
-            patch.setenv(name, value)
+        run_in_threads(self, patch)
         for name in ("nnUNet_npp", "nnUNet_nps"):
             patch.setenv(name, "0")
-        patch.setattr(multiprocessing, "get_context", lambda method=None: multiprocessing.dummy)
