@@ -14,7 +14,7 @@ test: .venv/.installed  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 test-matrix: .venv/.installed  ## everything that nnU-Net does, with our trainers; TABLE=FILE to keep the table
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/pytest -m slow tests/integration tests $(if $(TABLE),--table "$(TABLE)")
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or feature" -n auto --dist loadgroup $(if $(TABLE),--table "$(TABLE)")
 
 lint: .venv/.installed  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ from nnunet_xattnres.commands import NnUNet, environment_with
 from nnunet_xattnres.phantom import write_phantom_dataset
 from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write_json_atomically
 
+pytest_plugins = ["integration.table"]
+
 PHANTOM = "Dataset901_Phantom"
 LARGE_2D = "Dataset902_Large2d"
 ONE_SHORT_EPOCH = TrainingBudget(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)

@@ -16,6 +16,8 @@ from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.network import add_xattnres, uncompiled
 from nnunet_xattnres.routing.recording import RECORD, RoutingHistory, ValidationRecorder
 
+pytestmark = pytest.mark.feature("Two processes")
+
 CPU = torch.device("cpu")
 CONFIGS = {
     "stage": XAttnResConfig(),

@@ -13,6 +13,8 @@ from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.plans import write_json_atomically
 from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 
+pytestmark = pytest.mark.feature("Train, continue, validate, predict, export, install")
+
 
 @pytest.fixture
 def workdir(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> NnUNet:

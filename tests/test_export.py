@@ -16,6 +16,8 @@ from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig
 from nnunet_xattnres.commands import environment_with, external_trainers
 from nnunet_xattnres.network import add_xattnres
 
+pytestmark = pytest.mark.feature("ONNX and TorchScript")
+
 BLOCK = BlockXAttnResConfig(isar_in_encoder=True, bank_includes_input=True)
 NETWORKS = {  # strides, network, config, image size
     "2d": (ISOTROPIC_2D[:3], PlainConvUNet, XAttnResConfig(), (16, 24)),

@@ -23,6 +23,8 @@ import torch
 
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
+pytestmark = pytest.mark.feature("Interrupted trainings, full disks")
+
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -60,14 +62,13 @@ def test_a_killed_training_continues_and_ends(nnunet_environment, tmp_path, monk
     fold = Path(os.environ["nnUNet_results"], PHANTOM, "nnUNetTrainerMortal__nnUNetPlans__2d_small", "fold_0")
     what = (PHANTOM, "2d_small", "nnUNetTrainerMortal")
     script = Path(__file__).with_name("training.py")
-    first_checkpoint = None
+    checkpoints = []
     for dies_at, resume in (("training", ""), ("writing", "--c")):
         environment = os.environ | {"DIES_AT": dies_at}
         ended = subprocess.run([sys.executable, str(script), *what, resume], env=environment)
         assert ended.returncode == -signal.SIGKILL
-        checkpoint = (fold / "checkpoint_latest.pth").read_bytes()
-        first_checkpoint = first_checkpoint or checkpoint
-        assert checkpoint == first_checkpoint
+        checkpoints.append((fold / "checkpoint_latest.pth").read_bytes())
+    assert checkpoints[0] == checkpoints[1]
     assert (fold / "checkpoint_latest.pth.tmp").read_bytes() == b"half a checkpoint"
     finished = train(*what, resume=True)
     assert len(finished.logger.get_value("train_losses", None)) == 3

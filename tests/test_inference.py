@@ -13,6 +13,8 @@ from training import CPU
 
 from nnunet_xattnres.commands import environment_with, external_trainers
 
+pytestmark = pytest.mark.feature("Folds, tiles, mirroring, probabilities, continued prediction")
+
 
 def load(model: Path, *folds: int, mirroring: bool = False, step_size: float = 0.5) -> nnUNetPredictor:
     predictor = nnUNetPredictor(step_size, use_mirroring=mirroring, device=CPU, allow_tqdm=False)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import ONE_SHORT_EPOCH
+from integration.checks import check_geometry
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -15,6 +16,8 @@ from training import CPU, run_in_threads, train
 
 from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.plans import add_small_configuration, write_json_atomically
+
+pytestmark = pytest.mark.feature("Odd but legal data")
 
 OBLIQUE = (0.8, 0.6, 0.0, -0.6, 0.8, 0.0, 0.0, 0.0, -1.0)
 
@@ -159,8 +162,6 @@ def write(array: np.ndarray, file: Path, odd: OddDataset) -> None:
 
 def check_segmentation(file: Path, image_file: Path, odd: OddDataset) -> None:
     segmentation, image = sitk.ReadImage(file), sitk.ReadImage(image_file)
-    assert segmentation.GetSize() == image.GetSize()
-    for property in ("GetSpacing", "GetOrigin", "GetDirection"):
-        assert getattr(segmentation, property)() == pytest.approx(getattr(image, property)(), abs=1e-5)
+    check_geometry(segmentation, image)
     assert segmentation.GetPixelID() == sitk.sitkUInt8
     assert set(np.unique(sitk.GetArrayFromImage(segmentation))) <= set(odd.labels.values())

@@ -29,6 +29,8 @@ from nnunet_xattnres.network import add_xattnres
 from nnunet_xattnres.sources import from_content
 from nnunet_xattnres.warm_start import check_same_network, read_source
 
+pytestmark = pytest.mark.feature("Warm start")
+
 FINETUNE = "nnUNetTrainerXAttnResFinetune"
 CONFIGURATION = "3d_small"
 

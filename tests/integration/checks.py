@@ -39,11 +39,14 @@ def check_segmentations(experiment: Experiment, segmentations: Path, images: Pat
     ending = experiment.dataset_json["file_ending"]
     for case in experiment.cases(segmentations):
         segmentation = sitk.ReadImage(segmentations / f"{case}{ending}")
-        image = sitk.ReadImage(images / f"{case}_0000{ending}")
-        assert segmentation.GetSize() == image.GetSize()
-        for geometry in ("GetSpacing", "GetOrigin", "GetDirection"):
-            assert getattr(segmentation, geometry)() == pytest.approx(getattr(image, geometry)(), abs=1e-5)
+        check_geometry(segmentation, sitk.ReadImage(images / f"{case}_0000{ending}"))
         assert set(np.unique(sitk.GetArrayFromImage(segmentation))) <= set(experiment.labels.all_labels)
+
+
+def check_geometry(segmentation: sitk.Image, image: sitk.Image) -> None:
+    assert segmentation.GetSize() == image.GetSize()
+    for geometry in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(segmentation, geometry)() == pytest.approx(getattr(image, geometry)(), abs=1e-5)
 
 
 def check_probabilities(experiment: Experiment, folder: Path) -> None:

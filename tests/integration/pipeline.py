@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -91,18 +91,16 @@ def shrink(
     write_json_atomically(content, path)
 
 
-def make_label_scenarios(nnunet: NnUNet, datasets: Collection[str], iterations: int | None = None) -> None:
-    """From dataset 4, by nnU-Net's own scripts: planned, with lowres and cascade configurations, preprocessed."""
-    for dataset in datasets:
-        run_module(nnunet, f"nnunetv2.dataset_conversion.datasets_for_integration_tests.{dataset}")
-    numbers = [dataset[7:10] for dataset in datasets]
-    nnunet.run("nnUNetv2_plan_and_preprocess", "-d", *numbers, "--no_pp", "-npfp", "2", log="plan")
-    run_module(nnunet, "nnunetv2.tests.integration_tests.add_lowres_and_cascade", "-d", *numbers)
-    for dataset in datasets:
-        shrink(nnunet, dataset, ("2d", "3d_lowres", "3d_fullres"), iterations=iterations)
-        write_two_folds(nnunet, dataset)
-    configurations = ("-c", "2d", "3d_lowres", "3d_fullres")
-    nnunet.run("nnUNetv2_preprocess", "-d", *numbers, *configurations, "-np", "2", log="preprocess")
+def make_label_scenario(nnunet: NnUNet, dataset: str, iterations: int | None = None) -> None:
+    """From dataset 4, by nnU-Net's own script: planned, with lowres and cascade configurations, preprocessed."""
+    number = dataset[7:10]
+    run_module(nnunet, f"nnunetv2.dataset_conversion.datasets_for_integration_tests.{dataset}")
+    nnunet.run("nnUNetv2_plan_and_preprocess", "-d", number, "--no_pp", "-npfp", "2", log=f"{dataset}_plan")
+    run_module(nnunet, "nnunetv2.tests.integration_tests.add_lowres_and_cascade", "-d", number)
+    configurations = ("2d", "3d_lowres", "3d_fullres")
+    shrink(nnunet, dataset, configurations, iterations=iterations)
+    write_two_folds(nnunet, dataset)
+    nnunet.run("nnUNetv2_preprocess", "-d", number, "-c", *configurations, "-np", "2", log=f"{dataset}_preprocess")
 
 
 def plan_and_preprocess(nnunet: NnUNet, dataset: str, configuration: str, iterations: int | None = None) -> None:
@@ -164,9 +162,12 @@ class Experiment:
     @once
     def train(self, configuration: str, fold: str) -> Path:
         """The folder of the trained and validated fold. Use `train_all`, which first trains what the cascade reads."""
-        what = (self.dataset, configuration, fold, "-tr", self.trainer, "-p", self.plans)
-        self._run("train", *what, "--npz", "-device", "cpu", log=f"{configuration}_{fold}")
+        self.nnunet.run(*self.train_command(configuration, fold), log=self._log("train", f"{configuration}_{fold}"))
         return self.model(configuration) / f"fold_{fold}"
+
+    def train_command(self, configuration: str, fold: str) -> list[str]:
+        what = [self.dataset, configuration, fold, "-tr", self.trainer, "-p", self.plans]
+        return ["nnUNetv2_train", *what, "--npz", "-device", "cpu"]
 
     def train_all(self, configuration: str) -> list[Path]:
         """The folders of the trained and validated folds."""
@@ -266,8 +267,10 @@ class Experiment:
         )
 
     def _run(self, command: str, *arguments: str, log: str) -> None:
-        name = f"{self.dataset}_{self.trainer}_{self.plans}_{command}_{log}"
-        self.nnunet.run(f"nnUNetv2_{command}", *arguments, log=name)
+        self.nnunet.run(f"nnUNetv2_{command}", *arguments, log=self._log(command, log))
+
+    def _log(self, command: str, name: str) -> str:
+        return f"{self.dataset}_{self.trainer}_{self.plans}_{command}_{name}"
 
 
 def whole_references(raw: Path) -> Path:

@@ -19,6 +19,8 @@ from nnunet_xattnres.plans import write_json_atomically
 DATA = Path(os.environ.get("XATTNRES_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 HIPPOCAMPUS = DATA / "Task04_Hippocampus"
 ULTRASOUND = DATA / "Dataset802_LiverUltrasound"
+NUM_TRAINING = 8
+NUM_TEST = 3
 HIPPOCAMPUS_LABELS = {"background": 0, "Anterior": 1, "Posterior": 2}
 
 

@@ -3,7 +3,12 @@
 A test that is run alone runs the commands that it rests on, and only those.
 """
 
+import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from time import sleep
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,27 +24,45 @@ from integration.checks import (
     check_test_set,
 )
 from integration.conftest import SCENARIOS
-from integration.pipeline import RESENC_PLANS, Experiment, mean_dice, read_json
-from nnunet_xattnres.commands import NnUNet
+from integration.pipeline import NUM_EPOCHS, RESENC_PLANS, Experiment, mean_dice, read_json
+from nnunet_xattnres.commands import NnUNet, end_process_group, find_command
 
 pytestmark = pytest.mark.slow
 
 CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
-TRAINERS = {"standard, NoSkip": "nnUNetTrainerXAttnResNoSkip"}
 
-each_scenario = pytest.mark.parametrize("scenario", [*SCENARIOS, *TRAINERS])
+
+class Column(NamedTuple):
+    """Of the table. labels: one of `SCENARIOS`."""
+
+    labels: str
+    trainer: str = "nnUNetTrainerXAttnRes"
+
+
+COLUMNS = {labels: Column(labels) for labels in SCENARIOS}
+COLUMNS["standard, NoSkip"] = Column("standard", "nnUNetTrainerXAttnResNoSkip")
+
+
+def in_groups(*columns: str) -> list[Any]:
+    """Tests of a column share trained models, so that one process runs them all."""
+    return [pytest.param(column, marks=pytest.mark.xdist_group(column)) for column in columns]
+
+
+each_scenario = pytest.mark.parametrize("column", in_groups(*SCENARIOS))
+each_column = pytest.mark.parametrize("column", in_groups(*COLUMNS))
 each_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS)
+of_standard = pytest.mark.xdist_group("standard")
 
 
 @pytest.fixture
-def experiment(label_scenarios: NnUNet, scenario: str) -> Experiment:
-    labels = scenario.split(",")[0]
-    return Experiment(label_scenarios, SCENARIOS[labels], TRAINERS.get(scenario, "nnUNetTrainerXAttnRes"))
+def experiment(empty_nnunet: NnUNet, label_scenario: Callable[[str], str], column: str) -> Experiment:
+    labels, trainer = COLUMNS[column]
+    return Experiment(empty_nnunet, label_scenario(labels), trainer)
 
 
+@pytest.mark.feature("Plan, preprocess")
 @each_scenario
 def test_plan_and_preprocess(experiment: Experiment):
-    """Plan, preprocess."""
     preprocessed = experiment.nnunet.preprocessed / experiment.dataset
     plans = read_json(preprocessed / f"{experiment.plans}.json")
     assert plans["dataset_name"] == experiment.dataset
@@ -49,10 +72,10 @@ def test_plan_and_preprocess(experiment: Experiment):
             assert (preprocessed / identifier / f"{case}.b2nd").is_file()
 
 
-@each_scenario
+@pytest.mark.feature("Train and validate")
+@each_column
 @each_configuration
 def test_train_and_validate(experiment: Experiment, configuration: str, record_property: Record):
-    """Train and validate."""
     folds = experiment.train_all(configuration)
     splits = read_json(experiment.nnunet.preprocessed / experiment.dataset / "splits_final.json")
     for split, fold in zip(splits, folds, strict=True):
@@ -64,9 +87,9 @@ def test_train_and_validate(experiment: Experiment, configuration: str, record_p
     check_better_than_chance(experiment, dice, experiment.raw / "labelsTr", record_property)
 
 
-@each_scenario
+@pytest.mark.feature("Hand segmentations of 3d_lowres to the cascade")
+@each_column
 def test_cascade_reads_lowres(experiment: Experiment):
-    """Hand segmentations of 3d_lowres to the cascade."""
     folds = experiment.train_all("3d_cascade_fullres")
     handed_over = experiment.model("3d_lowres") / "predicted_next_stage" / "3d_cascade_fullres"
     assert {file.stem for file in handed_over.glob("*.b2nd")} == experiment.cases(experiment.raw / "labelsTr")
@@ -75,9 +98,9 @@ def test_cascade_reads_lowres(experiment: Experiment):
     assert next(iter(weights.values())).shape[1] == images + len(experiment.labels.foreground_labels)
 
 
-@each_scenario
+@pytest.mark.feature("Find the best configuration")
+@each_column
 def test_find_best_configuration(experiment: Experiment):
-    """Find the best configuration."""
     information = experiment.find_best(CONFIGURATIONS)
     models = {f"{experiment.trainer}__{experiment.plans}__{name}" for name in CONFIGURATIONS}
     results = information["all_results"]
@@ -89,57 +112,88 @@ def test_find_best_configuration(experiment: Experiment):
     assert Path(best["postprocessing_file"]).is_file()
 
 
-@each_scenario
+@pytest.mark.feature("Predict with a single model")
+@each_column
 @each_configuration
 def test_predict(experiment: Experiment, configuration: str, record_property: Record):
-    """Predict with a single model."""
     check_test_set(experiment, experiment.predict(configuration), record_property)
     check_probabilities(experiment, experiment.predict(configuration))
 
 
-@each_scenario
+@pytest.mark.feature("Predict with an ensemble")
+@each_column
 def test_ensemble(experiment: Experiment, record_property: Record):
-    """Predict with an ensemble."""
     check_test_set(experiment, experiment.ensemble(("2d", "3d_fullres")), record_property)
 
 
-@each_scenario
+@pytest.mark.feature("Predict with the best, postprocess")
+@each_column
 def test_postprocess(experiment: Experiment, record_property: Record):
-    """Predict with the best, postprocess."""
     check_test_set(experiment, experiment.predict_best(CONFIGURATIONS), record_property)
 
 
-def test_accumulate_crossval_results(label_scenarios: NnUNet, record_property: Record):
-    """Accumulate cross-validation results."""
-    experiment = Experiment(label_scenarios, SCENARIOS["standard"])
+@pytest.mark.feature("Accumulate cross-validation results")
+@of_standard
+def test_accumulate_crossval_results(empty_nnunet: NnUNet, label_scenario: Callable[[str], str]):
+    experiment = Experiment(empty_nnunet, label_scenario("standard"))
     accumulated = experiment.accumulate("2d")
     assert experiment.cases(accumulated) == experiment.cases(experiment.raw / "labelsTr")
     folds = [mean_dice(fold / "validation") for fold in experiment.train_all("2d")]
     assert mean_dice(accumulated) == pytest.approx(np.mean(folds))  # of folds of equal size
 
 
-def test_resenc(label_scenarios: NnUNet, resenc: str, record_property: Record):
-    """ResEnc plans."""
-    experiment = Experiment(label_scenarios, resenc, plans=RESENC_PLANS, folds=("0",))
+@pytest.mark.feature("ResEnc plans")
+@of_standard
+def test_resenc(empty_nnunet: NnUNet, resenc: str, record_property: Record):
+    experiment = Experiment(empty_nnunet, resenc, plans=RESENC_PLANS, folds=("0",))
     check_test_set(experiment, check_model(experiment, "3d_fullres"), record_property)
     plans = read_json(experiment.model("3d_fullres") / "plans.json")
     architecture = plans["configurations"]["3d_fullres"]["architecture"]
     assert architecture["network_class_name"].endswith("ResidualEncoderUNet")
 
 
-def test_two_channels(nnunet: NnUNet, two_channels: str, record_property: Record):
-    """Two input channels."""
-    experiment = Experiment(nnunet, two_channels, folds=("0",))
+@pytest.mark.feature("Two input channels")
+@pytest.mark.xdist_group("two_channels")
+def test_two_channels(empty_nnunet: NnUNet, two_channels: str, record_property: Record):
+    experiment = Experiment(empty_nnunet, two_channels, folds=("0",))
     check_test_set(experiment, check_model(experiment, "3d_fullres"), record_property)
 
 
-def test_png(nnunet: NnUNet, png: str, record_property: Record):
-    """2D PNG images."""
-    experiment = Experiment(nnunet, png, folds=("0",))
+@pytest.mark.feature("2D PNG images")
+@pytest.mark.xdist_group("png")
+def test_png(empty_nnunet: NnUNet, png: str, record_property: Record):
+    experiment = Experiment(empty_nnunet, png, folds=("0",))
     check_test_set(experiment, check_model(experiment, "2d"), record_property)
 
 
-def test_fold_all(label_scenarios: NnUNet, record_property: Record):
-    """Fold `all`."""
-    experiment = Experiment(label_scenarios, SCENARIOS["standard"], folds=("all",))
+@pytest.mark.feature("Fold `all`")
+@of_standard
+def test_fold_all(empty_nnunet: NnUNet, label_scenario: Callable[[str], str], record_property: Record):
+    experiment = Experiment(empty_nnunet, label_scenario("standard"), folds=("all",))
     check_test_set(experiment, check_model(experiment, "2d"), record_property)
+
+
+@pytest.mark.feature("Kill -9, continue")
+@pytest.mark.xdist_group("png")
+def test_kill_and_continue(empty_nnunet: NnUNet, png: str, record_property: Record):
+    experiment = Experiment(empty_nnunet, png, folds=("1",))
+    fold = experiment.model("2d") / "fold_1"
+    command = experiment.train_command("2d", "1")
+    training = subprocess.Popen(
+        [find_command(command[0]), *command[1:]], env=empty_nnunet.environment(), start_new_session=True
+    )
+    try:
+        while not (fold / "checkpoint_best.pth").exists():  # after the first epoch
+            assert training.poll() is None
+            sleep(0.1)
+        sleep(1)
+    finally:
+        training.kill()
+        end_process_group(training)
+    assert training.returncode == -signal.SIGKILL
+    empty_nnunet.run(*command, "--c", log="continued")
+    check_checkpoint(experiment, fold)
+    assert "Epoch 0" not in (empty_nnunet.workdir / "logs" / "continued.log").read_text()
+    logged = torch.load(fold / "checkpoint_final.pth", weights_only=False)["logging"]
+    assert len(logged["train_losses"]) == NUM_EPOCHS
+    check_better_than_chance(experiment, mean_dice(fold / "validation"), experiment.raw / "labelsTr", record_property)

@@ -13,7 +13,7 @@ from integration.in_process import InProcess
 from integration.pipeline import (
     RESENC_PLANS,
     Experiment,
-    make_label_scenarios,
+    make_label_scenario,
     mean_dice,
     plan_and_preprocess,
     plan_resenc,
@@ -35,7 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcess]
 def test_regions_ignore_label_cascade_and_ensemble(here: InProcess):
     write_hippocampus(here.raw / HIPPOCAMPUS_DATASET, num_training=4, num_test=1)
     dataset = SCENARIOS["regions_ignore"]
-    make_label_scenarios(here, [dataset], STEPS)
+    make_label_scenario(here, dataset, STEPS)
     experiment = Experiment(here, dataset)
     stages = ("3d_lowres", "3d_cascade_fullres")
     best = experiment.find_best(stages)
