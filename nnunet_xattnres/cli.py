@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Of what nnU-Net imports; no user can mend it.
     warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
     try:
-        check_nnunet_version()
+        if parsed.run is not _doctor:  # It says so in a line of its own, and goes on.
+            check_nnunet_version()
         parsed.run(parsed)
     except XAttnResError as error:
         print(f"nnunet-xattnres: {error}", file=sys.stderr)

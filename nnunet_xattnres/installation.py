@@ -30,13 +30,20 @@ def list_trainers() -> Iterator[tuple[str, str]]:
                 yield node.name, (ast.get_docstring(node) or "").partition("\n")[0]
 
 
+def installed_version(package: str) -> str | None:
+    """None where the package is not installed, or nothing but remains of it, which have no version."""
+    try:
+        return version(package) or None
+    except PackageNotFoundError:
+        return None
+
+
 def check_nnunet_version() -> None:
     """Raise `XAttnResError` unless the installed nnU-Net finds external trainers."""
     remedy = f"pip install 'nnunetv2{SUPPORTED_NNUNET}'"
-    try:
-        installed = version("nnunetv2")
-    except PackageNotFoundError:
-        raise XAttnResError(f"nnunetv2 is not installed: {remedy}") from None
+    installed = installed_version("nnunetv2")
+    if installed is None:
+        raise XAttnResError(f"nnunetv2 is not installed: {remedy}")
     if not SpecifierSet(SUPPORTED_NNUNET).contains(installed, prereleases=True):
         raise XAttnResError(
             f"nnunetv2 {installed} does not fit: trainers are found through nnUNet_extTrainer from 2.8 on: {remedy}"
