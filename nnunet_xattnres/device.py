@@ -10,7 +10,7 @@ from nnunet_xattnres.errors import XAttnResError
 
 # PyTorch, oneDNN, cuDNN and the C++ library each have words of their own for it.
 NO_MEMORY_LEFT = re.compile(
-    r"out of memory|can('|no)t allocate memory|bad_alloc|could not create a memory|ALLOC_FAILED", re.I
+    r"out of memory|can't allocate memory|bad_alloc|could not create a memory|ALLOC_FAILED", re.I
 )
 
 
