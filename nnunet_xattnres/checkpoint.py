@@ -1,15 +1,19 @@
 """Reading nnU-Net's checkpoints without letting them run code."""
 
+import errno
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
 from packaging.version import Version
 
-from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.device import is_out_of_memory
+from nnunet_xattnres.errors import XAttnResError, reason
 
 # nnU-Net logs numbers of numpy's, and pickle names their constructor by the module where numpy 1 or numpy 2 has it.
 SCALAR = np.float64(0).__reduce__()[0]
@@ -21,7 +25,7 @@ NUMPY_NUMBERS: list[Any] = [
 ]
 NAMES_IN_ALLOW_LIST = Version("2.6")
 FINAL_CHECKPOINT = "checkpoint_final.pth"
-KEYS = ("trainer_name", "init_args", "network_weights")
+REQUIRED_KEYS = {"trainer_name": str, "init_args": dict, "network_weights": dict}
 
 
 def finished_folds(model_folder: Path) -> dict[str, Path]:
@@ -30,48 +34,97 @@ def finished_folds(model_folder: Path) -> dict[str, Path]:
     return {file.parent.name.removeprefix("fold_"): file for file in files}
 
 
-def read_checkpoint(path: Path, remedy: str, trusted: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path, remedy: str, trusted: bool | None = None) -> dict[str, Any]:
     """The content of a checkpoint of nnU-Net; its tensors stay on disk until they are used.
 
     remedy: what to do about a file that is missing or damaged.
-    trusted: read a file that holds other things than nnU-Net stores too, which may run any code.
+    trusted: whether the user has given --trust-checkpoint, which reads other things than nnU-Net stores too, and they
+        may run any code; None for a command that does not have it.
 
-    Raises `XAttnResError` if there is no such file, if it is no checkpoint, and for what only `trusted` reads.
+    Raises `XAttnResError` if there is no such file, if it cannot be read now, if it is no checkpoint, and for what only
+    `trusted` reads.
     """
+
+    def load() -> Any:
+        try:
+            return _load_restricted(path)
+        except _NeedsTrust as error:
+            if trusted:
+                print(f"{path} is trusted and read without restrictions")
+                return _load(path, weights_only=False)
+            alternative = "" if trusted is None else ", or add --trust-checkpoint if you trust its origin"
+            raise XAttnResError(f"{error}{alternative}") from error
+
+    return _checked(load, path, remedy)
+
+
+def read_checkpoint_as_nnunet(path: Path, remedy: str) -> dict[str, Any]:
+    """`read_checkpoint` of a file that nnU-Net reads without restrictions anyway, so that nothing is to be decided."""
+
+    def load() -> Any:
+        try:
+            return _load_restricted(path)
+        except _NeedsTrust:
+            return _load(path, weights_only=False)
+
+    return _checked(load, path, remedy)
+
+
+class _NeedsTrust(Exception):
+    """One line: why a file cannot be read with restrictions, and what to do."""
+
+
+def _checked(load: Callable[[], Any], path: Path, remedy: str) -> dict[str, Any]:
     try:
-        checkpoint = _load_trusted(path) if trusted else _load_restricted(path)
-        for key in KEYS:
-            checkpoint[key]
+        checkpoint = load()
+        _check_types(checkpoint)
     except FileNotFoundError:
         raise XAttnResError(f"{path} does not exist: {remedy}") from None
     except XAttnResError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise XAttnResError(f"{path} is damaged or no nnU-Net checkpoint ({reason}): {remedy}") from error
+        if _is_unreadable_now(error):
+            raise XAttnResError(f"cannot read {path} ({reason(error)}): mend that and run again") from error
+        raise XAttnResError(f"{path} is damaged or no nnU-Net checkpoint ({reason(error)}): {remedy}") from error
     return checkpoint
+
+
+def _check_types(checkpoint: Any) -> None:
+    for key, kind in REQUIRED_KEYS.items():
+        if not isinstance(checkpoint[key], kind):
+            raise TypeError(f"{key} is no {kind.__name__}")
+    for key, weight in checkpoint["network_weights"].items():
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(f"{key} in network_weights is no tensor")
+
+
+def _is_unreadable_now(error: Exception) -> bool:
+    """Whether the file itself may be whole."""
+    if isinstance(error, OSError):
+        # In a truncated file PyTorch looks for places before its beginning.
+        return error.errno != errno.EINVAL
+    return is_out_of_memory(error) or str(error).startswith("unable to mmap")
 
 
 def _load_restricted(path: Path) -> Any:
     if Version(torch.__version__) < NAMES_IN_ALLOW_LIST:
-        raise XAttnResError(
+        raise _NeedsTrust(
             f"PyTorch {torch.__version__} cannot read {path} without letting it run code: "
-            f"pip install 'torch>={NAMES_IN_ALLOW_LIST}', or add --trust-checkpoint if you trust its origin"
+            f"pip install 'torch>={NAMES_IN_ALLOW_LIST}'"
         )
     try:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return _load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        raise XAttnResError(
+        if named is None and not is_zipfile(path):
+            raise ValueError("not written by torch.save") from error
+        raise _NeedsTrust(
             f"{path} holds {named[1] if named else 'something'} that nnU-Net does not store and that may run any code "
-            "when it is read: add --trust-checkpoint if you trust its origin"
+            "when it is read: let its trainer store numbers and tensors only"
         ) from error
 
 
-def _load_trusted(path: Path) -> Any:
-    try:
-        return _load_restricted(path)
-    except XAttnResError:
-        print(f"{path} is trusted and read without restrictions")
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+def _load(path: Path, weights_only: bool) -> Any:
+    # PyTorch's older format cannot stay on disk.
+    return torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=weights_only)

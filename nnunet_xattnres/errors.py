@@ -13,6 +13,12 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, without its place and in one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """A question that names what `name` may have been meant to be; empty where nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and folders that can be written to."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.errors import XAttnResError, reason
 
 
 @contextmanager
@@ -28,21 +29,59 @@ def write_text_atomically(text: str, path: Path) -> None:
 
 @contextmanager
 def folder_written_atomically(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes `path` at the end; `path` may be there already if it is empty."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
+    """A temporary folder to fill, which becomes `path` at the end.
+
+    `path` may be there already if it is empty. It stays the folder that it is then, for it may be a link, a mount point
+    or the current one: what the temporary folder holds is moved into it.
+
+    Raises `OSError` where it cannot be written, or where `path` has been filled meanwhile.
+    """
+    path = path.resolve()
+    parent = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    temporary = parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
     try:
         yield temporary
-        os.replace(temporary, path)
+        if parent == path:
+            _move_entries(temporary, path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_entries(source: Path, target: Path) -> None:
+    """All of them or none. source: the only thing in `target`."""
+    if list(target.iterdir()) != [source]:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), os.fspath(target))
+    names = os.listdir(source)
+    try:
+        for name in names:
+            os.replace(source / name, target / name)
+    except BaseException:
+        for name in names:
+            if (target / name).exists():
+                os.replace(target / name, source / name)
+        raise
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why nothing can be written to the folder, or made in the place where it is not there yet; None where it can."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        with TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return reason(error)
 
 
 def make_writable_folder(folder: Path, option: str) -> None:
     """Make the folder if it is not there. Raises `XAttnResError` where nothing can be written, naming its option."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
+        problem = why_not_writable(folder)
     except OSError as error:
-        raise XAttnResError(f"cannot write to {folder} ({error.strerror}): choose another {option}") from None
+        problem = reason(error)
+    if problem:
+        raise XAttnResError(f"cannot write to {folder} ({problem}): choose another {option}")

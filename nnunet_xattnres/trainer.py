@@ -13,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_xattnres import __version__
-from nnunet_xattnres.checkpoint import read_checkpoint
+from nnunet_xattnres.checkpoint import read_checkpoint_as_nnunet
 from nnunet_xattnres.config import Config, XAttnResConfig
 from nnunet_xattnres.errors import XAttnResError, differences, one_line
 from nnunet_xattnres.network import add_xattnres, check_architecture
@@ -174,8 +174,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
     def _check_checkpoint(self, filename: str) -> None:
         """Raise `XAttnResError` unless this class's network wrote the checkpoint."""
-        # Trusted, because nnU-Net reads it without restrictions right afterwards.
-        checkpoint = read_checkpoint(Path(filename), "delete it to continue from another one", trusted=True)
+        checkpoint = read_checkpoint_as_nnunet(Path(filename), "delete it to continue from another one")
         written_by = checkpoint["trainer_name"]
         record: dict[str, Any] | None = checkpoint["init_args"].get("xattnres")
         if record is None:

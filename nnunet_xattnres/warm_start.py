@@ -18,8 +18,8 @@ from torch import nn
 from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT, finished_folds, read_checkpoint
 from nnunet_xattnres.commands import environment_with
 from nnunet_xattnres.config import XAttnResConfig
-from nnunet_xattnres.errors import XAttnResError, differences
-from nnunet_xattnres.files import folder_written_atomically
+from nnunet_xattnres.errors import XAttnResError, differences, reason
+from nnunet_xattnres.files import folder_written_atomically, why_not_writable
 from nnunet_xattnres.plans import write_json_atomically
 from nnunet_xattnres.sources import PlannedNetwork, from_content, from_dataset, from_file
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
@@ -67,7 +67,8 @@ def run_warm_start(options: Options) -> None:
     or whose network is another one, and for an output folder that is not empty.
     """
     trainer_class = find_residual_trainer(options.trainer)
-    _check_output(options.output)
+    output = options.output.resolve()
+    _check_output(output)
     target = from_dataset(options.dataset, options.configuration, options.plans_name)
     source = read_source(options.source, options.fold, options.trust_checkpoint)
     check_same_network(source.planned, target)
@@ -78,7 +79,7 @@ def run_warm_start(options: Options) -> None:
     ):
         trainer = _trainer_with_weights(trainer_class, source, target)
         model_folder = Path(trainer.output_folder_base).relative_to(results)
-        _write_model_folder(options.output, trainer, source)
+        _write_model_folder(output, trainer, source)
     _print_next_commands(options, target, source.fold, model_folder)
 
 
@@ -104,9 +105,9 @@ def read_source(path: Path, fold: str | None, trusted: bool) -> TrainedNetwork:
 
     Raises `XAttnResError` if there is none, or if it has XAttnRes already.
     """
-    file = _checkpoint_in(path, fold) if path.is_dir() else path
-    if fold is not None and file == path:
+    if fold is not None and path.is_file():
         raise XAttnResError(f"-f chooses a fold of a model folder, but {path} is none: leave -f out")
+    found_fold, file = _checkpoint_in(path, fold) if path.is_dir() else (None, path)
     checkpoint = read_checkpoint(file, "choose another --from", trusted)
     if any(key.startswith("xattnres.") for key in checkpoint["network_weights"]):
         written_by = checkpoint["trainer_name"]
@@ -117,7 +118,7 @@ def read_source(path: Path, fold: str | None, trusted: bool) -> TrainedNetwork:
     recorded = checkpoint["init_args"]
     try:
         configuration, plans, dataset_json = (recorded[key] for key in ("configuration", "plans", "dataset_json"))
-        trained_fold = file.parent.name[5:] if path.is_dir() else str(recorded["fold"])
+        trained_fold = found_fold or str(recorded["fold"])
     except KeyError as error:
         raise XAttnResError(f"{file} does not record its {error.args[0]}: choose another --from") from None
     # It becomes part of a path.
@@ -140,7 +141,8 @@ def check_same_network(source: PlannedNetwork, target: PlannedNetwork) -> None:
         )
 
 
-def _checkpoint_in(folder: Path, fold: str | None) -> Path:
+def _checkpoint_in(folder: Path, fold: str | None) -> tuple[str, Path]:
+    """The fold and its final checkpoint."""
     checkpoints = finished_folds(folder)
     if not checkpoints:
         raise XAttnResError(f"{folder} has no fold_*/{FINAL_CHECKPOINT}: name a model folder, or a checkpoint itself")
@@ -148,7 +150,8 @@ def _checkpoint_in(folder: Path, fold: str | None) -> Path:
         raise XAttnResError(f"{folder} has several folds: choose one of them with -f: {', '.join(checkpoints)}")
     if fold is not None and fold not in checkpoints:
         raise XAttnResError(f"{folder} has no finished fold {fold}: choose from {', '.join(checkpoints)}")
-    return checkpoints[fold or next(iter(checkpoints))]
+    chosen = fold or next(iter(checkpoints))
+    return chosen, checkpoints[chosen]
 
 
 def _planned_properties(planned: PlannedNetwork) -> dict[str, Any]:
@@ -164,14 +167,11 @@ def _planned_properties(planned: PlannedNetwork) -> dict[str, Any]:
 
 
 def _check_output(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    problem = why_not_writable(output)
+    if problem:
+        raise XAttnResError(f"cannot write to {output} ({problem}): choose another -o")
+    if output.is_dir() and any(output.iterdir()):
         raise XAttnResError(f"{output} is there already and not an empty folder: choose another -o")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output.parent):
-            pass
-    except OSError as error:
-        raise XAttnResError(f"cannot write to {output.parent} ({error.strerror}): choose another -o") from None
 
 
 def _trainer_with_weights(
@@ -213,31 +213,37 @@ def _write_model_folder(output: Path, trainer: nnUNetTrainer, source: TrainedNet
     # Until it is trained, the model predicts from images that are preprocessed as in the training of its weights.
     plans = source.planned.plans
     configuration = {trainer.configuration_name: source.planned.manager.configuration}
-    with folder_written_atomically(output) as folder:
-        write_json_atomically(
-            plans | {"configurations": plans["configurations"] | configuration}, folder / "plans.json"
-        )
-        write_json_atomically(source.planned.dataset_json, folder / "dataset.json")
-        fold = folder / f"fold_{source.fold}"
-        fold.mkdir()
-        trainer.save_checkpoint(str(fold / CHECKPOINT))
-        trainer.save_checkpoint(str(folder / PRETRAINED))
+    try:
+        with folder_written_atomically(output) as folder:
+            write_json_atomically(
+                plans | {"configurations": plans["configurations"] | configuration}, folder / "plans.json"
+            )
+            write_json_atomically(source.planned.dataset_json, folder / "dataset.json")
+            fold = folder / f"fold_{source.fold}"
+            fold.mkdir()
+            trainer.save_checkpoint(str(fold / CHECKPOINT))
+            trainer.save_checkpoint(str(folder / PRETRAINED))
+    # PyTorch's word for a full disk is a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        raise XAttnResError(f"cannot write {output} ({reason(error)}): make room or choose another -o") from error
 
 
 def _print_next_commands(options: Options, target: PlannedNetwork, fold: int | str, model_folder: Path) -> None:
     train = ["nnUNetv2_train", target.plans["dataset_name"], options.configuration, str(fold), "-tr", options.trainer]
     train += ["-p", options.plans_name]
     output = shlex.quote(str(options.output))
-    copy = f'mkdir -p "$nnUNet_results/{model_folder}" && cp -r {output}/. "$nnUNet_results/{model_folder}"'
-    results = os.environ.get("nnUNet_results")
-    in_place = results is not None and options.output.resolve() == Path(results, model_folder).resolve()
     print(f"{options.output} computes what {options.source} does. To predict with it:")
     print(
         f"  nnUNetv2_predict_from_modelfolder -m {output} -f {fold} -chk {CHECKPOINT} -i IMAGES -o PREDICTIONS",
     )
     print("To train on from it, segmentation heads included:")
-    if not in_place:
-        print(f"  {copy}")
+    results = os.environ.get("nnUNet_results")
+    place = None if results is None else Path(results, model_folder)
+    if place is None or options.output.resolve() != place.resolve():
+        trained = None if place is None else place / f"fold_{fold}"
+        if trained is not None and trained.exists():
+            print(f"{trained} is there already: move it away first, or --c goes on from a {FINAL_CHECKPOINT} there")
+        print(f'  mkdir -p "$nnUNet_results/{model_folder}" && cp -r {output}/. "$nnUNet_results/{model_folder}"')
     print(f"  {shlex.join([*train, '--c'])}")
     print("To train from it with new heads, as nnU-Net does with pretrained weights:")
     print(f"  {shlex.join([*train, '-pretrained_weights', str(options.output / PRETRAINED)])}")

@@ -1,5 +1,7 @@
 import json
-from collections.abc import Callable, Iterable
+import resource
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +111,17 @@ def saved_bytes(compute: Callable[[], object], given: Iterable[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         compute()
     return sum(saved.values())
+
+
+@contextmanager
+def limited(kind: int, limit: int) -> Iterator[None]:
+    """This process with a limit of the operating system's. kind: one of `resource.RLIMIT_*`."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
 
 
 def plans_file(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> Path:

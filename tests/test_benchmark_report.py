@@ -393,6 +393,10 @@ class TestFolder:
                 "the shape (3, 3, 3)",
             ),
             (lambda folder: (folder / "checkpoint_final.pth").unlink(), "checkpoint_final.pth does not exist"),
+            (
+                lambda folder: torch.save({"extra": Path("here")}, folder / "checkpoint_final.pth"),
+                "when it is read: let its trainer store numbers and tensors only",
+            ),
             (lambda folder: edit(folder / "cell.json", "finished", "failed"), "none of 2 cells is finished"),
         ],
     )

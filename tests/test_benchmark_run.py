@@ -263,6 +263,17 @@ def test_a_failed_cell_says_why_and_keeps_the_log_of_every_attempt(commands, tmp
     assert [log.name for log in sorted(CELL.log(tmp_path).iterdir())] == ["train_1.log", "train_2.log"]
 
 
+def test_a_checkpoint_of_the_benchmarks_is_not_trusted_either(commands, tmp_path):
+    write_final_checkpoint(tmp_path)
+    write_validation(tmp_path)
+    checkpoint = CELL.folder(tmp_path) / "checkpoint_final.pth"
+    torch.save(torch.load(checkpoint) | {"extra": Path("here")}, checkpoint)
+    run_cell(tmp_path, CELL, "cpu", num_gpus=1)
+    reason = CELL.record(tmp_path)["reason"]
+    assert reason.startswith(f"{checkpoint} holds pathlib.")
+    assert reason.endswith("let its trainer store numbers and tensors only")
+
+
 def test_a_cell_that_another_process_runs_is_left_alone(commands, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "SECONDS_FOR_A_LOOK", 0.2)
     with locked(folder_of(tmp_path) / LOCK, 0):

@@ -10,7 +10,13 @@ import pytest
 from conftest import PHANTOM
 from training import train
 
-from nnunet_xattnres.files import folder_written_atomically, written_atomically
+from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.files import (
+    folder_written_atomically,
+    make_writable_folder,
+    why_not_writable,
+    written_atomically,
+)
 from nnunet_xattnres.plans import write_json_atomically
 from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 
@@ -102,9 +108,61 @@ class TestFullDisk:
         with folder_written_atomically(path) as folder:
             (folder / "plans.json").write_text("{}")
         assert [file.name for file in path.iterdir()] == ["plans.json"]
-        with pytest.raises(OSError), folder_written_atomically(path) as folder:
-            (folder / "other.json").write_text("{}")
+        with pytest.raises(OSError, match="not empty"), folder_written_atomically(path) as folder:
+            (folder / "plans.json").write_text("other")
+        assert [(file.name, file.read_text()) for file in path.iterdir()] == [("plans.json", "{}")]
+
+    def test_folders_above_it_are_not_left_either(self, tmp_path):
+        path = tmp_path / "new" / "model"
+        with pytest.raises(OSError, match="No space left"), folder_written_atomically(path):
+            raise OSError("No space left on device")
+        assert not list(tmp_path.iterdir())
+        with folder_written_atomically(path) as folder:
+            (folder / "plans.json").write_text("{}")
         assert [file.name for file in path.iterdir()] == ["plans.json"]
+
+    def test_an_empty_folder_stays_the_same_folder(self, tmp_path):
+        folder, link = tmp_path / "model", tmp_path / "link"
+        folder.mkdir()
+        link.symlink_to(folder)
+        inode = folder.stat().st_ino
+        with folder_written_atomically(link) as temporary:
+            (temporary / "plans.json").write_text("{}")
+            (temporary / "fold_0").mkdir()
+        assert link.is_symlink()
+        assert folder.stat().st_ino == inode
+        assert sorted(file.name for file in folder.iterdir()) == ["fold_0", "plans.json"]
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "model"]
+
+    def test_an_empty_folder_is_filled_whole_or_not_at_all(self, tmp_path, monkeypatch):
+        moved = []
+        replace = os.replace
+
+        def fail_at_the_second(source, target):
+            moved.append(target)
+            if len(moved) == 2:
+                raise OSError("Input/output error")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", fail_at_the_second)
+        with pytest.raises(OSError, match="Input/output"), folder_written_atomically(tmp_path) as folder:
+            for name in ("a", "b", "c"):
+                (folder / name).touch()
+        assert not list(tmp_path.iterdir())
+
+    def test_who_cannot_write_where(self, tmp_path):
+        file = tmp_path / "file"
+        file.touch()
+        assert why_not_writable(tmp_path) is None
+        assert why_not_writable(tmp_path / "new" / "folder") is None
+        assert why_not_writable(file) == why_not_writable(file / "new") == "Not a directory"
+        assert why_not_writable(tmp_path / ("long" * 100)) == "File name too long"
+        assert list(tmp_path.iterdir()) == [file]
+        make_writable_folder(tmp_path / "new" / "folder", "-o")
+        assert (tmp_path / "new" / "folder").is_dir()
+        for place in (file, file / "new"):
+            with pytest.raises(XAttnResError, match=r"cannot write to .*: choose another -o"):
+                make_writable_folder(place, "-o")
 
     def test_a_file_may_be_new(self, tmp_path):
         with written_atomically(tmp_path / "new.txt") as temporary:

@@ -210,6 +210,13 @@ class TestCheckpoints:
         with pytest.raises(XAttnResError, match=r"no nnU-Net checkpoint \('trainer_name'\): delete it to continue"):
             trainer.load_checkpoint(str(path))
 
+    def test_what_the_trainer_stores_beside_is_read_as_nnunet_reads_it(self, trainer, tmp_path, capsys):
+        path = tmp_path / "checkpoint.pth"
+        trainer.save_checkpoint(str(path))
+        torch.save(torch.load(path, weights_only=False) | {"extra": Path("here")}, path)
+        trainer.load_checkpoint(str(path))
+        assert "trusted" not in capsys.readouterr().out
+
     @pytest.mark.parametrize("length", [0, 100, 5000])
     def test_a_truncated_checkpoint_is_refused(self, trainer, tmp_path, length):
         path = tmp_path / "checkpoint.pth"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -12,20 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PHANTOM, read_plans
-from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from conftest import PHANTOM, limited, read_plans
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from planned import planned_network
 from training import CPU, train
 
-from nnunet_xattnres import XAttnResConfig
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.commands import NnUNet, find_command
 from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.network import add_xattnres
+from nnunet_xattnres.plans import add_small_configuration, write_json_atomically
 from nnunet_xattnres.sources import from_content
 from nnunet_xattnres.warm_start import check_same_network, read_source
 
@@ -52,10 +51,10 @@ def nnunet_process(nnunet_environment: NnUNet, monkeypatch: pytest.MonkeyPatch) 
     return nnunet_environment
 
 
-def predict(model: Path, checkpoint: str, image: Path) -> tuple[np.ndarray, np.ndarray]:
+def predict(model: Path, checkpoint: str, image: Path, fold: int | str = 0) -> tuple[np.ndarray, np.ndarray]:
     """Segmentation and probabilities."""
     predictor = nnUNetPredictor(device=CPU, perform_everything_on_device=False, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model), (0,), checkpoint)
+    predictor.initialize_from_trained_model_folder(str(model), (fold,), checkpoint)
     pixels, properties = SimpleITKIO().read_images([str(image)])
     return predictor.predict_single_npy_array(pixels, properties, None, None, True)
 
@@ -65,11 +64,16 @@ def gates(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_untrained(
-    folder: Path, trainer: type[nnUNetTrainer], nnunet: NnUNet, fold: int = 0, configuration: str = CONFIGURATION
+    folder: Path,
+    trainer: type[nnUNetTrainer],
+    preprocessed: Path,
+    fold: int | str = 0,
+    configuration: str = CONFIGURATION,
+    plans_name: str = "nnUNetPlans",
 ) -> Path:
-    """A model folder as a training would leave it. Returns its checkpoint."""
-    plans = read_plans(nnunet)
-    dataset_json = json.loads((nnunet.raw / PHANTOM / "dataset.json").read_text())
+    """A model folder as a training would leave it, of the phantoms there. Returns its checkpoint."""
+    plans = json.loads((preprocessed / PHANTOM / f"{plans_name}.json").read_text())
+    dataset_json = json.loads((preprocessed / PHANTOM / "dataset.json").read_text())
     untrained = trainer(plans | {"continue_training": False}, configuration, fold, dataset_json, CPU)
     untrained.initialize()
     untrained.inference_allowed_mirroring_axes = (0, 1)
@@ -88,7 +92,7 @@ def find(trainer: str) -> type[nnUNetTrainer]:
 
 @pytest.fixture
 def plain_checkpoint(nnunet_process: NnUNet, tmp_path: Path) -> Path:
-    return save_untrained(tmp_path / "plain", nnUNetTrainer, nnunet_process)
+    return save_untrained(tmp_path / "plain", nnUNetTrainer, nnunet_process.preprocessed)
 
 
 @pytest.fixture
@@ -180,6 +184,28 @@ def test_where_the_output_is_what_nnunet_looks_for_nothing_is_to_be_copied(plain
     assert "cp " not in capsys.readouterr().out
 
 
+def test_a_training_that_is_there_already_is_not_merged_with(plain_checkpoint, tmp_path, capsys):
+    model = Path(os.environ["nnUNet_results"], PHANTOM, f"{FINETUNE}__nnUNetPlans__{CONFIGURATION}")
+    for fold, is_in_the_way in ((1, False), (0, True)):
+        (model / f"fold_{fold}").mkdir(parents=True)
+        output = tmp_path / f"out_{fold}"
+        arguments = ["--from", str(plain_checkpoint), "-d", "901", "-c", CONFIGURATION, "-o", str(output)]
+        assert main(["warm-start", *arguments]) == 0
+        assert (f"{model}/fold_0 is there already: move it away first" in capsys.readouterr().out) == is_in_the_way
+
+
+def test_an_empty_folder_that_is_there_is_filled(plain_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    monkeypatch.chdir(tmp_path / "empty")
+    for output, folder in ((".", tmp_path / "empty"), (str(tmp_path / "link"), tmp_path / "other")):
+        arguments = ["--from", str(plain_checkpoint), "-d", "901", "-c", CONFIGURATION, "-o", output]
+        assert main(["warm-start", *arguments]) == 0
+        assert sorted(os.listdir(folder)) == ["dataset.json", "fold_0", "plans.json", "pretrained.pth"]
+    assert os.listdir() == os.listdir(tmp_path / "empty")
+
+
 def test_until_it_is_trained_the_model_preprocesses_as_the_source(plain_checkpoint, nnunet_process, tmp_path):
     folder = plain_checkpoint.parents[1]
     plans = json.loads((folder / "plans.json").read_text())
@@ -196,16 +222,56 @@ def test_until_it_is_trained_the_model_preprocesses_as_the_source(plain_checkpoi
     assert predictor.configuration_manager.spacing == [2.0, 2.0, 2.0]
 
 
-@pytest.mark.parametrize("strides", [((1, 1), (2, 2), (2, 2)), ((1, 1, 1), (1, 2, 2), (2, 2, 2))])
-def test_a_residual_encoder_keeps_its_function(strides):
-    trained = planned_network(strides, ResidualEncoderUNet, seed=1).eval()
-    network = add_xattnres(planned_network(strides, ResidualEncoderUNet), XAttnResConfig(fusion="residual")).eval()
-    missing, unexpected = network.load_state_dict(trained.state_dict(), strict=False)
-    assert not unexpected
-    assert all(key.startswith("xattnres.") for key in missing)
-    image = torch.randn(1, 1, *[16] * len(strides[0]))
-    with torch.no_grad():
-        assert torch.equal(network(image), trained(image))
+@pytest.fixture
+def small_plans(nnunet_process: NnUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nnUNet_preprocessed where both plans have 2d_small and 3d_small."""
+    preprocessed = tmp_path / "preprocessed"
+    (preprocessed / PHANTOM).mkdir(parents=True)
+    shutil.copy(nnunet_process.preprocessed / PHANTOM / "dataset.json", preprocessed / PHANTOM)
+    for data in ("nnUNetPlans_2d", "nnUNetPlans_3d_fullres"):
+        (preprocessed / PHANTOM / data).symlink_to(nnunet_process.preprocessed / PHANTOM / data)
+    for plans_name in ("nnUNetPlans", "nnUNetResEncUNetMPlans"):
+        plans = read_plans(nnunet_process, plans_name)
+        for name, base in (("2d_small", "2d"), ("3d_small", "3d_fullres")):
+            add_small_configuration(plans, name, base, base_features=4, max_patch_voxels=32**3, batch_size=2)
+        write_json_atomically(plans, preprocessed / PHANTOM / f"{plans_name}.json")
+    monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
+    return preprocessed
+
+
+@pytest.mark.parametrize(
+    "plans_name, configuration, fold, regions",
+    [
+        ("nnUNetPlans", "3d_small", 0, True),
+        ("nnUNetPlans", "2d_small", "all", False),
+        ("nnUNetResEncUNetMPlans", "3d_small", "all", False),
+        ("nnUNetResEncUNetMPlans", "2d_small", 0, True),
+    ],
+)
+def test_every_plain_network_predicts_the_same(
+    small_plans, nnunet_process, tmp_path, plans_name, configuration, fold, regions
+):
+    if regions:
+        file = small_plans / PHANTOM / "dataset.json"
+        labels = {"background": 0, "whole": [1, 2], "core": [2]}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"labels": labels, "regions_class_order": [1, 2]}))
+    plain = save_untrained(tmp_path / "plain", nnUNetTrainer, small_plans, fold, configuration, plans_name)
+    checkpoint = torch.load(plain, weights_only=False)
+    torch.manual_seed(0)
+    for weight in checkpoint["network_weights"].values():
+        weight += 0.1 * torch.randn_like(weight)
+    torch.save(checkpoint | {"inference_allowed_mirroring_axes": (0,)}, plain)
+
+    model = tmp_path / "out"
+    arguments = ["--from", str(plain.parents[1]), "-d", "901", "-c", configuration, "-p", plans_name, "-o", str(model)]
+    assert main(["warm-start", *arguments]) == 0
+    image = sorted((nnunet_process.raw / PHANTOM / "imagesTr").iterdir())[0]
+    expected_segmentation, expected_probabilities = predict(plain.parents[1], "checkpoint_final.pth", image, fold)
+    segmentation, probabilities = predict(model, "checkpoint_latest.pth", image, fold)
+    assert np.array_equal(segmentation, expected_segmentation)
+    assert np.array_equal(probabilities, expected_probabilities)
+    assert len(probabilities) == (2 if regions else 3)
+    assert len(np.unique(probabilities)) > 1000
 
 
 class TestReadingCheckpoints:
@@ -241,8 +307,9 @@ class TestReadingCheckpoints:
         assert read["_best_ema"] == 0.25
         assert read["logging"] == {"train_losses": [0.5, 0.5, 0.5]}
 
-    def test_a_missing_file_is_named(self, nnunet_process, tmp_path, refuse):
-        assert "nowhere.pth does not exist: choose another --from" in refuse(tmp_path / "nowhere.pth")
+    @pytest.mark.parametrize("options", [(), ("-f", "0")])
+    def test_a_missing_file_is_named(self, nnunet_process, tmp_path, refuse, options):
+        assert "nowhere does not exist: choose another --from" in refuse(tmp_path / "nowhere", *options)
 
     def test_what_it_records_cannot_lead_out_of_the_output(self, plain_checkpoint, refuse):
         checkpoint = torch.load(plain_checkpoint, weights_only=False)
@@ -289,11 +356,11 @@ class TestRefusals:
         assert "conv_op='torch.nn.modules.conv.Conv3d' (here 'torch.nn.modules.conv.Conv2d')" in message
 
     def test_a_source_with_xattnres(self, nnunet_process, tmp_path, refuse):
-        checkpoint = save_untrained(tmp_path / "xattnres", find("nnUNetTrainerXAttnRes"), nnunet_process)
+        checkpoint = save_untrained(tmp_path / "xattnres", find("nnUNetTrainerXAttnRes"), nnunet_process.preprocessed)
         assert "was written by nnUNetTrainerXAttnRes and has XAttnRes already" in refuse(checkpoint)
 
     def test_a_source_that_is_not_the_planned_network(self, nnunet_process, tmp_path, refuse):
-        checkpoint = save_untrained(tmp_path / "no_skip", find("nnUNetTrainerNoSkip"), nnunet_process)
+        checkpoint = save_untrained(tmp_path / "no_skip", find("nnUNetTrainerNoSkip"), nnunet_process.preprocessed)
         message = refuse(checkpoint)
         assert "was written by nnUNetTrainerNoSkip, whose network is not the planned one: decoder.stages" in message
 
@@ -324,7 +391,7 @@ class TestRefusals:
     def test_which_fold(self, nnunet_process, tmp_path, refuse):
         model = tmp_path / "model"
         for fold in (0, 3):
-            save_untrained(model, nnUNetTrainer, nnunet_process, fold)
+            save_untrained(model, nnUNetTrainer, nnunet_process.preprocessed, fold)
         assert "has several folds: choose one of them with -f: 0, 3" in refuse(model)
         assert "has no finished fold 1: choose from 0, 3" in refuse(model, "-f", "1")
         checkpoint = model / "fold_0" / "checkpoint_final.pth"
@@ -340,14 +407,15 @@ class TestRefusals:
         monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
         assert "nnUNetPlans_3d_fullres does not exist: run nnUNetv2_preprocess first" in refuse(plain_checkpoint)
 
-    def test_a_full_disk_leaves_nothing(self, plain_checkpoint, tmp_path, monkeypatch):
-        def disk_full(checkpoint: object, filename: str) -> None:
-            Path(filename).write_bytes(b"half a checkpoint")
-            raise OSError("No space left on device")
+    @pytest.mark.parametrize("room", [5_000, 100_000])
+    def test_a_full_disk_leaves_nothing(self, plain_checkpoint, refuse, room):
+        """Too full for plans.json, or for a checkpoint only, about which PyTorch has its own error."""
+        with limited(resource.RLIMIT_FSIZE, room):
+            message = refuse(plain_checkpoint)
+        assert re.search(r"cannot write .*out \(.+\): make room or choose another -o", message)
+        assert ("File too large" in message) == (room == 5_000)
 
-        monkeypatch.setattr(torch, "save", disk_full)
-        arguments = ["--from", str(plain_checkpoint), "-d", "901", "-c", CONFIGURATION, "-o", str(tmp_path / "out")]
-        before = sorted(tmp_path.iterdir())
-        with pytest.raises(OSError, match="No space left"):
-            main(["warm-start", *arguments])
-        assert sorted(tmp_path.iterdir()) == before
+    def test_an_output_where_nothing_can_be_written(self, plain_checkpoint, tmp_path, refuse):
+        (tmp_path / "file").touch()
+        message = refuse(plain_checkpoint, "-o", str(tmp_path / "file" / "out"))
+        assert "file/out (Not a directory): choose another -o" in message

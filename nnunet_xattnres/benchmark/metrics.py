@@ -220,8 +220,7 @@ def _cell_row(root: Path, cell: Cell) -> dict[str, Any]:
 
 
 def _curve_rows(root: Path, cell: Cell) -> list[dict[str, Any]]:
-    # Trusted, for the benchmark has written it.
-    checkpoint = read_checkpoint(cell.folder(root) / FINAL_CHECKPOINT, "run the benchmark again", trusted=True)
+    checkpoint = read_checkpoint(cell.folder(root) / FINAL_CHECKPOINT, "run the benchmark again")
     logged = checkpoint["logging"]
     series = zip(logged["train_losses"], logged["val_losses"], logged["mean_fg_dice"], strict=True)
     return [
