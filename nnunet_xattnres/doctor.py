@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import metadata, requires
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from textwrap import shorten
 from traceback import extract_tb, format_exception_only
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from packaging.specifiers import SpecifierSet
 
 from nnunet_xattnres.commands import environment_with
 from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.files import why_not_writable
 from nnunet_xattnres.installation import SUPPORTED_NNUNET, check_nnunet_version, installed_version, list_trainers
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
@@ -119,15 +120,10 @@ def _folder(variable: str, written_to: bool) -> Finding:
         return Finding(PROBLEM, f"{variable} is not set: export {variable}=FOLDER")
     if not Path(value).is_dir():
         return Finding(PROBLEM, f"{variable} names {value}, which is no folder: mkdir -p it, or export another")
-    if written_to:
-        try:
-            with TemporaryFile(dir=value):
-                pass
-        except OSError as error:
-            return Finding(
-                PROBLEM,
-                f"{variable} names {value}, which cannot be written to ({error.strerror}): chmod it, or export another",
-            )
+    problem = why_not_writable(Path(value)) if written_to else None
+    if problem:
+        text = f"{variable} names {value}, which cannot be written to ({problem}): chmod it, or export another"
+        return Finding(PROBLEM, text)
     return Finding(OK, f"{variable} is {value}")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_xattnres import doctor
+from nnunet_xattnres import doctor, files
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.doctor import NOTE, OK, PROBLEM
 from nnunet_xattnres.installation import list_trainers, trainers_folder
@@ -185,7 +185,7 @@ class TestFoldersThatCannotBeWrittenTo:
         def refused(dir: str) -> Any:
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(doctor, "TemporaryFile", refused)
+        monkeypatch.setattr(files, "TemporaryFile", refused)
 
     def test_data_are_only_read(self, examine):
         assert examine(" nnUNet_raw ").status == OK
