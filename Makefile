@@ -15,7 +15,7 @@ test: .venv/.installed  ## the test suite
 
 # nnU-Net trains on a CPU with all cores, whatever OMP_NUM_THREADS says: threads that wait for each other must not spin.
 test-matrix: .venv/.installed  ## everything that nnU-Net does, with our trainers; TABLE=FILE to keep the table
-	GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or feature" -n auto --dist loadgroup $(if $(TABLE),--table "$(TABLE)")
+	GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or feature" -n auto --dist loadscope $(if $(TABLE),--table "$(TABLE)")
 
 lint: .venv/.installed  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -19,12 +19,21 @@ from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write
 
 FOLDS = ("0", "1")
 RESENC_PLANS = "nnUNetResEncUNetMPlans"
-BASE_FEATURES = 8
-# By the number of spatial axes. In two dimensions the background outweighs the organ for longer.
-MAX_PATCH_VOXELS = {2: 64 * 64, 3: 20_000}
-BATCH_SIZE = {2: 8, 3: 2}
-ITERATIONS_PER_EPOCH = {2: 150, 3: 75}
-NUM_EPOCHS = 4
+MAX_PATCH_VOXELS = {"2d": 64 * 64, "3d_lowres": 20_000, "3d_fullres": 20_000}
+BATCH_SIZE = {"2d": 8, "3d_lowres": 2, "3d_fullres": 2}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of networks and their trainings. num_iterations: per epoch, by configuration."""
+
+    base_features: int
+    num_epochs: int
+    num_iterations: Mapping[str, int]
+
+
+# Networks with fewer channels take several times as many steps until they see anything but background.
+LEARNS = Size(base_features=32, num_epochs=4, num_iterations={"2d": 75, "3d_lowres": 75, "3d_fullres": 40})
 
 Result = TypeVar("Result")
 
@@ -63,57 +72,53 @@ def shrink(
     dataset: str,
     configurations: Sequence[str],
     plans: str = "nnUNetPlans",
-    iterations: int | None = None,
+    size: Size = LEARNS,
 ) -> None:
-    """Make configurations CPU-sized under their own names; what was planned stays as `<name>_planned`.
-
-    iterations: train a single epoch of this many.
-    """
+    """Make configurations CPU-sized under their own names; what was planned stays as `<name>_planned`."""
     path = nnunet.preprocessed / dataset / f"{plans}.json"
     content = json.loads(path.read_text())
     for name in configurations:
         planned = f"{name}_planned"
         content["configurations"][planned] = content["configurations"].pop(name)
-        axes = len(content["configurations"][planned]["patch_size"])
         add_small_configuration(
             content,
             name,
             planned,
-            base_features=BASE_FEATURES,
-            max_patch_voxels=MAX_PATCH_VOXELS[axes],
-            batch_size=BATCH_SIZE[axes],
+            base_features=size.base_features,
+            max_patch_voxels=MAX_PATCH_VOXELS[name],
+            batch_size=BATCH_SIZE[name],
             budget=TrainingBudget(
-                num_epochs=1 if iterations else NUM_EPOCHS,
-                num_iterations_per_epoch=iterations or ITERATIONS_PER_EPOCH[axes],
+                num_epochs=size.num_epochs,
+                num_iterations_per_epoch=size.num_iterations[name],
                 num_val_iterations_per_epoch=2,
             ),
         )
     write_json_atomically(content, path)
 
 
-def make_label_scenario(nnunet: NnUNet, dataset: str, iterations: int | None = None) -> None:
+def make_label_scenario(nnunet: NnUNet, dataset: str, size: Size = LEARNS) -> None:
     """From dataset 4, by nnU-Net's own script: planned, with lowres and cascade configurations, preprocessed."""
     number = dataset[7:10]
     run_module(nnunet, f"nnunetv2.dataset_conversion.datasets_for_integration_tests.{dataset}")
     nnunet.run("nnUNetv2_plan_and_preprocess", "-d", number, "--no_pp", "-npfp", "2", log=f"{dataset}_plan")
     run_module(nnunet, "nnunetv2.tests.integration_tests.add_lowres_and_cascade", "-d", number)
     configurations = ("2d", "3d_lowres", "3d_fullres")
-    shrink(nnunet, dataset, configurations, iterations=iterations)
+    shrink(nnunet, dataset, configurations, size=size)
     write_two_folds(nnunet, dataset)
     nnunet.run("nnUNetv2_preprocess", "-d", number, "-c", *configurations, "-np", "2", log=f"{dataset}_preprocess")
 
 
-def plan_and_preprocess(nnunet: NnUNet, dataset: str, configuration: str, iterations: int | None = None) -> None:
+def plan_and_preprocess(nnunet: NnUNet, dataset: str, configuration: str, size: Size = LEARNS) -> None:
     command = ("nnUNetv2_plan_and_preprocess", "-d", dataset[7:10], "-c", configuration)
     nnunet.run(*command, "-npfp", "2", "-np", "2", log=f"{dataset}_plan")
-    shrink(nnunet, dataset, (configuration,), iterations=iterations)
+    shrink(nnunet, dataset, (configuration,), size=size)
     write_two_folds(nnunet, dataset)
 
 
-def plan_resenc(nnunet: NnUNet, dataset: str, configuration: str, iterations: int | None = None) -> None:
+def plan_resenc(nnunet: NnUNet, dataset: str, configuration: str, size: Size = LEARNS) -> None:
     """More plans for a dataset, for residual encoders. They share the preprocessed images of the others."""
     nnunet.run("nnUNetv2_plan_experiment", "-d", dataset[7:10], "-pl", "nnUNetPlannerResEncM", log="plan_resenc")
-    shrink(nnunet, dataset, (configuration,), RESENC_PLANS, iterations)
+    shrink(nnunet, dataset, (configuration,), RESENC_PLANS, size)
 
 
 def write_two_folds(nnunet: NnUNet, dataset: str) -> None:

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from time import sleep
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,158 +22,139 @@ from integration.checks import (
     check_segmentations,
     check_test_set,
 )
-from integration.conftest import SCENARIOS
-from integration.pipeline import NUM_EPOCHS, RESENC_PLANS, Experiment, mean_dice, read_json
+from integration.pipeline import LEARNS, RESENC_PLANS, Experiment, mean_dice, read_json
 from nnunet_xattnres.commands import NnUNet, end_process_group, find_command
 
 pytestmark = pytest.mark.slow
 
 CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
+each_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS)
 
 
-class Column(NamedTuple):
-    """Of the table. labels: one of `SCENARIOS`."""
+class Scenario:
+    """What every kind of labels goes through. labels: a key of `SCENARIOS`. column: of the table."""
 
     labels: str
-    trainer: str = "nnUNetTrainerXAttnRes"
+    column: str
+    trainer = "nnUNetTrainerXAttnRes"
+
+    @pytest.fixture
+    def experiment(self, empty_nnunet: NnUNet, label_scenario: Callable[[str], str]) -> Experiment:
+        return Experiment(empty_nnunet, label_scenario(self.labels), self.trainer)
+
+    @pytest.mark.feature("Plan, preprocess")
+    def test_plan_and_preprocess(self, experiment: Experiment):
+        preprocessed = experiment.nnunet.preprocessed / experiment.dataset
+        plans = read_json(preprocessed / f"{experiment.plans}.json")
+        assert plans["dataset_name"] == experiment.dataset
+        for configuration in ("2d", "3d_lowres", "3d_fullres"):
+            identifier = plans["configurations"][f"{configuration}_planned"]["data_identifier"]
+            for case in experiment.cases(experiment.raw / "labelsTr"):
+                assert (preprocessed / identifier / f"{case}.b2nd").is_file()
+
+    @pytest.mark.feature("Train and validate")
+    @each_configuration
+    def test_train_and_validate(self, experiment: Experiment, configuration: str, record_property: Record):
+        folds = experiment.train_all(configuration)
+        splits = read_json(experiment.nnunet.preprocessed / experiment.dataset / "splits_final.json")
+        for split, fold in zip(splits, folds, strict=True):
+            check_checkpoint(experiment, fold)
+            assert experiment.cases(fold / "validation") == set(split["val"])
+            check_segmentations(experiment, fold / "validation", experiment.raw / "imagesTr")
+            check_probabilities(experiment, fold / "validation")
+        dice = float(np.mean([mean_dice(fold / "validation") for fold in folds]))
+        check_better_than_chance(experiment, dice, experiment.raw / "labelsTr", record_property)
+
+    @pytest.mark.feature("Hand segmentations of 3d_lowres to the cascade")
+    def test_cascade_reads_lowres(self, experiment: Experiment):
+        folds = experiment.train_all("3d_cascade_fullres")
+        handed_over = experiment.model("3d_lowres") / "predicted_next_stage" / "3d_cascade_fullres"
+        assert {file.stem for file in handed_over.glob("*.b2nd")} == experiment.cases(experiment.raw / "labelsTr")
+        weights = torch.load(folds[0] / "checkpoint_final.pth", weights_only=False)["network_weights"]
+        images = len(experiment.dataset_json["channel_names"])
+        assert next(iter(weights.values())).shape[1] == images + len(experiment.labels.foreground_labels)
+
+    @pytest.mark.feature("Find the best configuration")
+    def test_find_best_configuration(self, experiment: Experiment):
+        information = experiment.find_best(CONFIGURATIONS)
+        models = {f"{experiment.trainer}__{experiment.plans}__{name}" for name in CONFIGURATIONS}
+        results = information["all_results"]
+        assert models < results.keys()
+        assert len(results.keys() - models) == 6  # pairs
+        best = information["best_model_or_ensemble"]
+        assert best["result_on_crossval_pre_pp"] == max(results.values())
+        assert best["result_on_crossval_post_pp"] >= best["result_on_crossval_pre_pp"]
+        assert Path(best["postprocessing_file"]).is_file()
+
+    @pytest.mark.feature("Predict with a single model")
+    @each_configuration
+    def test_predict(self, experiment: Experiment, configuration: str, record_property: Record):
+        check_test_set(experiment, experiment.predict(configuration), record_property)
+        check_probabilities(experiment, experiment.predict(configuration))
+
+    @pytest.mark.feature("Predict with an ensemble")
+    def test_ensemble(self, experiment: Experiment, record_property: Record):
+        check_test_set(experiment, experiment.ensemble(("2d", "3d_fullres")), record_property)
+
+    @pytest.mark.feature("Predict with the best, postprocess")
+    def test_postprocess(self, experiment: Experiment, record_property: Record):
+        check_test_set(experiment, experiment.predict_best(CONFIGURATIONS), record_property)
 
 
-COLUMNS = {labels: Column(labels) for labels in SCENARIOS}
-COLUMNS["standard, NoSkip"] = Column("standard", "nnUNetTrainerXAttnResNoSkip")
+class TestStandard(Scenario):
+    labels = column = "standard"
+
+    @pytest.mark.feature("Accumulate cross-validation results", column="")
+    def test_accumulate_crossval_results(self, experiment: Experiment):
+        accumulated = experiment.accumulate("2d")
+        assert experiment.cases(accumulated) == experiment.cases(experiment.raw / "labelsTr")
+        folds = [mean_dice(fold / "validation") for fold in experiment.train_all("2d")]
+        assert mean_dice(accumulated) == pytest.approx(np.mean(folds))  # of folds of equal size
+
+    @pytest.mark.feature("ResEnc plans", column="")
+    def test_resenc(self, empty_nnunet: NnUNet, resenc: str, record_property: Record):
+        experiment = Experiment(empty_nnunet, resenc, plans=RESENC_PLANS, folds=("0",))
+        check_test_set(experiment, check_model(experiment, "3d_fullres"), record_property)
+        plans = read_json(experiment.model("3d_fullres") / "plans.json")
+        architecture = plans["configurations"]["3d_fullres"]["architecture"]
+        assert architecture["network_class_name"].endswith("ResidualEncoderUNet")
+
+    @pytest.mark.feature("Fold `all`", column="")
+    def test_fold_all(self, empty_nnunet: NnUNet, label_scenario: Callable[[str], str], record_property: Record):
+        experiment = Experiment(empty_nnunet, label_scenario("standard"), folds=("all",))
+        check_test_set(experiment, check_model(experiment, "2d"), record_property)
 
 
-def in_groups(*columns: str) -> list[Any]:
-    """Tests of a column share trained models, so that one process runs them all."""
-    return [pytest.param(column, marks=pytest.mark.xdist_group(column)) for column in columns]
+class TestRegions(Scenario):
+    labels = column = "regions"
 
 
-each_scenario = pytest.mark.parametrize("column", in_groups(*SCENARIOS))
-each_column = pytest.mark.parametrize("column", in_groups(*COLUMNS))
-each_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS)
-of_standard = pytest.mark.xdist_group("standard")
+class TestIgnoreLabel(Scenario):
+    labels = column = "ignore"
 
 
-@pytest.fixture
-def experiment(empty_nnunet: NnUNet, label_scenario: Callable[[str], str], column: str) -> Experiment:
-    labels, trainer = COLUMNS[column]
-    return Experiment(empty_nnunet, label_scenario(labels), trainer)
+class TestRegionsAndIgnoreLabel(Scenario):
+    labels = column = "regions_ignore"
 
 
-@pytest.mark.feature("Plan, preprocess")
-@each_scenario
-def test_plan_and_preprocess(experiment: Experiment):
-    preprocessed = experiment.nnunet.preprocessed / experiment.dataset
-    plans = read_json(preprocessed / f"{experiment.plans}.json")
-    assert plans["dataset_name"] == experiment.dataset
-    for configuration in ("2d", "3d_lowres", "3d_fullres"):
-        identifier = plans["configurations"][f"{configuration}_planned"]["data_identifier"]
-        for case in experiment.cases(experiment.raw / "labelsTr"):
-            assert (preprocessed / identifier / f"{case}.b2nd").is_file()
-
-
-@pytest.mark.feature("Train and validate")
-@each_column
-@each_configuration
-def test_train_and_validate(experiment: Experiment, configuration: str, record_property: Record):
-    folds = experiment.train_all(configuration)
-    splits = read_json(experiment.nnunet.preprocessed / experiment.dataset / "splits_final.json")
-    for split, fold in zip(splits, folds, strict=True):
-        check_checkpoint(experiment, fold)
-        assert experiment.cases(fold / "validation") == set(split["val"])
-        check_segmentations(experiment, fold / "validation", experiment.raw / "imagesTr")
-        check_probabilities(experiment, fold / "validation")
-    dice = float(np.mean([mean_dice(fold / "validation") for fold in folds]))
-    check_better_than_chance(experiment, dice, experiment.raw / "labelsTr", record_property)
-
-
-@pytest.mark.feature("Hand segmentations of 3d_lowres to the cascade")
-@each_column
-def test_cascade_reads_lowres(experiment: Experiment):
-    folds = experiment.train_all("3d_cascade_fullres")
-    handed_over = experiment.model("3d_lowres") / "predicted_next_stage" / "3d_cascade_fullres"
-    assert {file.stem for file in handed_over.glob("*.b2nd")} == experiment.cases(experiment.raw / "labelsTr")
-    weights = torch.load(folds[0] / "checkpoint_final.pth", weights_only=False)["network_weights"]
-    images = len(experiment.dataset_json["channel_names"])
-    assert next(iter(weights.values())).shape[1] == images + len(experiment.labels.foreground_labels)
-
-
-@pytest.mark.feature("Find the best configuration")
-@each_column
-def test_find_best_configuration(experiment: Experiment):
-    information = experiment.find_best(CONFIGURATIONS)
-    models = {f"{experiment.trainer}__{experiment.plans}__{name}" for name in CONFIGURATIONS}
-    results = information["all_results"]
-    assert models < results.keys()
-    assert len(results.keys() - models) == 6  # pairs
-    best = information["best_model_or_ensemble"]
-    assert best["result_on_crossval_pre_pp"] == max(results.values())
-    assert best["result_on_crossval_post_pp"] >= best["result_on_crossval_pre_pp"]
-    assert Path(best["postprocessing_file"]).is_file()
-
-
-@pytest.mark.feature("Predict with a single model")
-@each_column
-@each_configuration
-def test_predict(experiment: Experiment, configuration: str, record_property: Record):
-    check_test_set(experiment, experiment.predict(configuration), record_property)
-    check_probabilities(experiment, experiment.predict(configuration))
-
-
-@pytest.mark.feature("Predict with an ensemble")
-@each_column
-def test_ensemble(experiment: Experiment, record_property: Record):
-    check_test_set(experiment, experiment.ensemble(("2d", "3d_fullres")), record_property)
-
-
-@pytest.mark.feature("Predict with the best, postprocess")
-@each_column
-def test_postprocess(experiment: Experiment, record_property: Record):
-    check_test_set(experiment, experiment.predict_best(CONFIGURATIONS), record_property)
-
-
-@pytest.mark.feature("Accumulate cross-validation results")
-@of_standard
-def test_accumulate_crossval_results(empty_nnunet: NnUNet, label_scenario: Callable[[str], str]):
-    experiment = Experiment(empty_nnunet, label_scenario("standard"))
-    accumulated = experiment.accumulate("2d")
-    assert experiment.cases(accumulated) == experiment.cases(experiment.raw / "labelsTr")
-    folds = [mean_dice(fold / "validation") for fold in experiment.train_all("2d")]
-    assert mean_dice(accumulated) == pytest.approx(np.mean(folds))  # of folds of equal size
-
-
-@pytest.mark.feature("ResEnc plans")
-@of_standard
-def test_resenc(empty_nnunet: NnUNet, resenc: str, record_property: Record):
-    experiment = Experiment(empty_nnunet, resenc, plans=RESENC_PLANS, folds=("0",))
-    check_test_set(experiment, check_model(experiment, "3d_fullres"), record_property)
-    plans = read_json(experiment.model("3d_fullres") / "plans.json")
-    architecture = plans["configurations"]["3d_fullres"]["architecture"]
-    assert architecture["network_class_name"].endswith("ResidualEncoderUNet")
+class TestNoSkip(Scenario):
+    labels, column = "standard", "standard, NoSkip"
+    trainer = "nnUNetTrainerXAttnResNoSkip"
 
 
 @pytest.mark.feature("Two input channels")
-@pytest.mark.xdist_group("two_channels")
 def test_two_channels(empty_nnunet: NnUNet, two_channels: str, record_property: Record):
     experiment = Experiment(empty_nnunet, two_channels, folds=("0",))
     check_test_set(experiment, check_model(experiment, "3d_fullres"), record_property)
 
 
 @pytest.mark.feature("2D PNG images")
-@pytest.mark.xdist_group("png")
 def test_png(empty_nnunet: NnUNet, png: str, record_property: Record):
     experiment = Experiment(empty_nnunet, png, folds=("0",))
     check_test_set(experiment, check_model(experiment, "2d"), record_property)
 
 
-@pytest.mark.feature("Fold `all`")
-@of_standard
-def test_fold_all(empty_nnunet: NnUNet, label_scenario: Callable[[str], str], record_property: Record):
-    experiment = Experiment(empty_nnunet, label_scenario("standard"), folds=("all",))
-    check_test_set(experiment, check_model(experiment, "2d"), record_property)
-
-
 @pytest.mark.feature("Kill -9, continue")
-@pytest.mark.xdist_group("png")
 def test_kill_and_continue(empty_nnunet: NnUNet, png: str, record_property: Record):
     experiment = Experiment(empty_nnunet, png, folds=("1",))
     fold = experiment.model("2d") / "fold_1"
@@ -195,5 +175,5 @@ def test_kill_and_continue(empty_nnunet: NnUNet, png: str, record_property: Reco
     check_checkpoint(experiment, fold)
     assert "Epoch 0" not in (empty_nnunet.workdir / "logs" / "continued.log").read_text()
     logged = torch.load(fold / "checkpoint_final.pth", weights_only=False)["logging"]
-    assert len(logged["train_losses"]) == NUM_EPOCHS
+    assert len(logged["train_losses"]) == LEARNS.num_epochs
     check_better_than_chance(experiment, mean_dice(fold / "validation"), experiment.raw / "labelsTr", record_property)

@@ -13,6 +13,7 @@ from integration.in_process import InProcess
 from integration.pipeline import (
     RESENC_PLANS,
     Experiment,
+    Size,
     make_label_scenario,
     mean_dice,
     plan_and_preprocess,
@@ -20,7 +21,7 @@ from integration.pipeline import (
 )
 from integration.raw_datasets import add_smoothed_channel, write_hippocampus, write_ultrasound
 
-STEPS = 2
+STEPS = Size(base_features=8, num_epochs=1, num_iterations=dict.fromkeys(("2d", "3d_lowres", "3d_fullres"), 2))
 
 
 @pytest.fixture
