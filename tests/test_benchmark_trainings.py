@@ -118,7 +118,7 @@ def epochs_begun(out, cell):
 
 
 def kill_everything_in(folder):
-    """Every process that has to do with the folder, as a power failure would."""
+    """Every process that has to do with the folder."""
     for process in psutil.process_iter():
         try:
             about = " ".join(process.cmdline()) + str(process.environ().get("nnUNet_results", ""))
