@@ -196,10 +196,10 @@ class Commands(list):
 def commands(tmp_path, monkeypatch):
     """nnU-Net's commands of a cell, noted instead of run."""
 
-    def run(self, *command, log, environment, keep_open):
+    def run(self, *command, log, environment):
         assert command[:3] == (sys.executable, "-m", "nnunet_xattnres.benchmark.launch")
         seed, lock, folder, *own = command[3:]
-        assert (int(seed), folder, keep_open) == (CELL.seed, str(CELL.folder(tmp_path)), [int(lock)])
+        assert (int(seed), folder, self.keep_open) == (CELL.seed, str(CELL.folder(tmp_path)), (int(lock),))
         assert environment == {"nnUNet_results": str(CELL.results(tmp_path))}
         noted.append((own, log))
         results[own[0]]()

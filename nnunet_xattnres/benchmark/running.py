@@ -69,7 +69,7 @@ def run_cell(root: Path, cell: Cell, device: str, num_gpus: int) -> None:
             return
         cell.write_record(root, RUNNING)
         try:
-            steps = _Steps(root, cell, NnUNet(root, device), num_gpus, lock)
+            steps = _Steps(root, cell, NnUNet(root, device, keep_open=(lock,)), num_gpus, lock)
             steps.train()
             if cell.test:
                 steps.predict()
@@ -121,7 +121,6 @@ class _Steps:
             *(sys.executable, *LAUNCH, str(self.cell.seed), str(self.lock), str(self.cell.folder(self.root)), *command),
             log=str(logs.relative_to(self.root / "logs") / f"{step}_{attempt}"),
             environment={"nnUNet_results": str(self.cell.results(self.root))},
-            keep_open=[self.lock],
         )
 
 
