@@ -123,7 +123,7 @@ def check_report(out, folder):
     assert predicted == {(trainer, kind) for trainer in trainers for kind in ("validation", "test")}
     assert cases[cases.set == "test"].case.unique().tolist() == ["phantom_005"]
     assert cases[cases.reference_voxels > 0].dice.between(0, 1).all()
-    assert all(trainer in (folder / "report" / "report.md").read_text() for trainer in trainers)
+    assert "XAttnRes - Planned" in (folder / "report" / "report.md").read_text()
     for name in ("cases.csv", "report.md", "report.json"):
         assert (folder / "again" / name).read_bytes() == (folder / "report" / name).read_bytes()
 
