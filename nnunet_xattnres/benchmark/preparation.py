@@ -126,7 +126,7 @@ def _plans_name(planner: str) -> str:
         raise XAttnResError(
             f"nnU-Net finds no planner {planner}: {suggestion(planner, known) or 'see its documentation'}"
         )
-    return inspect.signature(found.__init__).parameters["plans_name"].default
+    return inspect.signature(found).parameters["plans_name"].default
 
 
 def _source(dataset: Dataset) -> Source:
