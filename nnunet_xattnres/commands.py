@@ -44,10 +44,12 @@ class NnUNet:
     """nnU-Net with its three folders in `workdir`, whatever the shell's own `nnUNet_*` variables say.
 
     device: "cpu" or "cuda".
+    keep_open: file descriptors that the commands inherit.
     """
 
     workdir: Path
     device: str
+    keep_open: tuple[int, ...] = ()
 
     @property
     def raw(self) -> Path:
@@ -77,17 +79,10 @@ class NnUNet:
             defaults |= CPU_SETTINGS
         return defaults | dict(os.environ) | self.folders()
 
-    def run(
-        self,
-        *command: str,
-        log: str,
-        environment: Mapping[str, str] | None = None,
-        keep_open: Sequence[int] = (),
-    ) -> None:
+    def run(self, *command: str, log: str, environment: Mapping[str, str] | None = None) -> None:
         """Run one console command; its output goes to the terminal, as it comes, and to `workdir/logs/<log>.log`.
 
         environment: variables on top of `self.environment()`.
-        keep_open: file descriptors that the command inherits.
 
         Raises `XAttnResError` if the command is missing or fails.
         """
@@ -95,7 +90,7 @@ class NnUNet:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with termination_as_exception():
             variables = self.environment() | dict(environment or {})
-            return_code = _run_and_log(command, variables, log_file, keep_open)
+            return_code = _run_and_log(command, variables, log_file, self.keep_open)
         if return_code:
             raise XAttnResError(
                 f"{shlex.join(command)} failed: {_reason(return_code, log_file)} (whole output: {log_file})"

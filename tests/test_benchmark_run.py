@@ -101,6 +101,13 @@ def test_states_of_a_cell(tmp_path):
     assert CELL.record(tmp_path)["trainer"] == "wide"
 
 
+def test_a_record_that_a_crash_has_emptied_is_that_of_an_interrupted_cell(tmp_path):
+    (folder_of(tmp_path) / "cell.json").touch()
+    assert CELL.state(tmp_path) == INTERRUPTED
+    (folder_of(tmp_path) / "memory.json").touch()
+    assert recorded_memory(folder_of(tmp_path)) is None
+
+
 def test_cells_are_read_as_they_were_written(tmp_path):
     write_cells(tmp_path, [CELL, replace(CELL, seed=8)])
     assert read_cells(tmp_path) == [CELL, replace(CELL, seed=8)]
@@ -189,10 +196,10 @@ class Commands(list):
 def commands(tmp_path, monkeypatch):
     """nnU-Net's commands of a cell, noted instead of run."""
 
-    def run(self, *command, log, environment, keep_open):
+    def run(self, *command, log, environment):
         assert command[:3] == (sys.executable, "-m", "nnunet_xattnres.benchmark.launch")
         seed, lock, folder, *own = command[3:]
-        assert (int(seed), folder, keep_open) == (CELL.seed, str(CELL.folder(tmp_path)), [int(lock)])
+        assert (int(seed), folder, self.keep_open) == (CELL.seed, str(CELL.folder(tmp_path)), (int(lock),))
         assert environment == {"nnUNet_results": str(CELL.results(tmp_path))}
         noted.append((own, log))
         results[own[0]]()
@@ -305,6 +312,25 @@ class FakeMachine:
         pass
 
 
+class SlowMachine(FakeMachine):
+    """What a cell does, it does just after somebody has seen that it has a process."""
+
+    def __init__(self, root, do):
+        super().__init__(root, do)
+        self.live = []
+
+    def has(self, cell):
+        if cell not in self.live:
+            return False
+        self.live.remove(cell)
+        self.do(cell)
+        return True
+
+    def submit(self, cell):
+        self.submissions.append(cell)
+        self.live.append(cell)
+
+
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(running, "POLL_SECONDS", 0.01)
@@ -329,6 +355,17 @@ def test_a_process_that_always_dies_is_given_up(tmp_path):
     _Run(tmp_path, [CELL], machine).to_the_end()
     assert len(machine.submissions) == ATTEMPTS
     assert str(tmp_path / "jobs") in CELL.record(tmp_path)["reason"]
+
+
+@pytest.mark.parametrize("before", [None, "another"])
+def test_a_cell_that_fails_between_two_looks_has_failed(before, tmp_path):
+    if before:
+        CELL.write_record(tmp_path, FAILED, reason=before)
+    # On a node whose clock is behind.
+    machine = SlowMachine(tmp_path, lambda cell: cell.write_record(tmp_path, FAILED, reason="no luck", time=0.0))
+    _Run(tmp_path, [CELL], machine).to_the_end()
+    assert machine.submissions == [CELL]
+    assert CELL.record(tmp_path)["reason"] == "no luck"
 
 
 def test_a_cell_that_another_run_has_is_waited_for_and_not_begun(tmp_path):

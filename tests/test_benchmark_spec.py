@@ -1,20 +1,27 @@
 """The spec of a benchmark: what is refused before anything is trained, and what the plans get from it."""
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import yaml
-from conftest import PHANTOM, read_plans
+from conftest import PHANTOM
 from test_plans import ISOTROPIC, planned
 
+from nnunet_xattnres import commands
+from nnunet_xattnres.benchmark import preparation
 from nnunet_xattnres.benchmark.command import run_benchmark
+from nnunet_xattnres.benchmark.matrix import is_locked
 from nnunet_xattnres.benchmark.preparation import _Preparation, check_spec
-from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, read_spec, without_executor, write_spec
+from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, read_spec, without_executor, write_spec
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.commands import NnUNet
+from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.plans import add_wide_configuration
 
 SPECS = Path(__file__).parent.parent / "specs"
@@ -91,6 +98,15 @@ def refusal(content, tmp_path, capsys):
         ({"datasets": [{"path": "data/Dataset123_Tiny", "test": True}]}, "no test images"),
         ({"configurations": {"small": {"base": "3d_fullres", "feature": 4}}}, "did you mean features"),
         ({"configurations": {"3d_fullres": {"features": 4}}}, "a name of its own"),
+        ({"configurations": {"2d": {"base": "3d_fullres", "features": 4}}}, "a name of its own"),
+        ({"configurations": {"a": {"base": "2d", "batch_size": 10**9}}}, "batch_size of configuration a"),
+        (
+            {
+                "configurations": {name: {"base": "2d", "epochs": len(name)} for name in ("small", "small_wide")},
+                "trainers": [{"trainer": "nnUNetTrainerPlanned", "name": "wide", "width": 1.5}],
+            },
+            "small_wide twice",
+        ),
         ({"configurations": {"a__b": {"base": "2d", "features": 4}}}, "single underscores"),
         ({"configurations": {"a": {"base": "2d"}}}, "the same as its base"),
         ({"configurations": {"a": {"base": "2d", "iterations": 4}}}, "no epochs"),
@@ -98,6 +114,12 @@ def refusal(content, tmp_path, capsys):
         ({"trainers": ["nnUNetTrainerDA5"]}, "nnUNetTrainerDA5 ignores the budget of the configuration small"),
         ({"trainers": [{"trainer": "nnUNetTrainerPlanned", "width": 1.2}]}, "needs a name"),
         ({"trainers": [{"trainer": "nnUNetTrainerPlanned", "name": "A", "planner": "ResEncM"}]}, "no planner ResEncM"),
+        (
+            {"trainers": [{"trainer": "nnUNetTrainerPlanned", "name": "A", "planner": "DatasetFingerprintExtractor"}]},
+            "no planner DatasetFingerprintExtractor",
+        ),
+        ({"trainers": [{"trainer": None}]}, "needs a trainer"),
+        ({"trainers": [{"trainer": "nnUNetTrainerPlanned", "name": "A", "width": 1000}]}, "from 0.25 to 8.0"),
         (
             {"trainers": [{"trainer": "nnUNetTrainerPlanned", "name": "A", "parameters_of": "nnUNetTrainerX"}]},
             "finds no trainer nnUNetTrainerX",
@@ -140,9 +162,72 @@ def test_a_test_set_without_labels(content, raw, tmp_path, capsys):
     assert spec.datasets[0].test is True
 
 
-def test_results_of_another_spec(content, tmp_path, monkeypatch, capsys):
-    prepared = []
-    monkeypatch.setattr("nnunet_xattnres.benchmark.command.prepare", lambda *given: prepared.append(given) or [])
+def test_a_key_without_a_value_is_not_given(content, tmp_path):
+    content["trainers"] = [{"trainer": "nnUNetTrainerPlanned", "name": None, "planner": None, "width": None}]
+    spec = read_spec(write(content | {"executor": {"num_gpus": None}}, tmp_path))
+    assert spec.trainers == (Arm("nnUNetTrainerPlanned", "nnUNetTrainerPlanned"),)
+    assert spec.executor.num_gpus == 1
+
+
+def test_a_folder_that_cannot_be_written_to(content, tmp_path, capsys):
+    assert main(["benchmark", "run", str(write(content, tmp_path)), "-o", "/proc"]) == 1
+    assert "choose another -o" in capsys.readouterr().err
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Preparation without nnU-Net: what is done with which dataset. A step that is in `failing` fails."""
+
+    class Steps(list):
+        failing = ()
+
+    def note(name):
+        def step(self):
+            steps.append((name, self.dataset.name))
+            if steps[-1] in steps.failing:
+                raise XAttnResError("no luck")
+            return []
+
+        return step
+
+    steps = Steps()
+    for name in ("plan", "variants", "write_plans", "preprocess"):
+        monkeypatch.setattr(_Preparation, name, note(name))
+    monkeypatch.setattr(preparation, "place_raw_dataset", lambda *given: None)
+    return steps
+
+
+def test_a_spec_that_cannot_be_planned_does_not_take_the_folder(content, raw, steps, tmp_path):
+    shutil.copytree(raw, raw.with_name("Dataset124_Tiny"))
+    content["datasets"].append("data/Dataset124_Tiny")
+    steps.failing = (("plan", "Dataset124_Tiny"),)
+    command = ["benchmark", "run", str(tmp_path / "spec.yaml"), "-o", str(tmp_path / "out")]
+    write(content, tmp_path)
+    assert main(command) == 1
+    assert steps == [("plan", "Dataset123_Tiny"), ("plan", "Dataset124_Tiny")]
+    write(content | {"configurations": ["2d"]}, tmp_path)
+    steps.failing = (("preprocess", "Dataset124_Tiny"),)
+    assert main(command) == 1
+    assert (tmp_path / "out" / "spec.yaml").is_file()
+
+
+def test_a_command_that_outlives_the_preparation_keeps_others_from_it(content, tmp_path, monkeypatch):
+    """A process of nnU-Net's is still at work when the one that has started it has gone."""
+    command = tmp_path / "command"
+    command.write_text(f"#!/bin/sh\nsetsid sleep 600 >/dev/null 2>&1 & echo $! > {tmp_path}/pid; exit 1\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(commands, "find_command", lambda name: str(command))
+    monkeypatch.setattr(preparation, "place_raw_dataset", lambda *given: None)
+    out = tmp_path / "out"
+    with pytest.raises(XAttnResError, match="extract_fingerprint"):
+        run_benchmark(write(content, tmp_path), out)
+    try:
+        assert is_locked(out / preparation.LOCK)
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def test_a_folder_of_another_spec(content, steps, tmp_path, capsys):
     out = tmp_path / "out"
     run_benchmark(write(content, tmp_path), out)
     elsewhere = tmp_path / "elsewhere"
@@ -150,10 +235,10 @@ def test_results_of_another_spec(content, tmp_path, monkeypatch, capsys):
     # Other words and another executor, the same matrix.
     same = content | {"datasets": [str(tmp_path / "data/Dataset123_Tiny")], "executor": {"jobs": 2}}
     run_benchmark(write(same, elsewhere), out)
-    assert len(prepared) == 2
+    assert steps.count(("preprocess", "Dataset123_Tiny")) == 2
     assert main(["benchmark", "run", str(write(content | {"seeds": [0, 1]}, tmp_path)), "-o", str(out)]) == 1
     assert "another spec" in capsys.readouterr().err
-    assert len(prepared) == 2
+    assert steps.count(("plan", "Dataset123_Tiny")) == 2
 
 
 def test_a_dataset_by_its_number_in_nnunet_raw(content, raw, tmp_path, monkeypatch):
@@ -210,38 +295,89 @@ def test_all_stages_are_widened():
     assert plans["configurations"][base]["architecture"]["arch_kwargs"]["features_per_stage"] == features
 
 
-def test_the_matched_control_has_the_parameters_of_what_it_is_a_control_for(nnunet: NnUNet, tmp_path):
+def test_arms_are_planned_as_what_they_are(nnunet: NnUNet, tmp_path):
     small = Configuration("small", base="3d_fullres", features=16, patch_voxels=30_000, batch_size=2, epochs=3)
     arms = (
         Arm("nnUNetTrainerPlanned", "nnUNetTrainerPlanned"),
         Arm("nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnRes"),
         Arm("wide", "nnUNetTrainerPlanned", parameters_of="nnUNetTrainerXAttnRes"),
         Arm("wider", "nnUNetTrainerPlanned", width=1.25),
+        Arm("resenc", "nnUNetTrainerPlanned", planner="nnUNetPlannerResEncM"),
     )
     copy = NnUNet(tmp_path, "cpu")
     folder = copy.preprocessed / PHANTOM
     folder.mkdir(parents=True)
-    for name in ("dataset_fingerprint.json", "dataset.json"):
-        (folder / name).write_text((nnunet.preprocessed / PHANTOM / name).read_text())
-    for name in ("dataset_fingerprint", "nnUNetPlans"):
+    copy.raw.symlink_to(nnunet.raw)
+    for name in ("dataset_fingerprint", "nnUNetPlans", "nnUNetResEncUNetMPlans"):
+        shutil.copy(nnunet.preprocessed / PHANTOM / f"{name}.json", folder)
         (folder / f"{name}.complete").touch()
-    (folder / "nnUNetPlans.json").write_text(json.dumps(read_plans(nnunet)))
-    preparation = _Preparation(copy, spec_of(small, arms), Dataset(path="", name=PHANTOM))
-    preparation.plan()
-    planned_network, xattnres, wide, wider = preparation.variants()
-    assert {variant["num_epochs"] for variant in (planned_network, xattnres, wide, wider)} == {3}
+    shutil.copy(nnunet.preprocessed / PHANTOM / "dataset.json", folder)
+    matched = _Preparation(copy, spec_of(small, arms), Dataset(path="", name=PHANTOM))
+    matched.plan()
+    matched.write_plans()
+    planned_network, xattnres, wide, wider, resenc = matched.variants()
+    assert {variant["num_epochs"] for variant in (planned_network, xattnres, wide, wider, resenc)} == {3}
     assert xattnres["parameters"] > planned_network["parameters"]
     assert wide["parameters"] == pytest.approx(xattnres["parameters"], rel=0.01)
     assert wider["parameters"] > wide["parameters"]
     assert wide["planned_configuration"] == "small_wide"
+    assert (resenc["plans"], resenc["planned_configuration"]) == ("nnUNetResEncUNetMPlans", "small")
+    assert resenc["parameters"] > planned_network["parameters"]
+    residual = json.loads((folder / "nnUNetResEncUNetMPlans.json").read_text())["configurations"]["small"]
+    assert residual["architecture"]["network_class_name"].endswith("ResidualEncoderUNet")
     before = (folder / "nnUNetPlans.json").read_bytes()
-    preparation.plan()
+    matched.plan()
+    matched.write_plans()
     assert (folder / "nnUNetPlans.json").read_bytes() == before
 
 
-def spec_of(configuration, arms):
-    from nnunet_xattnres.benchmark.spec import Spec
+CASES = [f"case_{number}" for number in range(5)]
 
+
+@pytest.fixture
+def split(raw, tmp_path, monkeypatch):
+    """The folds that a benchmark takes where the user has some, in nnUNet_preprocessed; None for no such file."""
+
+    def split(own, folds=(0, 1)):
+        nnunet = NnUNet(tmp_path / "out", "cpu")
+        nnunet.raw.mkdir(parents=True)
+        (nnunet.raw / raw.name).symlink_to(raw)
+        path = nnunet.preprocessed / raw.name / "splits_final.json"
+        path.parent.mkdir(parents=True)
+        monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "own"))
+        (tmp_path / "own" / raw.name).mkdir(parents=True)
+        if own is not None:
+            (tmp_path / "own" / raw.name / path.name).write_text(json.dumps(own))
+        _Preparation(nnunet, Spec((), (), (), folds, (0,)), Dataset(path="", name=raw.name))._split()
+        return json.loads(path.read_text())
+
+    return split
+
+
+def test_folds_are_the_users_own_or_nnunets(split):
+    own = [{"train": CASES[:3], "val": CASES[3:]}, {"train": CASES[2:], "val": CASES[:2]}]
+    assert split(own) == own
+
+
+def test_folds_without_a_split_of_the_user(split):
+    folds = split(None)
+    assert sorted(case for fold in folds for case in fold["val"]) == CASES
+
+
+@pytest.mark.parametrize(
+    ("own", "complaint"),
+    [
+        ([{"train": CASES[:3], "val": CASES[3:]}], "1 folds, counted from 0: leave 1"),
+        (2 * [{"train": CASES[:3], "val": ["somebody"]}], "somebody"),
+        ({"train": CASES, "val": CASES}, "no list of folds"),
+    ],
+)
+def test_a_split_that_does_not_fit(own, complaint, split):
+    with pytest.raises(XAttnResError, match=complaint):
+        split(own)
+
+
+def spec_of(configuration, arms):
     return Spec((), (configuration,), arms, (0,), (0,))
 
 

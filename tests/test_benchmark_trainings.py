@@ -16,6 +16,8 @@ import SimpleITK as sitk
 import yaml
 
 from nnunet_xattnres.benchmark.matrix import FINISHED, LOCK, is_locked, read_cells
+from nnunet_xattnres.benchmark.tables import read_tables
+from nnunet_xattnres.cli import main
 from nnunet_xattnres.phantom import write_phantom_dataset
 
 pytestmark = pytest.mark.slow
@@ -44,13 +46,11 @@ def prepared(tmp_path_factory):
         "seeds": [0],
     }
     write_spec(folder, spec)
-    from nnunet_xattnres.benchmark.command import _claim
     from nnunet_xattnres.benchmark.preparation import check_spec, prepare
     from nnunet_xattnres.benchmark.spec import read_spec
 
     checked, sources = check_spec(read_spec(folder / "spec.yaml"))
     (folder / "out").mkdir()
-    _claim(folder / "out", checked)
     prepare(folder / "out", checked, sources)
     return folder
 
@@ -110,6 +110,22 @@ def check_finished(folder):
         image = sitk.ReadImage(cell.folder(out) / "test" / "phantom_005.nii.gz")
         reference = sitk.ReadImage(out / "nnUNet_raw" / DATASET / "labelsTs" / "phantom_005.nii.gz")
         assert image.GetSize() == reference.GetSize()
+    check_report(out, folder)
+
+
+def check_report(out, folder):
+    """Every prediction is measured, and the tables alone make the same report."""
+    for source, target in ((out, folder / "report"), (folder / "report", folder / "again")):
+        assert main(["benchmark", "report", str(source), "-o", str(target)]) == 0
+    cases = read_tables(folder / "report").cases
+    trainers = {cell.trainer for cell in read_cells(out)}
+    predicted = set(zip(cases.trainer, cases.set, strict=True))
+    assert predicted == {(trainer, kind) for trainer in trainers for kind in ("validation", "test")}
+    assert cases[cases.set == "test"].case.unique().tolist() == ["phantom_005"]
+    assert cases[cases.reference_voxels > 0].dice.between(0, 1).all()
+    assert "XAttnRes - Planned" in (folder / "report" / "report.md").read_text()
+    for name in ("cases.csv", "report.md", "report.json"):
+        assert (folder / "again" / name).read_bytes() == (folder / "report" / name).read_bytes()
 
 
 def epochs_begun(out, cell):
@@ -118,7 +134,7 @@ def epochs_begun(out, cell):
 
 
 def kill_everything_in(folder):
-    """Every process that has to do with the folder, as a power failure would."""
+    """Every process that has to do with the folder."""
     for process in psutil.process_iter():
         try:
             about = " ".join(process.cmdline()) + str(process.environ().get("nnUNet_results", ""))
@@ -227,15 +243,16 @@ def slurm(tmp_path):
             with (folder / f"{command[0]}.out").open("wb") as output:
                 variables = os.environ | environment
                 processes.append(subprocess.Popen(command, env=variables, stdout=output, stderr=output))
-            eventually(munge.exists, 20)
-        try:
-            eventually(lambda: "idle" in slurm_command(environment, "sinfo", "-h", "-o", "%t"), 30)
-        except AssertionError:
-            pytest.skip(f"Slurm does not start here: {[process.poll() for process in processes]}")
+            if command[0] == "munged":
+                eventually(munge.exists, 20)
+        eventually(lambda: "idle" in slurm_command(environment, "sinfo", "-h", "-o", "%t"), 30)
         yield environment
         subprocess.run(["scancel", "--user", "root"], env=os.environ | environment, timeout=30)
         eventually(lambda: not slurm_command(environment, "squeue", "-h"), 60)
     finally:
+        # pytest shows it where the test fails, a Slurm that does not start included.
+        for output in folder.glob("*.out"):
+            print(f"{output.name}:\n{output.read_text(errors='replace')[-2000:]}")
         for process in reversed(processes):
             process.terminate()
             process.wait(30)

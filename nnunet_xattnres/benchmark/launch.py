@@ -74,10 +74,10 @@ def record_memory(folder: Path, on_gpu: bool) -> None:
 
 
 def recorded_memory(folder: Path) -> float | None:
-    """In GB, of all attempts at the training; None where nothing is recorded."""
+    """In GB, of all attempts at the training; None where nothing is recorded, or the file is damaged."""
     try:
         return json.loads((folder / MEMORY).read_text())["peak_memory_gb"]
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 

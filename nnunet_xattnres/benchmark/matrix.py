@@ -73,11 +73,13 @@ class Cell:
         return (self.folder(root) / "validation" / "summary.json").is_file()
 
     def record(self, root: Path) -> dict[str, Any]:
-        """cell.json; empty where the cell was never begun."""
+        """cell.json; empty where the cell was never begun, running where the file is damaged."""
         try:
             return json.loads((self.folder(root) / RECORD).read_text())
         except FileNotFoundError:
             return {}
+        except ValueError:
+            return {"state": RUNNING}
 
     def write_record(self, root: Path, state: str, **more: Any) -> None:
         own = {"dataset", "configuration", "trainer", "trainer_class", "plans", "fold", "seed", "parameters"}

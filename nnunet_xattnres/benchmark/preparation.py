@@ -13,6 +13,7 @@ from typing import Any
 
 import nnunetv2
 import torch
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
@@ -23,8 +24,19 @@ from nnunetv2.utilities.utils import (
     get_identifiers_from_splitted_dataset_folder,
 )
 
-from nnunet_xattnres.benchmark.matrix import Cell, is_locked, locked, write_cells
-from nnunet_xattnres.benchmark.spec import PLANNER, Arm, Configuration, Dataset, Spec
+from nnunet_xattnres.benchmark.matrix import SPEC, Cell, is_locked, locked, write_cells
+from nnunet_xattnres.benchmark.spec import (
+    PLANNER,
+    WIDTHS,
+    Arm,
+    Configuration,
+    Dataset,
+    Spec,
+    planned_name,
+    read_spec,
+    without_executor,
+    write_spec,
+)
 from nnunet_xattnres.commands import NUM_WORKERS, NnUNet, environment_with
 from nnunet_xattnres.datasets import Source, place_raw_dataset, read_dataset_json, read_source
 from nnunet_xattnres.errors import XAttnResError, suggestion
@@ -33,10 +45,9 @@ from nnunet_xattnres.trainer import XAttnResTrainerMixin
 from nnunet_xattnres.trainer_lookup import find_trainer
 
 LOCK = "preparation.lock"
+SPLITS = "splits_final.json"
 # nnU-Net's own.
 NUM_ITERATIONS, NUM_VAL_ITERATIONS = 250, 50
-# Between which widths the one with the wanted parameters is searched.
-WIDTHS = (0.25, 8.0)
 
 
 def check_spec(spec: Spec) -> tuple[Spec, list[Source]]:
@@ -57,26 +68,41 @@ def check_spec(spec: Spec) -> tuple[Spec, list[Source]]:
 
 
 def prepare(root: Path, spec: Spec, sources: list[Source]) -> list[Cell]:
-    """Everything before training, whatever of it is not there yet. Returns the cells of the matrix."""
+    """Everything before training, whatever of it is not there yet. Returns the cells of the matrix.
+
+    Raises `XAttnResError` if the folder belongs to another spec, and where nnU-Net's plans do not fit this one.
+    """
     if is_locked(root / LOCK):
         print("Another process prepares the data: waiting for it", flush=True)
-    with locked(root / LOCK, patience=float("inf")):
-        prepared = {}
-        for dataset, source in zip(spec.datasets, sources, strict=True):
-            preparation = _Preparation(NnUNet(root, "cpu"), spec, dataset)
-            place_raw_dataset(source, preparation.nnunet, "-o")
+    with locked(root / LOCK, patience=float("inf")) as lock:
+        _check_owner(root, spec)
+        # A command that outlives this process keeps the lock: nobody begins it beside itself.
+        nnunet = NnUNet(root, "cpu", keep_open=(lock,))
+        preparations = [_Preparation(nnunet, spec, dataset) for dataset in spec.datasets]
+        for preparation, source in zip(preparations, sources, strict=True):
+            place_raw_dataset(source, nnunet, "-o")
             preparation.plan()
+        variants = [(preparation.dataset, preparation.variants()) for preparation in preparations]
+        # What is wrong with a spec has shown by now. Until here, another one may take the folder.
+        write_spec(spec, root / SPEC)
+        for preparation in preparations:
+            preparation.write_plans()
             preparation.preprocess()
-            prepared[dataset] = preparation.variants()
         cells = [
             Cell(dataset.name, **variant, fold=fold, seed=seed, test=bool(dataset.test))
             for seed in spec.seeds
             for fold in spec.folds
-            for dataset, variants in prepared.items()
-            for variant in variants
+            for dataset, variants_of_dataset in variants
+            for variant in variants_of_dataset
         ]
         write_cells(root, cells)
     return cells
+
+
+def _check_owner(root: Path, spec: Spec) -> None:
+    path = root / SPEC
+    if path.exists() and without_executor(read_spec(path)) != without_executor(spec):
+        raise XAttnResError(f"{root} belongs to another spec, {path}: choose another -o")
 
 
 def _check_arm(arm: Arm, configurations: tuple[Configuration, ...]) -> None:
@@ -95,12 +121,12 @@ def _plans_name(planner: str) -> str:
     """What nnU-Net calls the plans of a planner. Raises `XAttnResError` if it finds no such class."""
     folder = os.path.join(nnunetv2.__path__[0], "experiment_planning")
     found = recursive_find_python_class(folder, planner, "nnunetv2.experiment_planning")
-    if found is None:
+    if not (isinstance(found, type) and issubclass(found, ExperimentPlanner)):
         known = [PLANNER, *(f"nnUNetPlannerResEnc{size}" for size in "MLXL")]
         raise XAttnResError(
             f"nnU-Net finds no planner {planner}: {suggestion(planner, known) or 'see its documentation'}"
         )
-    return inspect.signature(found.__init__).parameters["plans_name"].default
+    return inspect.signature(found).parameters["plans_name"].default
 
 
 def _source(dataset: Dataset) -> Source:
@@ -154,32 +180,36 @@ class _Preparation:
         self.dataset = dataset
         self.configurations = spec.configurations_of(dataset)
         self.arms = spec.arms_of(dataset)
+        self.folds = spec.folds
         self.number = str(int(dataset.name[7:10]))
         self.folder = nnunet.preprocessed / dataset.name
+        self.plans: dict[str, dict[str, Any]] = {}
 
     def plan(self) -> None:
-        """nnU-Net's plans of every planner, with the configurations of the spec added."""
+        """nnU-Net's plans of every planner, with the configurations of the spec added, but not written yet."""
         fingerprint = ("nnUNetv2_extract_fingerprint", "-d", self.number, "--clean", "-np", NUM_WORKERS)
         self._run_once("dataset_fingerprint", *fingerprint)
         for planner in dict.fromkeys(arm.planner for arm in self.arms):
             self._run_once(_plans_name(planner), "nnUNetv2_plan_experiment", "-d", self.number, "-pl", planner)
-            plans = self._plans(planner)
+            self.plans[planner] = plans = json.loads(self._plans_file(planner).read_text())
             for configuration in self.configurations:
                 self._add(plans, configuration)
                 for arm in self.arms:
                     if arm.planner == planner:
                         self._widen(plans, configuration, arm)
+        self._split()
+
+    def write_plans(self) -> None:
+        for planner, plans in self.plans.items():
             write_json_atomically(plans, self._plans_file(planner))
 
     def preprocess(self) -> None:
         """What the configurations train on; several share it."""
-        for planner in dict.fromkeys(arm.planner for arm in self.arms):
-            plans = PlansManager(self._plans(planner))
+        for plans in map(PlansManager, self.plans.values()):
             for base in dict.fromkeys(configuration.base for configuration in self.configurations):
                 command = ["nnUNetv2_preprocess", "-d", self.number, "-plans_name", plans.plans_name]
                 data = plans.get_configuration(base).data_identifier
                 self._run_once(data, *command, "-c", base, "-np", NUM_WORKERS)
-        self._split()
 
     def variants(self) -> list[dict[str, Any]]:
         """The fields of the cells of this dataset that do not depend on fold and seed."""
@@ -187,8 +217,8 @@ class _Preparation:
         variants = []
         for configuration in self.configurations:
             for arm in self.arms:
-                plans = self._plans(arm.planner)
-                planned = _planned_name(configuration, arm)
+                plans = self.plans[arm.planner]
+                planned = planned_name(configuration, arm)
                 trainer = _trainer(plans, planned, dataset_json, arm.trainer)
                 variants.append(
                     {
@@ -205,9 +235,6 @@ class _Preparation:
 
     def _plans_file(self, planner: str) -> Path:
         return self.folder / f"{_plans_name(planner)}.json"
-
-    def _plans(self, planner: str) -> dict[str, Any]:
-        return json.loads(self._plans_file(planner).read_text())
 
     def _add(self, plans: dict[str, Any], configuration: Configuration) -> None:
         if configuration.base not in plans["configurations"]:
@@ -235,7 +262,7 @@ class _Preparation:
             )
 
     def _widen(self, plans: dict[str, Any], configuration: Configuration, arm: Arm) -> None:
-        name = _planned_name(configuration, arm)
+        name = planned_name(configuration, arm)
         if name not in plans["configurations"]:
             width = arm.width
             if arm.parameters_of is not None:
@@ -261,15 +288,20 @@ class _Preparation:
         return min(low, high, key=lambda width: abs(parameters(arm.trainer, width) - wanted))
 
     def _split(self) -> None:
-        """nnU-Net's own split, before several trainings want to write it at once."""
-        path = self.folder / "splits_final.json"
-        if not path.exists():
-            raw = self.nnunet.raw / self.dataset.name
-            cases = sorted(get_filenames_of_train_images_and_targets(str(raw), read_dataset_json(raw)))
+        """The user's own split, or nnU-Net's, before several trainings want to write it at once."""
+        raw = self.nnunet.raw / self.dataset.name
+        cases = sorted(get_filenames_of_train_images_and_targets(str(raw), read_dataset_json(raw)))
+        # The first is there already, or nnU-Net's planner has copied it from the raw dataset.
+        folders = [self.folder, Path(os.environ.get("nnUNet_preprocessed", self.folder), self.dataset.name)]
+        for path in (folder / SPLITS for folder in folders):
+            if path.is_file():
+                splits = _read_splits(path, cases, self.folds)
+                break
+        else:
             splits = [
-                {key: list(map(str, cases)) for key, cases in fold.items()} for fold in generate_crossval_split(cases)
+                {key: list(map(str, part)) for key, part in fold.items()} for fold in generate_crossval_split(cases)
             ]
-            write_json_atomically(splits, path)
+        write_json_atomically(splits, self.folder / SPLITS)
 
     def _run_once(self, result: str, *command: str) -> None:
         """Run the command that makes `result`, unless it has ended well before: what is there may be half of it."""
@@ -280,10 +312,18 @@ class _Preparation:
             complete.touch()
 
 
-def _planned_name(configuration: Configuration, arm: Arm) -> str:
-    """What the plans call the configuration of an arm."""
-    is_wide = arm.width is not None or arm.parameters_of is not None
-    return f"{configuration.name}_{arm.name}" if is_wide else configuration.name
+def _read_splits(path: Path, cases: list[str], folds: tuple[int, ...]) -> list[dict[str, list[str]]]:
+    """Raises `XAttnResError` for a file with which nnU-Net could not train, or would split at random."""
+    try:
+        splits = json.loads(path.read_text())
+        unknown = {case for fold in splits for part in ("train", "val") for case in fold[part]}.difference(cases)
+    except (ValueError, KeyError, TypeError):
+        raise XAttnResError(f"{path} is no list of folds with train and val: mend or remove it") from None
+    if unknown:
+        raise XAttnResError(f"{path} has {min(unknown)}, which is no training case of the dataset: mend or remove it")
+    if max(folds) >= len(splits):
+        raise XAttnResError(f"{path} has {len(splits)} folds, counted from 0: leave {max(folds)} out of the spec's")
+    return splits
 
 
 def _trainer(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], name: str) -> nnUNetTrainer:

@@ -28,6 +28,7 @@ from nnunet_xattnres.benchmark.matrix import (
     WAITING,
     Busy,
     Cell,
+    is_locked,
     locked,
 )
 from nnunet_xattnres.benchmark.spec import SLURM, Executor
@@ -68,7 +69,7 @@ def run_cell(root: Path, cell: Cell, device: str, num_gpus: int) -> None:
             return
         cell.write_record(root, RUNNING)
         try:
-            steps = _Steps(root, cell, NnUNet(root, device), num_gpus, lock)
+            steps = _Steps(root, cell, NnUNet(root, device, keep_open=(lock,)), num_gpus, lock)
             steps.train()
             if cell.test:
                 steps.predict()
@@ -120,7 +121,6 @@ class _Steps:
             *(sys.executable, *LAUNCH, str(self.cell.seed), str(self.lock), str(self.cell.folder(self.root)), *command),
             log=str(logs.relative_to(self.root / "logs") / f"{step}_{attempt}"),
             environment={"nnUNet_results": str(self.cell.results(self.root))},
-            keep_open=[self.lock],
         )
 
 
@@ -281,13 +281,14 @@ class _Run:
         self.root = root
         self.cells = cells
         self.machine = machine
-        self.started = time.time()
+        # A failure of this run is a record that has changed: the clocks of nodes need not agree.
+        self.before = {cell: cell.record(root) for cell in cells}
         self.attempts = dict.fromkeys(cells, 0)
         self.announced = dict.fromkeys(cells, "")
 
     def to_the_end(self) -> None:
-        while open_cells := [cell for cell in self.cells if not self._is_settled(cell)]:
-            for cell in open_cells:
+        while not all(self._is_settled(cell) for cell in self.cells):
+            for cell in self.cells:
                 if self._is_idle(cell) and self.machine.has_room():
                     self._start(cell)
             self._show()
@@ -299,11 +300,14 @@ class _Run:
         if self.machine.has(cell):
             return False
         record = cell.record(self.root)
-        failed = record.get("state") == FAILED and record["time"] >= self.started
+        failed = record.get("state") == FAILED and record != self.before[cell]
         return record.get("state") == FINISHED or failed
 
     def _is_idle(self, cell: Cell) -> bool:
-        return not self.machine.has(cell) and cell.state(self.root) != RUNNING
+        # Its record last: no process changes it any more.
+        return (
+            not self.machine.has(cell) and not is_locked(cell.folder(self.root) / LOCK) and not self._is_settled(cell)
+        )
 
     def _start(self, cell: Cell) -> None:
         if self.attempts[cell] < ATTEMPTS:

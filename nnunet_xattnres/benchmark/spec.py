@@ -14,6 +14,11 @@ from nnunet_xattnres.files import write_text_atomically
 
 PLANNER = "ExperimentPlanner"
 NUM_FOLDS = 5
+# nnU-Net's own, which the plans have already.
+PLANNED = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
+# What is tried at most, to tell a slip from an intention.
+WIDTHS = (0.25, 8.0)
+LARGEST_BATCH = 10_000
 LOCAL, SLURM = EXECUTORS = ("local", "slurm")
 # It becomes part of folder names, in which nnU-Net separates by two underscores.
 NAME = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -74,6 +79,10 @@ class Arm:
     planner: str = PLANNER
     parameters_of: str | None = None
     width: float | None = None
+
+    @property
+    def is_wide(self) -> bool:
+        return self.width is not None or self.parameters_of is not None
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,11 @@ def without_executor(spec: Spec) -> Spec:
     return replace(spec, executor=Executor())
 
 
+def planned_name(configuration: Configuration, arm: Arm) -> str:
+    """What the plans call the configuration of an arm."""
+    return f"{configuration.name}_{arm.name}" if arm.is_wide else configuration.name
+
+
 def _without_none(content: Any) -> Any:
     """The same without entries that are None, and with lists for tuples."""
     if isinstance(content, Mapping):
@@ -164,6 +178,7 @@ def _spec(content: Any, folder: Path) -> Spec:
     )
     _check_unique("trainers", [arm.name for arm in spec.trainers])
     _check_different(spec.trainers)
+    _check_planned_names(spec)
     _check_unique("folds", spec.folds)
     _check_unique("seeds", spec.seeds)
     for dataset in spec.datasets:
@@ -230,8 +245,8 @@ def _configuration(name: Any, entry: Any) -> Configuration:
     values = _entry(entry or {}, Configuration, where, but=("name",))
     base = values.pop("base", "") or name
     for key, value in values.items():
-        _whole(value, f"{key} of {where}", 1)
-    if values and _text(base, f"base of {where}") == name:
+        _whole(value, f"{key} of {where}", 1, LARGEST_BATCH if key == "batch_size" else None)
+    if values and name in (_text(base, f"base of {where}"), *PLANNED):
         raise XAttnResError(f"{where} changes what nnU-Net plans: give it a name of its own and a base, 3d_fullres say")
     if base != name and not values:
         raise XAttnResError(f"{where} is the same as its base {base}: say what it changes")
@@ -248,15 +263,17 @@ def _arm(entry: Any) -> Arm:
     if "trainer" not in values:
         raise XAttnResError(f"{where} needs a trainer: {entry}")
     for key in ("name", "trainer", "planner", "parameters_of"):
-        if values.get(key) is not None:
+        if key in values:
             _text(values[key], f"{key} in {where}")
-    changes = [key for key in ("parameters_of", "width", "planner") if values.get(key) not in (None, PLANNER)]
+    changes = [key for key in ("parameters_of", "width", "planner") if values.get(key, PLANNER) != PLANNER]
     if "name" not in values and changes:
         raise XAttnResError(f"{where} with {changes[0]} needs a name, by which reports call it: {entry}")
-    if values.get("parameters_of") is not None and values.get("width") is not None:
+    if "parameters_of" in values and "width" in values:
         raise XAttnResError(f"{where} has parameters_of and width: each sets the width, say one of them")
-    if values.get("width") is not None:
+    if "width" in values:
         values["width"] = _positive(values["width"], f"width in {where}")
+        if not WIDTHS[0] <= values["width"] <= WIDTHS[1]:
+            raise XAttnResError(f"width in {where} must be from {WIDTHS[0]} to {WIDTHS[1]}, not {values['width']}")
     values.setdefault("name", values["trainer"])
     if not NAME.fullmatch(values["name"]):
         raise XAttnResError(f"trainer {values['name']}: letters, digits, points, dashes and underscores make a name")
@@ -272,9 +289,9 @@ def _executor(entry: Any) -> Executor:
         near = suggestion(str(kind), EXECUTORS) or f"choose {' or '.join(EXECUTORS)}"
         raise XAttnResError(f"there is no executor {kind}: {near}")
     for key in ("jobs", "num_gpus"):
-        if values.get(key) is not None:
+        if key in values:
             _whole(values[key], f"{key} of executor", 1)
-    if kind == SLURM and values.get("jobs") is not None:
+    if kind == SLURM and "jobs" in values:
         raise XAttnResError("executor slurm takes no jobs: Slurm decides how many cells run at a time")
     parameters = values.get("parameters", {})
     if not isinstance(parameters, dict) or (parameters and kind == LOCAL):
@@ -283,10 +300,11 @@ def _executor(entry: Any) -> Executor:
 
 
 def _entry(entry: Any, kind: type, where: str, but: Iterable[str] = ()) -> dict[str, Any]:
+    """What is given: a key without a value is not."""
     if not isinstance(entry, dict):
         raise XAttnResError(f"{where} must hold {', '.join(_keys(kind, but))}, not {entry!r}")
     _check_keys(entry, kind, where, but)
-    return dict(entry)
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def _check_keys(entry: dict[Any, Any], kind: type, where: str, but: Iterable[str] = ()) -> None:
@@ -321,6 +339,21 @@ def _check_different(arms: Iterable[Arm]) -> None:
         same = names.setdefault(replace(arm, name=""), arm.name)
         if same != arm.name:
             raise XAttnResError(f"trainers {same} and {arm.name} are the same: remove one")
+
+
+def _check_planned_names(spec: Spec) -> None:
+    wide = [
+        planned_name(configuration, arm)
+        for arm in spec.trainers
+        if arm.is_wide
+        for configuration in spec.configurations
+    ]
+    names = [*PLANNED, *(configuration.name for configuration in spec.configurations), *wide]
+    for name in wide:
+        if names.count(name) > 1:
+            raise XAttnResError(
+                f"the plans would have {name} twice, for a wide trainer's is called CONFIGURATION_TRAINER: rename one"
+            )
 
 
 def _text(value: Any, where: str) -> str:

@@ -89,7 +89,8 @@ def running_lines(root: Path, cells: Iterable[Cell]) -> list[str]:
 
 
 def failure_lines(root: Path, cells: Iterable[Cell]) -> list[str]:
-    return [f"{cell.title} failed: {cell.record(root)['reason']}" for cell in cells if cell.state(root) == FAILED]
+    records = ((cell, cell.record(root)) for cell in cells)
+    return [f"{cell.title} failed: {record['reason']}" for cell, record in records if record.get("state") == FAILED]
 
 
 def _dice(value: float | None) -> str:

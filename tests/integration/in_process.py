@@ -2,7 +2,7 @@
 
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 import pytest
@@ -14,13 +14,7 @@ from nnunet_xattnres.commands import NnUNet
 class InProcess(NnUNet):
     """Runs commands where the test runs; `settings` must hold around it."""
 
-    def run(
-        self,
-        *command: str,
-        log: str,
-        environment: Mapping[str, str] | None = None,
-        keep_open: Sequence[int] = (),
-    ) -> None:
+    def run(self, *command: str, log: str, environment: Mapping[str, str] | None = None) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", list(command))
             # The planner makes it a number of threads and cannot have none.
