@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from nnunet_xattnres.benchmark.statistics import (
     WORSE,
     case_values,
     compare,
+    direction,
     holm,
     sample,
     spreads,
@@ -173,6 +175,21 @@ class TestStatistics:
         assert (row["cells"], row["cases"]) == (3, 12)
         assert row["difference"] == pytest.approx(0.05, abs=0.01)
 
+    def test_costs_are_compared_over_common_folds_and_seeds(self, tables):
+        cases = tables.cases[(tables.cases.trainer == PLANNED) | (tables.cases.seed == 0)]
+        cells = tables_of(cases.to_dict("records")).cells
+        # Of seed 1, which ours lacks.
+        cells.loc[(cells.trainer == PLANNED) & (cells.seed == 1), "seconds_per_epoch"] = 1000.0
+        row = compare(Tables(cases, cells, tables.curves, tables.datasets))[0]
+        assert (row["cells"], row["seconds_per_epoch_ratio"]) == (2, 1.5)
+
+    def test_nothing_is_warned_of(self, tables):
+        # Validation comes before test: names that are not sorted.
+        cases = pandas.concat([tables.cases, tables.cases.assign(set="test")])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compare(Tables(cases, tables.cells, tables.curves, tables.datasets))
+
     @pytest.mark.parametrize("sign, verdict", [(1, BETTER), (-1, WORSE)])
     def test_the_test_decides_and_not_the_interval(self, sign, verdict):
         def rows(number: int) -> list[dict]:
@@ -199,6 +216,13 @@ class TestStatistics:
         assert row["p_holm"] < 0.05
         assert row["difference"] < 0
         assert row["verdict"] == NO_DIFFERENCE
+
+    def test_equal_cases_do_not_turn_the_ranks(self):
+        # With ranks for 200 ties, the 21 small losses would outweigh the 19 large gains.
+        differences = np.concatenate([np.zeros(200), -0.001 * np.arange(1, 22), 0.03 + 0.001 * np.arange(19)])
+        assert wilcoxon(differences) < 0.05
+        assert direction(differences) == BETTER
+        assert direction(np.zeros(3)) == NO_DIFFERENCE
 
     def test_empty_references_are_in_no_mean_and_counted(self):
         nothing = {"nsd": math.nan, "hd95": math.nan, "reference_voxels": 0, "predicted_voxels": 0}
@@ -229,9 +253,11 @@ class TestStatistics:
             for seed, dice in enumerate(of_seeds)
             if dice is not None
         ]
-        (row,) = spreads(tables_of(rows))
+        waiting = {"dataset": "Dataset001_A", "configuration": "small", "trainer": "wide", "fold": 0, "seed": 0}
+        (row,) = spreads(tables_of(rows, ({**waiting, "state": "waiting"},)))
         # The third lacks a seed. Means 0.72 and 0.81; variances 0.0008 and 0.0002.
         assert (row["trainers"], row["cells"]) == (2, 2)
+        assert row["left_out"] == "nnUNetTrainerNoSkip, wide"
         assert row["between"] == pytest.approx(0.09 / math.sqrt(2), abs=1e-6)
         assert row["within"] == pytest.approx(math.sqrt(0.0005), abs=1e-6)
         assert row["ratio"] == pytest.approx(row["between"] / row["within"], rel=1e-4)
@@ -437,6 +463,7 @@ class TestReport:
         assert "- Dataset001_A, small, NoSkip: fold 1 seed 0 (failed), fold 1 seed 1 (waiting)" in text
         assert "| a | XAttnRes | 2* | 6 |" in text
         assert text.count("not to be compared with the other rows") == 1
+        assert "| Dataset001_A, small, validation | 1 | 4 | - | - | - | XAttnRes, NoSkip |" in text
 
     @pytest.mark.parametrize(
         "damage, message",

@@ -142,7 +142,8 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         *_empty_references(results.summary),
         "## Which datasets can tell trainers apart",
         "Standard deviation of the trainers' mean Dice, beside that of the folds and seeds of one trainer (pooled), in "
-        "percentage points. Where the ratio is low, differences between trainers drown in those between trainings.",
+        "percentage points. Where the ratio is low, differences between trainers drown in those between trainings. "
+        "Trainers that lack one of the trainings are left out.",
         _spreads(results.spreads),
         "## Trainings",
         *(f"![{name}]({name}.png)" for name in figures if name.startswith("curves")),
@@ -288,6 +289,7 @@ def _empty_references(summary: Rows) -> list[str]:
 
 def _spreads(rows: Rows) -> str:
     header = ["dataset", "trainers", "trainings of each", "between trainers", "within a trainer", "ratio"]
+    header.append("left out")
     lines = [
         [
             _set_name(row),
@@ -296,6 +298,7 @@ def _spreads(rows: Rows) -> str:
             _points(row["between"]),
             _points(row["within"]),
             _number(row["ratio"], ".2f"),
+            ", ".join(map(short_name, row["left_out"].split(", "))) or NOTHING,
         ]
         for row in rows
     ]
