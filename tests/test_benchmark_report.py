@@ -1,5 +1,6 @@
 import json
 import math
+import threading
 import warnings
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from scipy import stats
 from test_routing import assert_no_texts_overlap
 
+from nnunet_xattnres.benchmark import metrics
 from nnunet_xattnres.benchmark.drawing import draw_cases, draw_differences
 from nnunet_xattnres.benchmark.matrix import Cell, write_cells
 from nnunet_xattnres.benchmark.metrics import labels_or_regions, measure
@@ -408,6 +410,25 @@ class TestFolder:
         assert main(["benchmark", "report", str(tmp_path / "out"), "-o", str(tmp_path / "again")]) == 0
         for name in ("report.md", "report.json", "cases.csv", "cells.csv"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+    def test_a_benchmark_is_measured_and_not_reported_from_old_tables(self, benchmark, tmp_path, capsys):
+        (benchmark / "cases.csv").write_text("of an earlier report")
+        run_report(benchmark, tmp_path / "out")
+        assert len(read_tables(tmp_path / "out").cases) == 6
+        assert main(["benchmark", "report", str(benchmark), "-o", str(benchmark)]) == 1
+        assert "is the folder of a benchmark: choose another -o" in capsys.readouterr().err
+
+    def test_no_more_cases_are_in_memory_than_there_are_workers(self, benchmark, monkeypatch):
+        monkeypatch.setattr(metrics, "NUM_WORKERS", "1")
+        threads = set()
+
+        def note(*masks) -> metrics.Metrics:
+            threads.add(threading.get_ident())
+            return metrics.Metrics(1.0, 1.0, 0.0, 1, 1)
+
+        monkeypatch.setattr(metrics, "measure", note)
+        metrics.read_benchmark(benchmark)
+        assert len(threads) == 1
 
     @pytest.mark.parametrize(
         "damage, message",

@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import inf, nan
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from nnunet_xattnres.benchmark.matrix import FINISHED, SPEC, Cell, read_cells
 from nnunet_xattnres.benchmark.spec import Dataset, read_spec
 from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, Tables
 from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT, read_checkpoint
+from nnunet_xattnres.commands import NUM_WORKERS
 from nnunet_xattnres.datasets import read_dataset_json, reader_for
 from nnunet_xattnres.errors import XAttnResError, one_line
 
@@ -96,7 +96,7 @@ def read_benchmark(root: Path) -> Tables:
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
     datasets = {dataset.name: _Dataset(root, dataset) for dataset in read_spec(root / SPEC).datasets}
     predictions = [prediction for cell in finished for prediction in _predictions(root, cell, datasets[cell.dataset])]
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(int(NUM_WORKERS)) as pool:
         rows = pool.map(lambda prediction: prediction.rows(), predictions)
         cases = [row for of_case in tqdm(rows, "cases", len(predictions)) for row in of_case]
     return Tables(

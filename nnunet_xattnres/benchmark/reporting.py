@@ -12,7 +12,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences, short_name
-from nnunet_xattnres.benchmark.matrix import FINISHED
+from nnunet_xattnres.benchmark.matrix import FINISHED, MATRIX
 from nnunet_xattnres.benchmark.statistics import (
     BETTER,
     COSTS,
@@ -28,6 +28,7 @@ from nnunet_xattnres.benchmark.statistics import (
     summarise,
 )
 from nnunet_xattnres.benchmark.tables import Tables, has_tables, read_tables, write_csv, write_tables
+from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.files import make_writable_folder, write_text_atomically
 from nnunet_xattnres.installation import check_installed
 from nnunet_xattnres.overhead.results import PREFIX
@@ -52,6 +53,8 @@ def run_report(source: Path, output: Path) -> None:
 
     Raises `XAttnResError` if there is nothing to report on, if it is damaged, and if `output` cannot be written.
     """
+    if (output / MATRIX).exists():
+        raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
     tables = _read(source)
     make_writable_folder(output, "-o")
     write_tables(tables, output)
@@ -67,7 +70,7 @@ def run_report(source: Path, output: Path) -> None:
 
 
 def _read(source: Path) -> Tables:
-    if has_tables(source):
+    if has_tables(source) and not (source / MATRIX).exists():
         return read_tables(source)
     # What a report on CSV files can do without.
     check_installed("monai", "yaml")
