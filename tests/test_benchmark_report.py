@@ -2,12 +2,14 @@ import json
 import math
 import threading
 import warnings
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
+import scipy
 import SimpleITK as sitk
 import torch
 from scipy import stats
@@ -65,7 +67,8 @@ def case_row(
     return row | more
 
 
-def tables_of(case_rows: list[dict], unfinished: tuple = ()) -> Tables:
+def tables_of(case_rows: list[dict], unfinished: tuple = (), trainers: tuple = ()) -> Tables:
+    """trainers: as the spec orders them; by default as they appear."""
     cases = table("cases", case_rows)
     keys = cases[["dataset", "configuration", "trainer", "fold", "seed"]].drop_duplicates()
     cells = [
@@ -77,6 +80,10 @@ def tables_of(case_rows: list[dict], unfinished: tuple = ()) -> Tables:
             "parameters": 1_234_567 if key["trainer"] == PLANNED else 2_469_134,
             "peak_memory_gb": math.nan,
             "plans": "nnUNetPlans",
+            "patch_size": "40x40",
+            "batch_size": 2,
+            "features": "8 16",
+            "iterations": 50,
             "device": "cpu",
             "versions": "torch 2.8",
         }
@@ -91,12 +98,19 @@ def tables_of(case_rows: list[dict], unfinished: tuple = ()) -> Tables:
         {"dataset": name, "family": DATASETS[name], "nsd_tolerance_mm": 1.5, "labels": "1:a"}
         for name in keys.dataset.unique()
     ]
-    blank = dict.fromkeys(("plans", "device", "versions"), "")
+    blank = dict.fromkeys(("plans", "patch_size", "features", "device", "versions"), "")
+    all_cells = table("cells", [*cells, *(cell | blank for cell in unfinished)])
+    arms = [
+        {"trainer": name, "trainer_class": name, "planner": "ExperimentPlanner", "parameters_of": ""}
+        for name in trainers or all_cells.trainer.unique()
+    ]
     return Tables(
         cases,
-        table("cells", [*cells, *(cell | blank for cell in unfinished)]),
+        all_cells,
         table("curves", curves),
         table("datasets", datasets),
+        table("trainers", arms),
+        table("versions", [{"package": "monai", "version": "1.5"}]),
     )
 
 
@@ -173,7 +187,7 @@ class TestStatistics:
         # Were they compared, these would make a difference.
         alone = (cases.trainer == PLANNED) & (cases.fold == 1) & (cases.seed == 1)
         cases.loc[alone, "dice"] = 0.0
-        row = compare(Tables(cases, tables.cells, tables.curves, tables.datasets))[0]
+        row = compare(replace(tables, cases=cases))[0]
         assert (row["cells"], row["cases"]) == (3, 12)
         assert row["difference"] == pytest.approx(0.05, abs=0.01)
 
@@ -182,7 +196,7 @@ class TestStatistics:
         cells = tables_of(cases.to_dict("records")).cells
         # Of seed 1, which ours lacks.
         cells.loc[(cells.trainer == PLANNED) & (cells.seed == 1), "seconds_per_epoch"] = 1000.0
-        row = compare(Tables(cases, cells, tables.curves, tables.datasets))[0]
+        row = compare(replace(tables, cases=cases, cells=cells))[0]
         assert (row["cells"], row["seconds_per_epoch_ratio"]) == (2, 1.5)
 
     def test_nothing_is_warned_of(self, tables):
@@ -190,7 +204,7 @@ class TestStatistics:
         cases = pandas.concat([tables.cases, tables.cases.assign(set="test")])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            compare(Tables(cases, tables.cells, tables.curves, tables.datasets))
+            compare(replace(tables, cases=cases))
 
     @pytest.mark.parametrize("sign, verdict", [(1, BETTER), (-1, WORSE)])
     def test_the_test_decides_and_not_the_interval(self, sign, verdict):
@@ -333,6 +347,12 @@ def benchmark(tmp_path: Path) -> Path:
     (dataset / "dataset.json").write_text(json.dumps(content))
     preprocessed = root / "nnUNet_preprocessed" / "Dataset001_A"
     preprocessed.mkdir(parents=True)
+    small, wide = (
+        {"patch_size": [8, 16, 16], "batch_size": 2, "architecture": {"arch_kwargs": {"features_per_stage": features}}}
+        for features in ([8, 16], [16, 32])
+    )
+    plans = {"configurations": {"small": small | {"training": {"num_iterations_per_epoch": 30}}, "small_wide": wide}}
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
     (preprocessed / "splits_final.json").write_text(json.dumps([{"train": [], "val": ["1", "2"]}]))
     write_spec(
         Spec(
@@ -403,7 +423,17 @@ class TestFolder:
         assert (core.dice, core.nsd, core.hd95) == (0.0, 0.0, math.inf)
         assert list(tables.cells.state) == ["finished", "failed"]
         assert tables.cells.seconds_per_epoch[0] == 3.5
+        assert tables.cells.patch_size[0] == "8x16x16"
+        assert list(tables.cells.features) == ["8 16", "16 32"]
+        assert tables.cells.iterations[0] == 30 and tables.cells.iterations.isna()[1]
         assert list(tables.curves.pseudo_dice) == [0.1, 0.75]
+        assert list(tables.trainers.trainer) == [PLANNED, "wide"]
+        assert list(tables.trainers.width.fillna(0)) == [0, 2]
+        assert set(tables.versions.package) >= {"monai", "scipy", "pandas", "matplotlib"}
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert "| wide | nnUNetTrainerPlanned | ExperimentPlanner | 2x |" in text
+        assert "| Dataset001_A | small | Planned | nnUNetPlans | 8x16x16 | 2 | 8 16 | 30 | 2 |" in text
+        assert f"scipy {scipy.__version__}" in text
         assert tables.datasets.to_dict("records") == [
             {"dataset": "Dataset001_A", "family": "A", "nsd_tolerance_mm": 2.0, "labels": "1+2:whole;2:core"}
         ]
@@ -461,7 +491,7 @@ class TestReport:
         assert files == {file.name: file.read_bytes() for file in (tmp_path / "two").iterdir()}
         figures = ["paired_differences", *(f"dice_{name}_small_validation" for name in DATASETS)]
         figures += [f"curves_{name}_small" for name in DATASETS]
-        written = {"cases", "cells", "curves", "datasets", "summary", "comparisons", "spreads"}
+        written = {"cases", "cells", "curves", "datasets", "trainers", "versions", "summary", "comparisons", "spreads"}
         expected = {f"{name}.csv" for name in written} | {"report.md", "report.json"}
         assert files.keys() == expected | {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")}
         # A case called 0003 is no number.
@@ -472,6 +502,23 @@ class TestReport:
         assert "| a | Planned | 4 | 12 |" in text
         assert text.count("1.50x | 2.00x | - |") == 2 * len(DATASETS)
         assert "24 of 24 trainings of the matrix are finished" in text
+
+    def test_trainers_have_the_order_of_the_spec(self, tmp_path):
+        # The first dataset lacks the first trainer.
+        trained = {"Dataset001_A": ("wide", OURS), "Dataset002_CT": (OURS, "wide", PLANNED)}
+        rows = [
+            case_row(dataset, trainer, 0, 0, str(case), 0.5)
+            for dataset, trainers in trained.items()
+            for trainer in trainers
+            for case in range(2)
+        ]
+        write_tables(tables_of(rows, trainers=(PLANNED, OURS, "wide")), tmp_path)
+        run_report(tmp_path, tmp_path / "out")
+        comparisons = pandas.read_csv(tmp_path / "out" / "comparisons.csv")
+        pairs = comparisons[["first", "second"]].drop_duplicates().to_numpy().tolist()
+        assert pairs == [[OURS, PLANNED], ["wide", PLANNED], ["wide", OURS]]
+        summary = pandas.read_csv(tmp_path / "out" / "summary.csv")
+        assert list(summary.trainer[summary.label == "mean"]) == [OURS, "wide", PLANNED, OURS, "wide"]
 
     def test_cells_that_are_missing_are_named(self, tables, tmp_path, capsys):
         cell = {"dataset": "Dataset001_A", "configuration": "small", "trainer": "nnUNetTrainerNoSkip", "fold": 1}
@@ -494,6 +541,7 @@ class TestReport:
             (lambda folder: edit(folder / "cases.csv", ",10,10\n", ",ten,10\n"), "cases.csv is damaged"),
             (lambda folder: edit(folder / "cells.csv", "Dataset003", "Dataset009"), "take files of one report"),
             (lambda folder: edit(folder / "datasets.csv", "Sarcoma", "other"), "of family Sarcoma"),
+            (lambda folder: edit(folder / "trainers.csv", f"{OURS},{OURS}", "b,b"), f"lacks {OURS}"),
             (lambda folder: edit(folder / "cells.csv", "finished", "failed"), "no cell is finished"),
             (lambda folder: edit(folder / "cases.csv", "0003", "0002"), "twice"),
             (lambda folder: (folder / "cases.csv").unlink(), "no matrix.json"),

@@ -103,12 +103,14 @@ def _without_nan(content: Any) -> Any:
 
 def _versions(tables: Tables) -> list[str]:
     finished = tables.cells[tables.cells.state == FINISHED]
-    return sorted({f"{row.versions}; {row.device}" for row in finished.itertuples()})
+    trained = sorted({f"trained: {row.versions}; {row.device}" for row in finished.itertuples()})
+    measured = "; ".join(f"{row.package} {row.version}" for row in tables.versions.itertuples())
+    return [*trained, f"measured: {measured}"]
 
 
 def _draw(tables: Tables, results: Results, output: Path) -> list[str]:
     """Write all figures; returns their names."""
-    trainers = list(dict.fromkeys(tables.cells.trainer))
+    trainers = list(tables.trainers.trainer)
     values = case_values(tables.cases)
     figures: dict[str, Callable[[], Figure]] = {}
     differences = [row for row in results.comparisons if row["metric"] == "dice"]
@@ -131,6 +133,9 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
     parts = [
         "# Benchmark",
         _overview(tables),
+        "## What is compared",
+        _arms(tables),
+        _trainings(tables),
         "## Differences",
         _explanation(),
         _verdicts(results.comparisons),
@@ -171,6 +176,33 @@ def _overview(tables: Tables) -> str:
             missing = ", ".join(f"fold {row.fold} seed {row.seed} ({row.state})" for row in of_arm.itertuples())
             lines.append(f"- {dataset}, {configuration}, {short_name(trainer)}: {missing}")
     return "\n".join(lines)
+
+
+def _arms(tables: Tables) -> str:
+    lines = [
+        [
+            short_name(row.trainer),
+            row.trainer_class,
+            row.planner,
+            f"to the parameters of {short_name(row.parameters_of)}"
+            if row.parameters_of
+            else _number(row.width, "g", "x"),
+        ]
+        for row in tables.trainers.itertuples()
+    ]
+    return _table(["trainer", "nnU-Net's class", "planner", "widened"], lines)
+
+
+def _trainings(tables: Tables) -> str:
+    """The budget and size of the finished trainings; trainers that share them share a line."""
+    columns = ["dataset", "configuration", "plans", "patch_size", "batch_size", "features", "iterations", "epochs"]
+    finished = tables.cells[tables.cells.state == FINISHED]
+    lines = []
+    for values, own in finished.groupby(columns, sort=False, dropna=False):
+        known = ["trainer's own" if pandas.isna(value) else str(value) for value in values]
+        lines.append([*known[:2], ", ".join(map(short_name, own.trainer.unique())), *known[2:]])
+    header = ["dataset", "configuration", "trainers", "plans", "patch", "batch", "channels of the stages"]
+    return _table([*header, "iterations per epoch", "epochs"], lines)
 
 
 def _explanation() -> str:

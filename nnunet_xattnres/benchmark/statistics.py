@@ -97,14 +97,13 @@ def case_values(cases: pandas.DataFrame) -> pandas.DataFrame:
 def compare(tables: Tables) -> list[dict[str, Any]]:
     """Every pair of trainers and metric: a row per set, and one per family of several sets.
 
-    Differences are first - second, the costs' ratios first / second; first is the later one in the matrix. cells are
+    Differences are first - second, the costs' ratios first / second; first is the later one in the spec. cells are
     the folds and seeds that both have finished, whose costs are compared; cells_ahead those of them with a positive
     mean difference. p_holm and verdict are the family's: None in the rows of sets that share one.
     """
     values = case_values(tables.cases)
-    trainers = list(dict.fromkeys(tables.cells.trainer))
     rows = []
-    for second, first in combinations(trainers, 2):
+    for second, first in combinations(tables.trainers.trainer, 2):
         paired = _pair(values, first, second)
         for metric in METRICS:
             rows += [
@@ -210,13 +209,14 @@ def summarise(tables: Tables) -> list[dict[str, Any]]:
         num_cells = len(of_set[["fold", "seed"]].drop_duplicates())
         for label in [MEAN_LABEL, *labels]:
             of_label = of_set if label == MEAN_LABEL else of_set[of_set.label == label]
-            for trainer, own in of_label.groupby("trainer", sort=False):
+            for trainer in tables.trainers.trainer[tables.trainers.trainer.isin(of_label.trainer)]:
+                own = of_label[of_label.trainer == trainer]
                 own_cells = len(own[["fold", "seed"]].drop_duplicates())
                 rows.append(
                     dict(zip(SET, key, strict=True))
                     | {"label": label, "trainer": trainer, "cells": own_cells, "cells_of_set": num_cells}
                     | _metrics(own)
-                    | costs(tables.cells, key[0], key[1], str(trainer))
+                    | costs(tables.cells, key[0], key[1], trainer)
                 )
     return rows
 
