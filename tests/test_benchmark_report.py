@@ -16,11 +16,11 @@ from scipy import stats
 from test_routing import assert_no_texts_overlap
 
 from nnunet_xattnres.benchmark import metrics
-from nnunet_xattnres.benchmark.drawing import draw_cases, draw_differences
+from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences
 from nnunet_xattnres.benchmark.matrix import Cell, write_cells
 from nnunet_xattnres.benchmark.metrics import labels_or_regions, measure
-from nnunet_xattnres.benchmark.reporting import run_report
-from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, write_spec
+from nnunet_xattnres.benchmark.reporting import Results, markdown, run_report
+from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, read_spec, write_spec
 from nnunet_xattnres.benchmark.statistics import (
     BETTER,
     NO_DIFFERENCE,
@@ -50,7 +50,7 @@ def case_row(
 ) -> dict:
     row = {
         "dataset": dataset,
-        "family": DATASETS[dataset],
+        "family": DATASETS.get(dataset, dataset),
         "configuration": "small",
         "trainer": trainer,
         "fold": fold,
@@ -95,8 +95,8 @@ def tables_of(case_rows: list[dict], unfinished: tuple = (), trainers: tuple = (
         for epoch in range(2)
     ]
     datasets = [
-        {"dataset": name, "family": DATASETS[name], "nsd_tolerance_mm": 1.5, "labels": "1:a"}
-        for name in keys.dataset.unique()
+        {"dataset": name, "family": family, "nsd_tolerance_mm": 1.5, "labels": "1:a"}
+        for name, family in dict(zip(cases.dataset, cases.family, strict=True)).items()
     ]
     blank = dict.fromkeys(("plans", "patch_size", "features", "device", "versions"), "")
     all_cells = table("cells", [*cells, *(cell | blank for cell in unfinished)])
@@ -126,6 +126,27 @@ def tables() -> Tables:
             dice = difficulty + gain + rng.normal(0, 0.01)
             rows.append(case_row(dataset, trainer, fold, seed, f"00{fold}{case}", dice))
     return tables_of(rows)
+
+
+def results_of(tables: Tables) -> Results:
+    return Results(summarise(tables), compare(tables), spreads(tables))
+
+
+@pytest.fixture
+def evidence(monkeypatch) -> Tables:
+    """Of the size of the evidence's matrix, with two cases per fold."""
+    monkeypatch.setenv("XATTNRES_DATA", "/")
+    spec = read_spec(Path(__file__).parents[1] / "specs" / "cpu-evidence.yaml")
+    rng = np.random.default_rng(0)
+    rows = []
+    for dataset in spec.datasets:
+        name = Path(dataset.path).name
+        more = {"configuration": dataset.configurations[0], "family": dataset.family or name}
+        rows += [
+            case_row(name, arm.name, fold, 0, f"{fold}{case}", rng.uniform(0.5, 0.9), **more)
+            for fold, arm, case in product(spec.folds, spec.arms_of(dataset), range(2))
+        ]
+    return tables_of(rows, trainers=tuple(arm.name for arm in spec.trainers))
 
 
 def differences_of(tables: Tables, dataset: str) -> np.ndarray:
@@ -431,7 +452,7 @@ class TestFolder:
         assert list(tables.trainers.width.fillna(0)) == [0, 2]
         assert set(tables.versions.package) >= {"monai", "scipy", "pandas", "matplotlib"}
         text = (tmp_path / "out" / "report.md").read_text()
-        assert "| wide | nnUNetTrainerPlanned | ExperimentPlanner | 2x |" in text
+        assert "| wide | nnUNetTrainerPlanned | ExperimentPlanner | 2x | - |" in text
         assert "| Dataset001_A | small | Planned | nnUNetPlans | 8x16x16 | 2 | 8 16 | 30 | 2 |" in text
         assert f"scipy {scipy.__version__}" in text
         assert tables.datasets.to_dict("records") == [
@@ -503,6 +524,14 @@ class TestReport:
         assert text.count("1.50x | 2.00x | - |") == 2 * len(DATASETS)
         assert "24 of 24 trainings of the matrix are finished" in text
 
+    def test_a_family_without_common_names_is_not_to_be_trusted(self, tables):
+        told = "**Dataset002_CT and Dataset003_MR are of the family Sarcoma and have no name of a case in common"
+        renamed = tables.cases.dataset == "Dataset003_MR"
+        names = tables.cases.case.where(~renamed, "MR_" + tables.cases.case)
+        assert told not in markdown(tables, results_of(tables), [])
+        of_others = replace(tables, cases=tables.cases.assign(case=names))
+        assert told in markdown(of_others, results_of(of_others), [])
+
     def test_trainers_have_the_order_of_the_spec(self, tmp_path):
         # The first dataset lacks the first trainer.
         trained = {"Dataset001_A": ("wide", OURS), "Dataset002_CT": (OURS, "wide", PLANNED)}
@@ -567,6 +596,22 @@ class TestReport:
         assert_no_texts_overlap(draw_differences(rows))
         values = case_values(tables.cases)
         assert_no_texts_overlap(draw_cases(values[values.dataset == "Dataset001_A"], [PLANNED, OURS]))
+
+    def test_eight_trainers_are_readable(self, evidence):
+        results = results_of(evidence)
+        # 7 on one dataset, 4 on three of them and on a family.
+        rows = [row for row in results.with_first if row["metric"] == "dice"]
+        assert len(rows) == 7 + 4 * 4
+        assert_no_texts_overlap(draw_differences(rows))
+        assert_no_texts_overlap(draw_differences([row for row in rows if row["dataset"] == "Task04_Hippocampus"]))
+        trainers = list(evidence.trainers.trainer)
+        values = case_values(evidence.cases)
+        assert_no_texts_overlap(draw_cases(values[values.dataset == "Task04_Hippocampus"], trainers))
+        assert_no_texts_overlap(draw_curves(evidence.curves[evidence.curves.configuration == "2d_cpu"], trainers))
+        text, _, other_pairs = markdown(evidence, results, []).partition("other pairs\n")
+        assert text.count("XAttnResBlock - Planned |") == 1 + 2 * 5
+        assert "PlannedSameParameters - XAttnRes |" not in text
+        assert other_pairs.count("| PlannedSameParameters - XAttnRes | Task04_Hippocampus") == 1
 
     def test_a_single_trainer_is_reported_alone(self, tables, tmp_path):
         alone = tables_of(tables.cases[tables.cases.trainer == OURS].to_dict("records"))

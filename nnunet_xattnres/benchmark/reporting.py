@@ -26,6 +26,7 @@ from nnunet_xattnres.benchmark.statistics import (
     compare,
     spreads,
     summarise,
+    unrelated_datasets,
 )
 from nnunet_xattnres.benchmark.tables import Tables, has_tables, read_tables, write_csv, write_tables
 from nnunet_xattnres.errors import XAttnResError
@@ -46,6 +47,15 @@ class Results:
     summary: Rows
     comparisons: Rows
     spreads: Rows
+
+    @property
+    def with_first(self) -> Rows:
+        """The comparisons with the first trainer that there are any with."""
+        return [row for row in self.comparisons if row["second"] == self.comparisons[0]["second"]]
+
+    @property
+    def without_first(self) -> Rows:
+        return [row for row in self.comparisons if row["second"] != self.comparisons[0]["second"]]
 
 
 def run_report(source: Path, output: Path) -> None:
@@ -113,7 +123,7 @@ def _draw(tables: Tables, results: Results, output: Path) -> list[str]:
     trainers = list(tables.trainers.trainer)
     values = case_values(tables.cases)
     figures: dict[str, Callable[[], Figure]] = {}
-    differences = [row for row in results.comparisons if row["metric"] == "dice"]
+    differences = [row for row in results.with_first if row["metric"] == "dice"]
     if differences:
         figures["paired_differences"] = partial(draw_differences, differences)
     for key, of_set in values.groupby(SET, sort=False):
@@ -138,9 +148,9 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         _trainings(tables),
         "## Differences",
         _explanation(),
-        _verdicts(results.comparisons),
-        *_differences(results.comparisons, "dice"),
-        *_differences(results.comparisons, "nsd"),
+        _verdicts(results.with_first),
+        *_differences("### Paired differences in Dice", results.with_first, "dice"),
+        *_differences("### Paired differences in NSD", results.with_first, "nsd"),
         *(f"![{name}]({name}.png)" for name in figures if name.startswith("paired")),
         "## Every trainer",
         "Dice and NSD in %, HD95 in mm. Brackets: 95 % bootstrap interval of the mean over cases. HD95 is the median "
@@ -153,6 +163,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         "percentage points. Where the ratio is low, differences between trainers drown in those between trainings. "
         "Trainers that lack one of the trainings are left out.",
         _spreads(results.spreads),
+        *_differences("## Paired differences in Dice, other pairs", results.without_first, "dice"),
         "## Trainings",
         *(f"![{name}]({name}.png)" for name in figures if name.startswith("curves")),
         "Versions:",
@@ -169,6 +180,11 @@ def _overview(tables: Tables) -> str:
         f"{len(finished)} of {len(cells)} trainings of the matrix are finished. Trainers are named without `{PREFIX}`. "
         f"Tolerance of NSD: {tolerances}."
     ]
+    lines += [
+        f"\n**{one} and {other} are of the family {family} and have no name of a case in common, by which patients are "
+        "told: if they are the same ones, the family's test counts them twice and is not to be trusted.**"
+        for family, one, other in unrelated_datasets(tables.cases)
+    ]
     unfinished = cells[cells.state != FINISHED]
     if len(unfinished):
         lines.append("\n**Not finished, and therefore in no number:**\n")
@@ -184,13 +200,12 @@ def _arms(tables: Tables) -> str:
             short_name(row.trainer),
             row.trainer_class,
             row.planner,
-            f"to the parameters of {short_name(row.parameters_of)}"
-            if row.parameters_of
-            else _number(row.width, "g", "x"),
+            _number(row.width, "g", "x"),
+            short_name(row.parameters_of) or NOTHING,
         ]
         for row in tables.trainers.itertuples()
     ]
-    return _table(["trainer", "nnU-Net's class", "planner", "widened"], lines)
+    return _table(["trainer", "nnU-Net's class", "planner", "widened by", "widened to the parameters of"], lines)
 
 
 def _trainings(tables: Tables) -> str:
@@ -207,10 +222,12 @@ def _trainings(tables: Tables) -> str:
 
 def _explanation() -> str:
     return (
-        "Differences are paired: cases in the folds and seeds that both trainers have finished, values averaged over "
-        "these first, a case's value being its mean over the labels that its reference contains. Brackets: 95 % "
-        f"bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p says how far another training would "
-        "differ: «ahead in» says in how many of the trainings first had the higher mean. p: Wilcoxon signed-rank, for "
+        "Here every trainer is compared with the first one. The other pairs have a table further down, and all pairs "
+        "and metrics are in comparisons.csv. Differences are paired: cases in the folds and seeds that both trainers "
+        "have finished, values averaged over these first, a case's value being its mean over the labels that its "
+        f"reference contains. Brackets: 95 % bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p "
+        "says how far another training would differ: «ahead in» says in how many of the trainings first had the higher "
+        "mean. p: Wilcoxon signed-rank, for "
         "every pair by itself corrected over families with Holm's method; datasets of the same patients are one family "
         "and have one test, of each patient's mean difference. Better or worse is what the corrected test shows at "
         f"{SIGNIFICANCE:g}, if the mean points the same way; everything else is «{NO_DIFFERENCE}», which is no proof "
@@ -234,7 +251,7 @@ def _verdicts(comparisons: Rows) -> str:
     )
 
 
-def _differences(comparisons: Rows, metric: str) -> list[str]:
+def _differences(heading: str, comparisons: Rows, metric: str) -> list[str]:
     rows = [row for row in comparisons if row["metric"] == metric]
     title = {"dice": "Dice", "nsd": "NSD"}[metric]
     header = ["first - second", "dataset", "trainings", "ahead in", "cases", f"{title}, points", "wins/ties/losses"]
@@ -255,7 +272,7 @@ def _differences(comparisons: Rows, metric: str) -> list[str]:
         ]
         for row in rows
     ]
-    return [f"### Paired differences in {title}", _table(header, lines)] if lines else []
+    return [heading, _table(header, lines)] if lines else []
 
 
 def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
@@ -323,8 +340,7 @@ def _empty_references(summary: Rows) -> list[str]:
 
 
 def _spreads(rows: Rows) -> str:
-    header = ["dataset", "trainers", "trainings of each", "between trainers", "within a trainer", "ratio"]
-    header.append("left out")
+    header = ["dataset", "trainers", "trainings of each", "between trainers", "within a trainer", "ratio", "left out"]
     lines = [
         [
             _set_name(row),

@@ -113,6 +113,16 @@ def compare(tables: Tables) -> list[dict[str, Any]]:
     return rows
 
 
+def unrelated_datasets(cases: pandas.DataFrame) -> list[tuple[str, str, str]]:
+    """Family and names of every two datasets that are said to be the same patients and share no validation case."""
+    validation = cases[cases.set == "validation"]
+    found = []
+    for family, of_family in validation.groupby("family", sort=False):
+        names = of_family.groupby("dataset", sort=False)["case"].agg(set)
+        found += [(family, one, other) for one, other in combinations(names.index, 2) if not names[one] & names[other]]
+    return found
+
+
 def _pair(values: pandas.DataFrame, first: str, second: str) -> pandas.DataFrame:
     """A row per case, fold and seed that both have, with the differences."""
     keys = ["family", *SET, "fold", "seed", "case"]
