@@ -1,27 +1,33 @@
 import json
 import math
+import threading
+import warnings
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
+import scipy
 import SimpleITK as sitk
 import torch
 from scipy import stats
 from test_routing import assert_no_texts_overlap
 
-from nnunet_xattnres.benchmark.drawing import draw_cases, draw_differences
+from nnunet_xattnres.benchmark import metrics
+from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences
 from nnunet_xattnres.benchmark.matrix import Cell, write_cells
 from nnunet_xattnres.benchmark.metrics import labels_or_regions, measure
-from nnunet_xattnres.benchmark.reporting import run_report
-from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, write_spec
+from nnunet_xattnres.benchmark.reporting import Results, markdown, run_report
+from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, read_spec, write_spec
 from nnunet_xattnres.benchmark.statistics import (
     BETTER,
     NO_DIFFERENCE,
     WORSE,
     case_values,
     compare,
+    direction,
     holm,
     sample,
     spreads,
@@ -44,7 +50,7 @@ def case_row(
 ) -> dict:
     row = {
         "dataset": dataset,
-        "family": DATASETS[dataset],
+        "family": DATASETS.get(dataset, dataset),
         "configuration": "small",
         "trainer": trainer,
         "fold": fold,
@@ -61,7 +67,8 @@ def case_row(
     return row | more
 
 
-def tables_of(case_rows: list[dict], unfinished: tuple = ()) -> Tables:
+def tables_of(case_rows: list[dict], unfinished: tuple = (), trainers: tuple = ()) -> Tables:
+    """trainers: as the spec orders them; by default as they appear."""
     cases = table("cases", case_rows)
     keys = cases[["dataset", "configuration", "trainer", "fold", "seed"]].drop_duplicates()
     cells = [
@@ -73,6 +80,10 @@ def tables_of(case_rows: list[dict], unfinished: tuple = ()) -> Tables:
             "parameters": 1_234_567 if key["trainer"] == PLANNED else 2_469_134,
             "peak_memory_gb": math.nan,
             "plans": "nnUNetPlans",
+            "patch_size": "40x40",
+            "batch_size": 2,
+            "features": "8 16",
+            "iterations": 50,
             "device": "cpu",
             "versions": "torch 2.8",
         }
@@ -84,15 +95,22 @@ def tables_of(case_rows: list[dict], unfinished: tuple = ()) -> Tables:
         for epoch in range(2)
     ]
     datasets = [
-        {"dataset": name, "family": DATASETS[name], "nsd_tolerance_mm": 1.5, "labels": "1:a"}
-        for name in keys.dataset.unique()
+        {"dataset": name, "family": family, "nsd_tolerance_mm": 1.5, "labels": "1:a"}
+        for name, family in dict(zip(cases.dataset, cases.family, strict=True)).items()
     ]
-    blank = dict.fromkeys(("plans", "device", "versions"), "")
+    blank = dict.fromkeys(("plans", "patch_size", "features", "device", "versions"), "")
+    all_cells = table("cells", [*cells, *(cell | blank for cell in unfinished)])
+    arms = [
+        {"trainer": name, "trainer_class": name, "planner": "ExperimentPlanner", "parameters_of": ""}
+        for name in trainers or all_cells.trainer.unique()
+    ]
     return Tables(
         cases,
-        table("cells", [*cells, *(cell | blank for cell in unfinished)]),
+        all_cells,
         table("curves", curves),
         table("datasets", datasets),
+        table("trainers", arms),
+        table("versions", [{"package": "monai", "version": "1.5"}]),
     )
 
 
@@ -108,6 +126,27 @@ def tables() -> Tables:
             dice = difficulty + gain + rng.normal(0, 0.01)
             rows.append(case_row(dataset, trainer, fold, seed, f"00{fold}{case}", dice))
     return tables_of(rows)
+
+
+def results_of(tables: Tables) -> Results:
+    return Results(summarise(tables), compare(tables), spreads(tables))
+
+
+@pytest.fixture
+def evidence(monkeypatch) -> Tables:
+    """Of the size of the evidence's matrix, with two cases per fold."""
+    monkeypatch.setenv("XATTNRES_DATA", "/")
+    spec = read_spec(Path(__file__).parents[1] / "specs" / "cpu-evidence.yaml")
+    rng = np.random.default_rng(0)
+    rows = []
+    for dataset in spec.datasets:
+        name = Path(dataset.path).name
+        more = {"configuration": dataset.configurations[0], "family": dataset.family or name}
+        rows += [
+            case_row(name, arm.name, fold, 0, f"{fold}{case}", rng.uniform(0.5, 0.9), **more)
+            for fold, arm, case in product(spec.folds, spec.arms_of(dataset), range(2))
+        ]
+    return tables_of(rows, trainers=tuple(arm.name for arm in spec.trainers))
 
 
 def differences_of(tables: Tables, dataset: str) -> np.ndarray:
@@ -169,9 +208,24 @@ class TestStatistics:
         # Were they compared, these would make a difference.
         alone = (cases.trainer == PLANNED) & (cases.fold == 1) & (cases.seed == 1)
         cases.loc[alone, "dice"] = 0.0
-        row = compare(Tables(cases, tables.cells, tables.curves, tables.datasets))[0]
+        row = compare(replace(tables, cases=cases))[0]
         assert (row["cells"], row["cases"]) == (3, 12)
         assert row["difference"] == pytest.approx(0.05, abs=0.01)
+
+    def test_costs_are_compared_over_common_folds_and_seeds(self, tables):
+        cases = tables.cases[(tables.cases.trainer == PLANNED) | (tables.cases.seed == 0)]
+        cells = tables_of(cases.to_dict("records")).cells
+        # Of seed 1, which ours lacks.
+        cells.loc[(cells.trainer == PLANNED) & (cells.seed == 1), "seconds_per_epoch"] = 1000.0
+        row = compare(replace(tables, cases=cases, cells=cells))[0]
+        assert (row["cells"], row["seconds_per_epoch_ratio"]) == (2, 1.5)
+
+    def test_nothing_is_warned_of(self, tables):
+        # Validation comes before test: names that are not sorted.
+        cases = pandas.concat([tables.cases, tables.cases.assign(set="test")])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compare(replace(tables, cases=cases))
 
     @pytest.mark.parametrize("sign, verdict", [(1, BETTER), (-1, WORSE)])
     def test_the_test_decides_and_not_the_interval(self, sign, verdict):
@@ -199,6 +253,13 @@ class TestStatistics:
         assert row["p_holm"] < 0.05
         assert row["difference"] < 0
         assert row["verdict"] == NO_DIFFERENCE
+
+    def test_equal_cases_do_not_turn_the_ranks(self):
+        # With ranks for 200 ties, the 21 small losses would outweigh the 19 large gains.
+        differences = np.concatenate([np.zeros(200), -0.001 * np.arange(1, 22), 0.03 + 0.001 * np.arange(19)])
+        assert wilcoxon(differences) < 0.05
+        assert direction(differences) == BETTER
+        assert direction(np.zeros(3)) == NO_DIFFERENCE
 
     def test_empty_references_are_in_no_mean_and_counted(self):
         nothing = {"nsd": math.nan, "hd95": math.nan, "reference_voxels": 0, "predicted_voxels": 0}
@@ -229,9 +290,11 @@ class TestStatistics:
             for seed, dice in enumerate(of_seeds)
             if dice is not None
         ]
-        (row,) = spreads(tables_of(rows))
+        waiting = {"dataset": "Dataset001_A", "configuration": "small", "trainer": "wide", "fold": 0, "seed": 0}
+        (row,) = spreads(tables_of(rows, ({**waiting, "state": "waiting"},)))
         # The third lacks a seed. Means 0.72 and 0.81; variances 0.0008 and 0.0002.
         assert (row["trainers"], row["cells"]) == (2, 2)
+        assert row["left_out"] == "nnUNetTrainerNoSkip, wide"
         assert row["between"] == pytest.approx(0.09 / math.sqrt(2), abs=1e-6)
         assert row["within"] == pytest.approx(math.sqrt(0.0005), abs=1e-6)
         assert row["ratio"] == pytest.approx(row["between"] / row["within"], rel=1e-4)
@@ -305,6 +368,12 @@ def benchmark(tmp_path: Path) -> Path:
     (dataset / "dataset.json").write_text(json.dumps(content))
     preprocessed = root / "nnUNet_preprocessed" / "Dataset001_A"
     preprocessed.mkdir(parents=True)
+    small, wide = (
+        {"patch_size": [8, 16, 16], "batch_size": 2, "architecture": {"arch_kwargs": {"features_per_stage": features}}}
+        for features in ([8, 16], [16, 32])
+    )
+    plans = {"configurations": {"small": small | {"training": {"num_iterations_per_epoch": 30}}, "small_wide": wide}}
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
     (preprocessed / "splits_final.json").write_text(json.dumps([{"train": [], "val": ["1", "2"]}]))
     write_spec(
         Spec(
@@ -375,13 +444,42 @@ class TestFolder:
         assert (core.dice, core.nsd, core.hd95) == (0.0, 0.0, math.inf)
         assert list(tables.cells.state) == ["finished", "failed"]
         assert tables.cells.seconds_per_epoch[0] == 3.5
+        assert tables.cells.patch_size[0] == "8x16x16"
+        assert list(tables.cells.features) == ["8 16", "16 32"]
+        assert tables.cells.iterations[0] == 30 and tables.cells.iterations.isna()[1]
         assert list(tables.curves.pseudo_dice) == [0.1, 0.75]
+        assert list(tables.trainers.trainer) == [PLANNED, "wide"]
+        assert list(tables.trainers.width.fillna(0)) == [0, 2]
+        assert set(tables.versions.package) >= {"monai", "scipy", "pandas", "matplotlib"}
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert "| wide | nnUNetTrainerPlanned | ExperimentPlanner | 2x | - |" in text
+        assert "| Dataset001_A | small | Planned | nnUNetPlans | 8x16x16 | 2 | 8 16 | 30 | 2 |" in text
+        assert f"scipy {scipy.__version__}" in text
         assert tables.datasets.to_dict("records") == [
             {"dataset": "Dataset001_A", "family": "A", "nsd_tolerance_mm": 2.0, "labels": "1+2:whole;2:core"}
         ]
         assert main(["benchmark", "report", str(tmp_path / "out"), "-o", str(tmp_path / "again")]) == 0
         for name in ("report.md", "report.json", "cases.csv", "cells.csv"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+    def test_a_benchmark_is_measured_and_not_reported_from_old_tables(self, benchmark, tmp_path, capsys):
+        (benchmark / "cases.csv").write_text("of an earlier report")
+        run_report(benchmark, tmp_path / "out")
+        assert len(read_tables(tmp_path / "out").cases) == 6
+        assert main(["benchmark", "report", str(benchmark), "-o", str(benchmark)]) == 1
+        assert "is the folder of a benchmark: choose another -o" in capsys.readouterr().err
+
+    def test_no_more_cases_are_in_memory_than_there_are_workers(self, benchmark, monkeypatch):
+        monkeypatch.setattr(metrics, "NUM_WORKERS", "1")
+        threads = set()
+
+        def note(*masks) -> metrics.Metrics:
+            threads.add(threading.get_ident())
+            return metrics.Metrics(1.0, 1.0, 0.0, 1, 1)
+
+        monkeypatch.setattr(metrics, "measure", note)
+        metrics.read_benchmark(benchmark)
+        assert len(threads) == 1
 
     @pytest.mark.parametrize(
         "damage, message",
@@ -418,7 +516,7 @@ class TestReport:
         assert files == {file.name: file.read_bytes() for file in (tmp_path / "two").iterdir()}
         figures = ["paired_differences", *(f"dice_{name}_small_validation" for name in DATASETS)]
         figures += [f"curves_{name}_small" for name in DATASETS]
-        written = {"cases", "cells", "curves", "datasets", "summary", "comparisons", "spreads"}
+        written = {"cases", "cells", "curves", "datasets", "trainers", "versions", "summary", "comparisons", "spreads"}
         expected = {f"{name}.csv" for name in written} | {"report.md", "report.json"}
         assert files.keys() == expected | {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")}
         # A case called 0003 is no number.
@@ -429,6 +527,31 @@ class TestReport:
         assert "| a | Planned | 4 | 12 |" in text
         assert text.count("1.50x | 2.00x | - |") == 2 * len(DATASETS)
         assert "24 of 24 trainings of the matrix are finished" in text
+
+    def test_a_family_without_common_names_is_not_to_be_trusted(self, tables):
+        told = "**Dataset002_CT and Dataset003_MR are of the family Sarcoma and have no name of a case in common"
+        renamed = tables.cases.dataset == "Dataset003_MR"
+        names = tables.cases.case.where(~renamed, "MR_" + tables.cases.case)
+        assert told not in markdown(tables, results_of(tables), [])
+        of_others = replace(tables, cases=tables.cases.assign(case=names))
+        assert told in markdown(of_others, results_of(of_others), [])
+
+    def test_trainers_have_the_order_of_the_spec(self, tmp_path):
+        # The first dataset lacks the first trainer.
+        trained = {"Dataset001_A": ("wide", OURS), "Dataset002_CT": (OURS, "wide", PLANNED)}
+        rows = [
+            case_row(dataset, trainer, 0, 0, str(case), 0.5)
+            for dataset, trainers in trained.items()
+            for trainer in trainers
+            for case in range(2)
+        ]
+        write_tables(tables_of(rows, trainers=(PLANNED, OURS, "wide")), tmp_path)
+        run_report(tmp_path, tmp_path / "out")
+        comparisons = pandas.read_csv(tmp_path / "out" / "comparisons.csv")
+        pairs = comparisons[["first", "second"]].drop_duplicates().to_numpy().tolist()
+        assert pairs == [[OURS, PLANNED], ["wide", PLANNED], ["wide", OURS]]
+        summary = pandas.read_csv(tmp_path / "out" / "summary.csv")
+        assert list(summary.trainer[summary.label == "mean"]) == [OURS, "wide", PLANNED, OURS, "wide"]
 
     def test_cells_that_are_missing_are_named(self, tables, tmp_path, capsys):
         cell = {"dataset": "Dataset001_A", "configuration": "small", "trainer": "nnUNetTrainerNoSkip", "fold": 1}
@@ -441,6 +564,7 @@ class TestReport:
         assert "- Dataset001_A, small, NoSkip: fold 1 seed 0 (failed), fold 1 seed 1 (waiting)" in text
         assert "| a | XAttnRes | 2* | 6 |" in text
         assert text.count("not to be compared with the other rows") == 1
+        assert "| Dataset001_A, small, validation | 1 | 4 | - | - | - | XAttnRes, NoSkip |" in text
 
     @pytest.mark.parametrize(
         "damage, message",
@@ -450,6 +574,7 @@ class TestReport:
             (lambda folder: edit(folder / "cases.csv", ",10,10\n", ",ten,10\n"), "cases.csv is damaged"),
             (lambda folder: edit(folder / "cells.csv", "Dataset003", "Dataset009"), "take files of one report"),
             (lambda folder: edit(folder / "datasets.csv", "Sarcoma", "other"), "of family Sarcoma"),
+            (lambda folder: edit(folder / "trainers.csv", f"{OURS},{OURS}", "b,b"), f"lacks {OURS}"),
             (lambda folder: edit(folder / "cells.csv", "finished", "failed"), "no cell is finished"),
             (lambda folder: edit(folder / "cases.csv", "0003", "0002"), "twice"),
             (lambda folder: (folder / "cases.csv").unlink(), "no matrix.json"),
@@ -475,6 +600,22 @@ class TestReport:
         assert_no_texts_overlap(draw_differences(rows))
         values = case_values(tables.cases)
         assert_no_texts_overlap(draw_cases(values[values.dataset == "Dataset001_A"], [PLANNED, OURS]))
+
+    def test_eight_trainers_are_readable(self, evidence):
+        results = results_of(evidence)
+        # 7 on one dataset, 4 on three of them and on a family.
+        rows = [row for row in results.with_first if row["metric"] == "dice"]
+        assert len(rows) == 7 + 4 * 4
+        assert_no_texts_overlap(draw_differences(rows))
+        assert_no_texts_overlap(draw_differences([row for row in rows if row["dataset"] == "Task04_Hippocampus"]))
+        trainers = list(evidence.trainers.trainer)
+        values = case_values(evidence.cases)
+        assert_no_texts_overlap(draw_cases(values[values.dataset == "Task04_Hippocampus"], trainers))
+        assert_no_texts_overlap(draw_curves(evidence.curves[evidence.curves.configuration == "2d_cpu"], trainers))
+        text, _, other_pairs = markdown(evidence, results, []).partition("other pairs\n")
+        assert text.count("XAttnResBlock - Planned |") == 1 + 2 * 5
+        assert "PlannedSameParameters - XAttnRes |" not in text
+        assert other_pairs.count("| PlannedSameParameters - XAttnRes | Task04_Hippocampus") == 1
 
     def test_a_single_trainer_is_reported_alone(self, tables, tmp_path):
         alone = tables_of(tables.cases[tables.cases.trainer == OURS].to_dict("records"))

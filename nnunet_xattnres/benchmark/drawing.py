@@ -37,37 +37,38 @@ def set_title(row: Any) -> str:
 
 
 def draw_differences(rows: list[dict[str, Any]]) -> Figure:
-    """A panel per set or family of several, a line per pair: mean difference in Dice and its interval.
+    """A panel per set or family of several, a line per trainer: mean difference in Dice and its interval.
 
-    rows: of `compare`, of one metric. The verdict of a set that shares its family's test is drawn there.
+    rows: of `compare`, of one metric and one second. The verdict of a set that shares its family's test is drawn there.
     """
-    pairs = list(dict.fromkeys((row["first"], row["second"]) for row in rows))
+    trainers = list(dict.fromkeys(row["first"] for row in rows))
     panels: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault(set_title(row) if row["dataset"] else f"family {row['family']}\nper patient", []).append(row)
     num_rows = -(-len(panels) // PANELS_PER_ROW)
     num_columns = min(len(panels), PANELS_PER_ROW)
-    size = (2.6 + 2.0 * num_columns, 0.7 + num_rows * (0.75 + 0.22 * len(pairs)))
+    size = (2.6 + 2.0 * num_columns, 0.9 + num_rows * (0.75 + 0.22 * len(trainers)))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, of_panel) in zip(axes.flat, panels.items(), strict=False):
-        _draw_panel_of_differences(axis, of_panel, pairs)
+        _draw_panel_of_differences(axis, of_panel, trainers)
         axis.set_title(title, fontsize=FONT_SIZE)
     for axis in axes[:, 0]:
-        axis.set_yticks(range(len(pairs)), [f"{short_name(a)} - {short_name(b)}" for a, b in pairs], fontsize=FONT_SIZE)
-        axis.set_ylim(len(pairs) - 0.5, -0.5)  # the first on top
-    figure.supxlabel("difference in mean Dice, percentage points, with 95 % interval over cases", fontsize=FONT_SIZE)
+        axis.set_yticks(range(len(trainers)), [short_name(trainer) for trainer in trainers], fontsize=FONT_SIZE)
+        axis.set_ylim(len(trainers) - 0.5, -0.5)  # the first on top
+    label = f"mean Dice less that of {short_name(rows[0]['second'])}, percentage points\nwith 95 % interval over cases"
+    figure.supxlabel(label, fontsize=FONT_SIZE)
     handles = [Line2D([], [], linestyle="-", label=verdict, **style) for verdict, style in VERDICT_STYLES.items()]
     handles.append(Line2D([], [], color="0.45", label="tested with its family"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=FONT_SIZE, frameon=False)
     return figure
 
 
-def _draw_panel_of_differences(axis: Axes, rows: list[dict[str, Any]], pairs: list[tuple[str, str]]) -> None:
+def _draw_panel_of_differences(axis: Axes, rows: list[dict[str, Any]], trainers: list[str]) -> None:
     for row in rows:
-        position = pairs.index((row["first"], row["second"]))
+        position = trainers.index(row["first"])
         style: dict[str, Any] = VERDICT_STYLES.get(row["verdict"], {"color": "0.45", "marker": "|"})
         axis.plot([POINTS * row["low"], POINTS * row["high"]], [position] * 2, color=style["color"], linewidth=1.4)
         axis.plot(POINTS * row["difference"], position, markersize=5, **style)

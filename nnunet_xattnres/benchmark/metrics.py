@@ -19,8 +19,8 @@ import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from math import inf, nan
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,20 @@ import numpy as np
 import pandas
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nnunet_xattnres.benchmark.matrix import FINISHED, SPEC, Cell, read_cells
-from nnunet_xattnres.benchmark.spec import Dataset, read_spec
+from nnunet_xattnres.benchmark.spec import Arm, Dataset, read_spec
 from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, Tables
 from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT, read_checkpoint
+from nnunet_xattnres.commands import NUM_WORKERS
 from nnunet_xattnres.datasets import read_dataset_json, reader_for
 from nnunet_xattnres.errors import XAttnResError, one_line
 
+# What measures, and what else decides about the bytes of a report.
+MEASURING = ("nnunet-xattnres", "monai", "SimpleITK", "numpy", "torch", "scipy", "pandas", "matplotlib")
 VALIDATION, TEST = "validation", "test"
 
 
@@ -94,9 +98,10 @@ def read_benchmark(root: Path) -> Tables:
         raise XAttnResError(f"{root}: none of {len(cells)} cells is finished, see `nnunet-xattnres benchmark status`")
     # What MONAI's own functions hand to each other; no user can mend it.
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-    datasets = {dataset.name: _Dataset(root, dataset) for dataset in read_spec(root / SPEC).datasets}
+    spec = read_spec(root / SPEC)
+    datasets = {dataset.name: _Dataset(root, dataset) for dataset in spec.datasets}
     predictions = [prediction for cell in finished for prediction in _predictions(root, cell, datasets[cell.dataset])]
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(int(NUM_WORKERS)) as pool:
         rows = pool.map(lambda prediction: prediction.rows(), predictions)
         cases = [row for of_case in tqdm(rows, "cases", len(predictions)) for row in of_case]
     return Tables(
@@ -104,6 +109,8 @@ def read_benchmark(root: Path) -> Tables:
         cells=_table("cells", (_cell_row(root, cell) for cell in cells)),
         curves=_table("curves", (row for cell in finished for row in _curve_rows(root, cell))),
         datasets=_table("datasets", (dataset.row() for dataset in datasets.values())),
+        trainers=_table("trainers", (_arm_row(arm) for arm in spec.trainers)),
+        versions=_table("versions", ({"package": name, "version": version(name)} for name in MEASURING)),
     )
 
 
@@ -214,9 +221,31 @@ def _key(cell: Cell) -> dict[str, Any]:
 
 
 def _cell_row(root: Path, cell: Cell) -> dict[str, Any]:
-    record = cell.record(root) | {"state": cell.state(root), "parameters": cell.parameters, "plans": cell.plans}
+    plans = PlansManager(str(root / "nnUNet_preprocessed" / cell.dataset / f"{cell.plans}.json"))
+    planned = plans.get_configuration(cell.planned_configuration)
+    record = cell.record(root)
     versions = "; ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
-    return {"device": ""} | record | _key(cell) | {"versions": versions}
+    more = {
+        "state": cell.state(root),
+        "plans": cell.plans,
+        "patch_size": "x".join(map(str, planned.patch_size)),
+        "batch_size": planned.batch_size,
+        "features": " ".join(map(str, planned.network_arch_init_kwargs.get("features_per_stage", ()))),
+        "iterations": planned.configuration.get("training", {}).get("num_iterations_per_epoch"),
+        "parameters": cell.parameters,
+        "versions": versions,
+    }
+    return {"device": ""} | record | _key(cell) | more
+
+
+def _arm_row(arm: Arm) -> dict[str, Any]:
+    return {
+        "trainer": arm.name,
+        "trainer_class": arm.trainer,
+        "planner": arm.planner,
+        "parameters_of": arm.parameters_of or "",
+        "width": arm.width,
+    }
 
 
 def _curve_rows(root: Path, cell: Cell) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences, short_name
-from nnunet_xattnres.benchmark.matrix import FINISHED
+from nnunet_xattnres.benchmark.matrix import FINISHED, MATRIX
 from nnunet_xattnres.benchmark.statistics import (
     BETTER,
     COSTS,
@@ -26,8 +26,10 @@ from nnunet_xattnres.benchmark.statistics import (
     compare,
     spreads,
     summarise,
+    unrelated_datasets,
 )
 from nnunet_xattnres.benchmark.tables import Tables, has_tables, read_tables, write_csv, write_tables
+from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.files import make_writable_folder, write_text_atomically
 from nnunet_xattnres.installation import check_installed
 from nnunet_xattnres.overhead.results import PREFIX
@@ -46,12 +48,23 @@ class Results:
     comparisons: Rows
     spreads: Rows
 
+    @property
+    def with_first(self) -> Rows:
+        """The comparisons with the first trainer that there are any with."""
+        return [row for row in self.comparisons if row["second"] == self.comparisons[0]["second"]]
+
+    @property
+    def without_first(self) -> Rows:
+        return [row for row in self.comparisons if row["second"] != self.comparisons[0]["second"]]
+
 
 def run_report(source: Path, output: Path) -> None:
     """Report on a benchmark's folder, or again on the CSV files of a report.
 
     Raises `XAttnResError` if there is nothing to report on, if it is damaged, and if `output` cannot be written.
     """
+    if (output / MATRIX).exists():
+        raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
     tables = _read(source)
     make_writable_folder(output, "-o")
     write_tables(tables, output)
@@ -67,7 +80,7 @@ def run_report(source: Path, output: Path) -> None:
 
 
 def _read(source: Path) -> Tables:
-    if has_tables(source):
+    if has_tables(source) and not (source / MATRIX).exists():
         return read_tables(source)
     # What a report on CSV files can do without.
     check_installed("monai", "yaml")
@@ -100,15 +113,17 @@ def _without_nan(content: Any) -> Any:
 
 def _versions(tables: Tables) -> list[str]:
     finished = tables.cells[tables.cells.state == FINISHED]
-    return sorted({f"{row.versions}; {row.device}" for row in finished.itertuples()})
+    trained = sorted({f"trained: {row.versions}; {row.device}" for row in finished.itertuples()})
+    measured = "; ".join(f"{row.package} {row.version}" for row in tables.versions.itertuples())
+    return [*trained, f"measured: {measured}"]
 
 
 def _draw(tables: Tables, results: Results, output: Path) -> list[str]:
     """Write all figures; returns their names."""
-    trainers = list(dict.fromkeys(tables.cells.trainer))
+    trainers = list(tables.trainers.trainer)
     values = case_values(tables.cases)
     figures: dict[str, Callable[[], Figure]] = {}
-    differences = [row for row in results.comparisons if row["metric"] == "dice"]
+    differences = [row for row in results.with_first if row["metric"] == "dice"]
     if differences:
         figures["paired_differences"] = partial(draw_differences, differences)
     for key, of_set in values.groupby(SET, sort=False):
@@ -128,11 +143,14 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
     parts = [
         "# Benchmark",
         _overview(tables),
+        "## What is compared",
+        _arms(tables),
+        _trainings(tables),
         "## Differences",
         _explanation(),
-        _verdicts(results.comparisons),
-        *_differences(results.comparisons, "dice"),
-        *_differences(results.comparisons, "nsd"),
+        _verdicts(results.with_first),
+        *_differences("### Paired differences in Dice", results.with_first, "dice"),
+        *_differences("### Paired differences in NSD", results.with_first, "nsd"),
         *(f"![{name}]({name}.png)" for name in figures if name.startswith("paired")),
         "## Every trainer",
         "Dice and NSD in %, HD95 in mm. Brackets: 95 % bootstrap interval of the mean over cases. HD95 is the median "
@@ -142,8 +160,10 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         *_empty_references(results.summary),
         "## Which datasets can tell trainers apart",
         "Standard deviation of the trainers' mean Dice, beside that of the folds and seeds of one trainer (pooled), in "
-        "percentage points. Where the ratio is low, differences between trainers drown in those between trainings.",
+        "percentage points. Where the ratio is low, differences between trainers drown in those between trainings. "
+        "Trainers that lack one of the trainings are left out.",
         _spreads(results.spreads),
+        *_differences("## Paired differences in Dice, other pairs", results.without_first, "dice"),
         "## Trainings",
         *(f"![{name}]({name}.png)" for name in figures if name.startswith("curves")),
         "Versions:",
@@ -160,6 +180,11 @@ def _overview(tables: Tables) -> str:
         f"{len(finished)} of {len(cells)} trainings of the matrix are finished. Trainers are named without `{PREFIX}`. "
         f"Tolerance of NSD: {tolerances}."
     ]
+    lines += [
+        f"\n**{one} and {other} are of the family {family} and have no name of a case in common, by which patients are "
+        "told: if they are the same ones, the family's test counts them twice and is not to be trusted.**"
+        for family, one, other in unrelated_datasets(tables.cases)
+    ]
     unfinished = cells[cells.state != FINISHED]
     if len(unfinished):
         lines.append("\n**Not finished, and therefore in no number:**\n")
@@ -169,12 +194,40 @@ def _overview(tables: Tables) -> str:
     return "\n".join(lines)
 
 
+def _arms(tables: Tables) -> str:
+    lines = [
+        [
+            short_name(row.trainer),
+            row.trainer_class,
+            row.planner,
+            _number(row.width, "g", "x"),
+            short_name(row.parameters_of) or NOTHING,
+        ]
+        for row in tables.trainers.itertuples()
+    ]
+    return _table(["trainer", "nnU-Net's class", "planner", "widened by", "widened to the parameters of"], lines)
+
+
+def _trainings(tables: Tables) -> str:
+    """The budget and size of the finished trainings; trainers that share them share a line."""
+    columns = ["dataset", "configuration", "plans", "patch_size", "batch_size", "features", "iterations", "epochs"]
+    finished = tables.cells[tables.cells.state == FINISHED]
+    lines = []
+    for values, own in finished.groupby(columns, sort=False, dropna=False):
+        known = ["trainer's own" if pandas.isna(value) else str(value) for value in values]
+        lines.append([*known[:2], ", ".join(map(short_name, own.trainer.unique())), *known[2:]])
+    header = ["dataset", "configuration", "trainers", "plans", "patch", "batch", "channels of the stages"]
+    return _table([*header, "iterations per epoch", "epochs"], lines)
+
+
 def _explanation() -> str:
     return (
-        "Differences are paired: cases in the folds and seeds that both trainers have finished, values averaged over "
-        "these first, a case's value being its mean over the labels that its reference contains. Brackets: 95 % "
-        f"bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p says how far another training would "
-        "differ: «ahead in» says in how many of the trainings first had the higher mean. p: Wilcoxon signed-rank, for "
+        "Here every trainer is compared with the first one. The other pairs have a table further down, and all pairs "
+        "and metrics are in comparisons.csv. Differences are paired: cases in the folds and seeds that both trainers "
+        "have finished, values averaged over these first, a case's value being its mean over the labels that its "
+        f"reference contains. Brackets: 95 % bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p "
+        "says how far another training would differ: «ahead in» says in how many of the trainings first had the higher "
+        "mean. p: Wilcoxon signed-rank, for "
         "every pair by itself corrected over families with Holm's method; datasets of the same patients are one family "
         "and have one test, of each patient's mean difference. Better or worse is what the corrected test shows at "
         f"{SIGNIFICANCE:g}, if the mean points the same way; everything else is «{NO_DIFFERENCE}», which is no proof "
@@ -198,7 +251,7 @@ def _verdicts(comparisons: Rows) -> str:
     )
 
 
-def _differences(comparisons: Rows, metric: str) -> list[str]:
+def _differences(heading: str, comparisons: Rows, metric: str) -> list[str]:
     rows = [row for row in comparisons if row["metric"] == metric]
     title = {"dice": "Dice", "nsd": "NSD"}[metric]
     header = ["first - second", "dataset", "trainings", "ahead in", "cases", f"{title}, points", "wins/ties/losses"]
@@ -219,7 +272,7 @@ def _differences(comparisons: Rows, metric: str) -> list[str]:
         ]
         for row in rows
     ]
-    return [f"### Paired differences in {title}", _table(header, lines)] if lines else []
+    return [heading, _table(header, lines)] if lines else []
 
 
 def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
@@ -287,7 +340,7 @@ def _empty_references(summary: Rows) -> list[str]:
 
 
 def _spreads(rows: Rows) -> str:
-    header = ["dataset", "trainers", "trainings of each", "between trainers", "within a trainer", "ratio"]
+    header = ["dataset", "trainers", "trainings of each", "between trainers", "within a trainer", "ratio", "left out"]
     lines = [
         [
             _set_name(row),
@@ -296,6 +349,7 @@ def _spreads(rows: Rows) -> str:
             _points(row["between"]),
             _points(row["within"]),
             _number(row["ratio"], ".2f"),
+            ", ".join(map(short_name, row["left_out"].split(", "))) or NOTHING,
         ]
         for row in rows
     ]

@@ -71,7 +71,9 @@ def wilcoxon(differences: NDArray[np.floating]) -> float:
 
 def direction(differences: NDArray[np.floating]) -> str:
     """What a significant test would mean; nothing, where the signed ranks point elsewhere than the mean."""
-    mean = np.sign(differences.mean())
+    # As in the test, cases without a difference have no rank.
+    differences = differences[differences != 0]
+    mean = np.sign(differences.sum())
     ranks = np.sign((np.sign(differences) * stats.rankdata(np.abs(differences))).sum())
     return NO_DIFFERENCE if mean != ranks or not mean else BETTER if mean > 0 else WORSE
 
@@ -95,14 +97,13 @@ def case_values(cases: pandas.DataFrame) -> pandas.DataFrame:
 def compare(tables: Tables) -> list[dict[str, Any]]:
     """Every pair of trainers and metric: a row per set, and one per family of several sets.
 
-    Differences are first - second, the costs' ratios first / second; first is the later one in the matrix. cells are
-    the folds and seeds that both have finished, cells_ahead those of them with a positive mean difference. p_holm and
-    verdict are the family's: None in the rows of sets that share one.
+    Differences are first - second, the costs' ratios first / second; first is the later one in the spec. cells are
+    the folds and seeds that both have finished, whose costs are compared; cells_ahead those of them with a positive
+    mean difference. p_holm and verdict are the family's: None in the rows of sets that share one.
     """
     values = case_values(tables.cases)
-    trainers = list(dict.fromkeys(tables.cells.trainer))
     rows = []
-    for second, first in combinations(trainers, 2):
+    for second, first in combinations(tables.trainers.trainer, 2):
         paired = _pair(values, first, second)
         for metric in METRICS:
             rows += [
@@ -110,6 +111,16 @@ def compare(tables: Tables) -> list[dict[str, Any]]:
                 for row in _with_verdicts(_rows_of_pair(paired, metric, tables.cells, first, second))
             ]
     return rows
+
+
+def unrelated_datasets(cases: pandas.DataFrame) -> list[tuple[str, str, str]]:
+    """Family and names of every two datasets that are said to be the same patients and share no validation case."""
+    validation = cases[cases.set == "validation"]
+    found = []
+    for family, of_family in validation.groupby("family", sort=False):
+        names = of_family.groupby("dataset", sort=False)["case"].agg(set)
+        found += [(family, one, other) for one, other in combinations(names.index, 2) if not names[one] & names[other]]
+    return found
 
 
 def _pair(values: pandas.DataFrame, first: str, second: str) -> pandas.DataFrame:
@@ -126,17 +137,19 @@ def _rows_of_pair(
     paired: pandas.DataFrame, metric: str, cells: pandas.DataFrame, first: str, second: str
 ) -> Iterator[dict[str, Any]]:
     for family, of_family in paired.groupby("family", sort=False):
-        per_case = of_family.groupby([*SET, "case"], sort=False)[metric].mean()
         sets = list(of_family.groupby(SET, sort=False))
         for key, of_set in sets:
             identity = {"family": family, **dict(zip(SET, key, strict=True)), "sets_of_family": len(sets)}
             of_cells = of_set.groupby(["fold", "seed"], sort=False)[metric].mean()
             num_cells = {"cells": len(of_cells), "cells_ahead": int((of_cells > 0).sum())}
-            ratios = _cost_ratios(cells, key[0], key[1], first, second)
-            yield identity | num_cells | _test(per_case.loc[key].to_numpy()) | ratios
+            per_case = of_set.groupby("case", sort=False)[metric].mean()
+            common = cells.merge(of_set[["fold", "seed"]].drop_duplicates())
+            ratios = _cost_ratios(common, key[0], key[1], first, second)
+            yield identity | num_cells | _test(per_case.to_numpy()) | ratios
         if len(sets) > 1:
             identity = {"family": family, **dict.fromkeys(SET, ""), "sets_of_family": len(sets)}
-            per_patient = per_case.groupby("case", sort=False).mean()
+            per_set = of_family.groupby([*SET, "case"], sort=False)[metric].mean()
+            per_patient = per_set.groupby("case", sort=False).mean()
             no_ratios = {f"{cost}_ratio": None for cost in COSTS}
             yield identity | {"cells": None, "cells_ahead": None} | _test(per_patient.to_numpy()) | no_ratios
 
@@ -206,13 +219,14 @@ def summarise(tables: Tables) -> list[dict[str, Any]]:
         num_cells = len(of_set[["fold", "seed"]].drop_duplicates())
         for label in [MEAN_LABEL, *labels]:
             of_label = of_set if label == MEAN_LABEL else of_set[of_set.label == label]
-            for trainer, own in of_label.groupby("trainer", sort=False):
+            for trainer in tables.trainers.trainer[tables.trainers.trainer.isin(of_label.trainer)]:
+                own = of_label[of_label.trainer == trainer]
                 own_cells = len(own[["fold", "seed"]].drop_duplicates())
                 rows.append(
                     dict(zip(SET, key, strict=True))
                     | {"label": label, "trainer": trainer, "cells": own_cells, "cells_of_set": num_cells}
                     | _metrics(own)
-                    | costs(tables.cells, key[0], key[1], str(trainer))
+                    | costs(tables.cells, key[0], key[1], trainer)
                 )
     return rows
 
@@ -246,9 +260,11 @@ def spreads(tables: Tables) -> list[dict[str, Any]]:
     """Every set: how far trainers differ, beside how far the trainings of one trainer do, in Dice.
 
     between: standard deviation of the trainers' means. within: that of the means of one trainer's folds and seeds,
-    pooled over trainers (root of the mean variance). Of trainers that have finished all folds and seeds of the set.
+    pooled over trainers (root of the mean variance). Of trainers that have finished all folds and seeds of the set;
+    left_out names the others.
     """
     values = case_values(tables.cases)
+    arms = tables.cells[[*SET[:2], "trainer"]].drop_duplicates()
     rows = []
     for key, of_set in values.groupby(SET, sort=False):
         of_cells = of_set.groupby(["trainer", "fold", "seed"], sort=False).dice.mean().unstack(["fold", "seed"])
@@ -256,6 +272,7 @@ def spreads(tables: Tables) -> list[dict[str, Any]]:
         enough = complete.shape[0] > 1 and complete.shape[1] > 1
         between = _rounded(complete.mean(axis=1).std()) if enough else np.nan
         within = _rounded(np.sqrt(complete.var(axis=1).mean())) if enough else np.nan
+        planned = arms[(arms.dataset == key[0]) & (arms.configuration == key[1])].trainer
         rows.append(
             dict(zip(SET, key, strict=True))
             | {
@@ -264,6 +281,7 @@ def spreads(tables: Tables) -> list[dict[str, Any]]:
                 "between": between,
                 "within": within,
                 "ratio": _rounded(between / within) if within else np.nan,
+                "left_out": ", ".join(planned[~planned.isin(complete.index)]),
             }
         )
     return rows

@@ -35,11 +35,15 @@ COLUMNS = {
         "fold": "int64",
         "seed": "int64",
         "state": "str",
+        "plans": "str",
+        "patch_size": "str",
+        "batch_size": "Int64",
+        "features": "str",
+        "iterations": "Int64",
         "epochs": "Int64",
         "seconds_per_epoch": "float64",
         "parameters": "Int64",
         "peak_memory_gb": "float64",
-        "plans": "str",
         "device": "str",
         "versions": "str",
     },
@@ -55,6 +59,14 @@ COLUMNS = {
         "pseudo_dice": "float64",
     },
     "datasets": {"dataset": "str", "family": "str", "nsd_tolerance_mm": "float64", "labels": "str"},
+    "trainers": {
+        "trainer": "str",
+        "trainer_class": "str",
+        "planner": "str",
+        "parameters_of": "str",
+        "width": "float64",
+    },
+    "versions": {"package": "str", "version": "str"},
 }
 REMEDY = "make it with `nnunet-xattnres benchmark report` from the benchmark's folder"
 
@@ -64,16 +76,19 @@ class Tables:
     """What was measured, as `COLUMNS` says.
 
     cases: a row per prediction and label; an undefined metric is NaN. set: "validation" or "test".
-    cells: a row per training of the matrix, whatever has become of it. versions: "package version; ...".
+    cells: a row per training of the matrix, whatever has become of it. patch_size: "56x40". features: the channels of
+    every stage, "16 32 64". iterations: per epoch, missing where the trainer's own. versions: "package version; ...".
     curves: a row per epoch. datasets: labels is "value:name;...", the values of a region joined by "+".
-
-    Rows have the order of the matrix: the first trainer is the one that the others are compared with first.
+    trainers: as the spec has them, in its order: the first one is that which all others are compared with.
+    versions: of the packages that have measured.
     """
 
     cases: pandas.DataFrame
     cells: pandas.DataFrame
     curves: pandas.DataFrame
     datasets: pandas.DataFrame
+    trainers: pandas.DataFrame
+    versions: pandas.DataFrame
 
 
 def has_tables(folder: Path) -> bool:
@@ -126,6 +141,10 @@ def _check_consistency(tables: Tables, folder: Path) -> None:
         has, lacks = ("cases.csv", "cells.csv") if cell in with_cases else ("cells.csv", "cases.csv")
         name = "{}, {}, {}, fold {}, seed {}".format(*cell)
         raise XAttnResError(f"{folder}: {has} has {name}, finished, and {lacks} has not: take files of one report")
+    unknown = tables.cells[~tables.cells.trainer.isin(tables.trainers.trainer)]
+    if not unknown.empty:
+        name = unknown.iloc[0].trainer
+        raise XAttnResError(f"{folder}: trainers.csv lacks {name}, which cells.csv has: take files of one report")
     families = tables.datasets.set_index("dataset").family.to_dict()
     for dataset, family in sorted(set(zip(tables.cases.dataset, tables.cases.family, strict=True))):
         if families.get(dataset) != family:
