@@ -153,9 +153,8 @@ class SlabAlignment:
         return (products @ self.last_of_products.T).clamp_(min=0)
 
     def start_gradients(self) -> None:
-        # Slabs that share no source rows cover the gradient once.
-        empty = torch.zeros_like if self.is_resized else torch.empty_like
-        self.source_gradient = empty(self.source, dtype=self.dtype)
+        # Slabs that share no source rows write every gradient once: there nothing is summed that could round.
+        self.source_gradient = torch.zeros_like(self.source) if self.is_resized else torch.empty_like(self.features)
         self.projection_gradient = None if self.projection is None else torch.zeros_like(self.projection)
 
     def expand_adjoint(self, gradient: Tensor) -> Tensor:

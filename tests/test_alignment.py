@@ -65,6 +65,23 @@ class TestSlabAlignment:
             torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gradient_of_an_unresized_source_takes_no_more_memory_than_the_source(dtype):
+    features, projection = _source((5, 7))
+    gradient = torch.randn(3, 5, 5, 7)
+
+    def features_gradient(features):
+        alignment = SlabAlignment(features, projection.float(), (5, 7), torch.float32, expand_last_axis=False)
+        alignment.start_gradients()
+        for slab in slabs(len(features), (5, 7), 20):
+            alignment.accumulate_gradients(slab, slab.of(gradient))
+        return alignment.gradients()[0]
+
+    half = features_gradient(features.to(dtype))
+    assert half.dtype == dtype
+    assert torch.equal(half, features_gradient(features.to(dtype).float()).to(dtype))
+
+
 def _source(source_size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     return torch.randn(3, 4, *source_size, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
