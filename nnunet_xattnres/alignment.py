@@ -152,10 +152,18 @@ class SlabAlignment:
         # Rounding can make a vanishing norm negative.
         return (products @ self.last_of_products.T).clamp_(min=0)
 
-    def start_gradients(self) -> None:
-        # Slabs that share no source rows write every gradient once: there nothing is summed that could round.
-        self.source_gradient = torch.zeros_like(self.source) if self.is_resized else torch.empty_like(self.features)
-        self.projection_gradient = None if self.projection is None else torch.zeros_like(self.projection)
+    def start_gradients(self, of_features: bool, of_projection: bool) -> None:
+        """Say which gradients are wanted; the others are not computed."""
+        self.source_gradient: Tensor | None = None
+        self.projection_gradient: Tensor | None = None
+        self.has_gradients = of_features or of_projection
+        self.has_features_gradient = of_features
+        if of_features or (of_projection and self.is_resized):
+            # Slabs share no rows of an unresized source. In its own precision, then: no sum can round.
+            allocate = torch.zeros_like if self.is_resized else torch.empty_like
+            self.source_gradient = allocate(self.source)
+        if of_projection and self.projection is not None:
+            self.projection_gradient = torch.zeros_like(self.projection)
 
     def expand_adjoint(self, gradient: Tensor) -> Tensor:
         return gradient if self.last is None else gradient @ self.last
@@ -176,13 +184,16 @@ class SlabAlignment:
         source_slab = self._source_slab(slab)
         if self.is_resized:
             transposed = [None if matrix is None else matrix.T for matrix in self._slab_matrices(slab)]
-            source_slab.of(self.source_gradient).add_(_apply_per_axis(transposed, gradient, last_axis_first=True))
+            of_slab: Tensor | None = _apply_per_axis(transposed, gradient, last_axis_first=True)
         else:
-            source_slab.of(self.source_gradient).copy_(self._project_adjoint(gradient, source_slab.of(self.features)))
+            of_slab = self._project_adjoint(gradient, source_slab.of(self.features))
+        if of_slab is not None and self.source_gradient is not None:
+            sum_of_slabs = source_slab.of(self.source_gradient)
+            sum_of_slabs.add_(of_slab) if self.is_resized else sum_of_slabs.copy_(of_slab)
 
-    def gradients(self) -> tuple[Tensor, Tensor | None]:
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Of features and projection, after all slabs."""
-        if self.is_resized:
+        if self.is_resized and self.source_gradient is not None:
             return self._project_adjoint(self.source_gradient, self.features), self.projection_gradient
         return self.source_gradient, self.projection_gradient
 
@@ -201,12 +212,14 @@ class SlabAlignment:
             rows = rows[slab.rows, self._source_slab(slab).rows]
         return [rows, *others]
 
-    def _project_adjoint(self, gradient: Tensor, projected_from: Tensor) -> Tensor:
-        if self.projection is None or self.projection_gradient is None:
-            return gradient
-        projected_from = projected_from.to(self.dtype).flatten(2)
-        self.projection_gradient += (gradient.flatten(2) @ projected_from.mT).sum(dim=0)
-        return project(gradient, self.projection.T)
+    def _project_adjoint(self, gradient: Tensor, projected_from: Tensor) -> Tensor | None:
+        """Take in the projection's gradient and return that of the features, if wanted."""
+        if self.projection_gradient is not None:
+            projected_from = projected_from.to(self.dtype).flatten(2)
+            self.projection_gradient += (gradient.flatten(2) @ projected_from.mT).sum(dim=0)
+        if not self.has_features_gradient:
+            return None
+        return project(gradient, None if self.projection is None else self.projection.T)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

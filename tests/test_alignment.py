@@ -55,7 +55,7 @@ class TestSlabAlignment:
         expected = torch.autograd.grad(outputs, (features, projection), (gradient, norm_gradient))
 
         alignment = SlabAlignment(features.detach(), projection.detach(), size, torch.float64, expand_last_axis)
-        alignment.start_gradients()
+        alignment.start_gradients(of_features=True, of_projection=True)
         for slab in slabs(len(features), size, max_positions):
             partial_gradient = alignment.expand_adjoint(slab.of(gradient).clone())
             partial = alignment.partial(slab)
@@ -72,7 +72,7 @@ def test_the_gradient_of_an_unresized_source_takes_no_more_memory_than_the_sourc
 
     def features_gradient(features):
         alignment = SlabAlignment(features, projection.float(), (5, 7), torch.float32, expand_last_axis=False)
-        alignment.start_gradients()
+        alignment.start_gradients(of_features=True, of_projection=True)
         for slab in slabs(len(features), (5, 7), 20):
             alignment.accumulate_gradients(slab, slab.of(gradient))
         return alignment.gradients()[0]
