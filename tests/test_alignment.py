@@ -3,6 +3,7 @@ import pytest
 import slow
 import torch
 
+from nnunet_xattnres import alignment as module
 from nnunet_xattnres.alignment import Slab, SlabAlignment, align, is_finer, resize, slabs
 from nnunet_xattnres.errors import XAttnResError
 
@@ -19,6 +20,8 @@ SIZES = [  # source size, target size
     pytest.param((4, 1, 2), (16, 1, 8), id="3d-up-by-4"),
     pytest.param((8, 4, 6), (2, 4, 3), id="3d-down-anisotropic"),
     pytest.param((2, 3, 2), (2, 3, 2), id="3d-equal"),
+    pytest.param((2, 80, 1), (2, 160, 4), id="3d-up-wide"),
+    pytest.param((1, 2, 10), (2, 2, 160), id="3d-up-wide-by-16"),
 ]
 
 
@@ -29,6 +32,14 @@ def test_resize_equals_the_slow_formula(source_size, size):
     np.testing.assert_allclose(resize(features, size).numpy(), expected, atol=1e-12)
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "in-blocks"])
+def blocks(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(module, "BLOCK", 4)
+        monkeypatch.setattr(module, "MIN_TARGETS_IN_BLOCKS", 4)
+
+
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("source_size, size", [case for case in SIZES if "down" not in case.id])
 @pytest.mark.parametrize("max_positions", [1, 20, 10**6])
 @pytest.mark.parametrize("expand_last_axis", [True, False])
