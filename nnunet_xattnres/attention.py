@@ -174,8 +174,10 @@ class _StreamingAttention(torch.autograd.Function):
             size, key_channels, eps = ctx.arguments
             call = _StreamingCall(query, size, key_channels, eps, sources)
             query_gradient = torch.zeros_like(call.query)
-            for alignment in call.alignments:
-                alignment.start_gradients()
+            needed = ctx.needs_input_grad[-len(sources) :]
+            count = len(call.alignments)
+            for alignment, *wanted in zip(call.alignments, needed[:count], needed[count:], strict=True):
+                alignment.start_gradients(*wanted)
             for slab in call.slabs():
                 read = call.read(slab)
                 gradient = slab.of(gradients[0]).to(call.query.dtype)
@@ -191,6 +193,8 @@ class _StreamingAttention(torch.autograd.Function):
                     key, value = call.key_and_value(partial)
                     along_query = alignment.expand_adjoint(product_gradients[k])
                     call.add_to_query(query_gradient, slab, along_query, key)
+                    if not alignment.has_gradients:
+                        continue
                     value_gradient = alignment.expand_adjoint(weights[k].unsqueeze(1) * gradient)
                     key_gradient = value_gradient if key is value else torch.zeros_like(key)
                     key_gradient.addcmul_(along_query.unsqueeze(1), call.query_at(slab))

@@ -3,6 +3,7 @@ import pytest
 import slow
 import torch
 
+from nnunet_xattnres import alignment as module
 from nnunet_xattnres.alignment import Slab, SlabAlignment, align, is_finer, resize, slabs
 from nnunet_xattnres.errors import XAttnResError
 
@@ -19,6 +20,8 @@ SIZES = [  # source size, target size
     pytest.param((4, 1, 2), (16, 1, 8), id="3d-up-by-4"),
     pytest.param((8, 4, 6), (2, 4, 3), id="3d-down-anisotropic"),
     pytest.param((2, 3, 2), (2, 3, 2), id="3d-equal"),
+    pytest.param((2, 80, 1), (2, 160, 4), id="3d-up-wide"),
+    pytest.param((1, 2, 10), (2, 2, 160), id="3d-up-wide-by-16"),
 ]
 
 
@@ -29,6 +32,14 @@ def test_resize_equals_the_slow_formula(source_size, size):
     np.testing.assert_allclose(resize(features, size).numpy(), expected, atol=1e-12)
 
 
+@pytest.fixture(params=[False, True], ids=["whole", "in-blocks"])
+def blocks(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(module, "BLOCK", 4)
+        monkeypatch.setattr(module, "MIN_TARGETS_IN_BLOCKS", 4)
+
+
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("source_size, size", [case for case in SIZES if "down" not in case.id])
 @pytest.mark.parametrize("max_positions", [1, 20, 10**6])
 @pytest.mark.parametrize("expand_last_axis", [True, False])
@@ -55,7 +66,7 @@ class TestSlabAlignment:
         expected = torch.autograd.grad(outputs, (features, projection), (gradient, norm_gradient))
 
         alignment = SlabAlignment(features.detach(), projection.detach(), size, torch.float64, expand_last_axis)
-        alignment.start_gradients()
+        alignment.start_gradients(of_features=True, of_projection=True)
         for slab in slabs(len(features), size, max_positions):
             partial_gradient = alignment.expand_adjoint(slab.of(gradient).clone())
             partial = alignment.partial(slab)
@@ -63,6 +74,23 @@ class TestSlabAlignment:
             alignment.accumulate_gradients(slab, partial_gradient)
         for a, b in zip(alignment.gradients(), expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gradient_of_an_unresized_source_takes_no_more_memory_than_the_source(dtype):
+    features, projection = _source((5, 7))
+    gradient = torch.randn(3, 5, 5, 7)
+
+    def features_gradient(features):
+        alignment = SlabAlignment(features, projection.float(), (5, 7), torch.float32, expand_last_axis=False)
+        alignment.start_gradients(of_features=True, of_projection=True)
+        for slab in slabs(len(features), (5, 7), 20):
+            alignment.accumulate_gradients(slab, slab.of(gradient))
+        return alignment.gradients()[0]
+
+    half = features_gradient(features.to(dtype))
+    assert half.dtype == dtype
+    assert torch.equal(half, features_gradient(features.to(dtype).float()).to(dtype))
 
 
 def _source(source_size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ import torch
 from conftest import saved_bytes
 
 from nnunet_xattnres import attention
-from nnunet_xattnres.alignment import align
+from nnunet_xattnres.alignment import SlabAlignment, align
 from nnunet_xattnres.attention import (
     Candidate,
     attend_reference,
@@ -69,6 +69,33 @@ def test_streaming_equals_reference_in_output_and_every_gradient(case):
     for a, b in zip(streamed, expected, strict=True):
         assert b.abs().max() > 1e-3
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("frozen", ["features", "projections", "both"])
+@pytest.mark.usefixtures("slab_numbers")
+def test_streaming_computes_no_gradients_of_what_is_frozen(case, frozen, monkeypatch):
+    inputs, size = _inputs(case)
+    gradient = torch.randn_like(inputs[2])
+    num_sources = (len(inputs) - 3) // 2
+    outputs = attend_streaming(inputs[0], inputs[1], _candidates(inputs), size)
+    expected = torch.autograd.grad(outputs, inputs, gradient)
+
+    parts = {"features": slice(2, 3 + num_sources), "projections": slice(3 + num_sources, None), "both": slice(2, None)}
+    for tensor in inputs[parts[frozen]]:
+        tensor.requires_grad_(False)
+    asked_for = []
+    gradients_of = SlabAlignment.gradients
+    monkeypatch.setattr(SlabAlignment, "gradients", lambda self: asked_for.append(gradients_of(self)) or asked_for[-1])
+    attend_streaming(inputs[0], inputs[1], _candidates(inputs), size).backward(gradient)
+
+    for tensor, same in zip(inputs, expected, strict=True):
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, same, atol=1e-12, rtol=0)
+    for of_features, of_projection in asked_for:
+        assert (of_features is None) == (frozen != "projections")
+        assert of_projection is None or frozen == "features"
+    assert len(asked_for) == num_sources + 1
 
 
 def test_streaming_in_single_precision_is_as_exact_as_reference():

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.feature("ONNX and TorchScript")
 BLOCK = BlockXAttnResConfig(isar_in_encoder=True, bank_includes_input=True)
 NETWORKS = {  # strides, network, config, image size
     "2d": (ISOTROPIC_2D[:3], PlainConvUNet, XAttnResConfig(), (16, 24)),
+    "2d-wide": (ISOTROPIC_2D[:3], PlainConvUNet, XAttnResConfig(), (160, 160)),
     "2d-no-skips": (ANISOTROPIC_2D, ResidualEncoderUNet, XAttnResConfig(skip_connections=False), (16, 16)),
     "2d-block": (ISOTROPIC_2D[:3], ResidualEncoderUNet, BLOCK, (16, 24)),
     "3d": (ANISOTROPIC_3D[:4], PlainConvUNet, XAttnResConfig(), (8, 16, 16)),

@@ -263,6 +263,32 @@ def test_compiled_as_one_graph_it_computes_the_same(strides, config, batch_sizes
             torch.testing.assert_close(computed, expected, atol=1e-9, rtol=0)
 
 
+def test_torch_compile_finds_no_graph_breaks():
+    torch._dynamo.reset()
+    network = add_xattnres(planned_network(ISOTROPIC_3D[:2], deep_supervision=True), XAttnResConfig())
+    explanation = torch._dynamo.explain(network)(torch.randn(1, 1, 4, 4, 4))
+    assert explanation.break_reasons == []
+    assert explanation.graph_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", [XAttnResConfig(), XAttnResConfig(skip_connections=False)], ids=["skips", "no-skips"]
+)
+def test_compiled_by_inductor_it_computes_nearly_the_same(config):
+    torch._dynamo.reset()
+    network = add_xattnres(planned_network(ISOTROPIC_3D, deep_supervision=True), config)
+    randomise(network)
+    image = torch.randn(2, 1, *smallest_image(ISOTROPIC_3D, (2, 2, 2)))
+    results = []
+    for computes in (torch.compile(network, fullgraph=True), network):
+        outputs = computes(image)
+        gradients = torch.autograd.grad(sum(x.square().mean() for x in outputs), list(network.parameters()))
+        results.append([*outputs, *gradients])
+    for computed, expected in zip(*results, strict=True):
+        torch.testing.assert_close(computed, expected, atol=1e-4 * max(1, expected.abs().max().item()), rtol=1e-3)
+
+
 def test_odd_feature_maps_at_the_bottleneck():
     planned = planned_network(ISOTROPIC_3D)
     image = torch.randn(1, 1, *smallest_image(ISOTROPIC_3D, (5, 7, 5)))

@@ -223,6 +223,21 @@ def test_a_measurement_knows_everything(trainer, nnunet_folders):
     )
 
 
+def test_every_call_is_timed_but_the_first():
+    calls = []
+    times = measurement._times(lambda: calls.append(None), seconds=1e-4)
+    assert len(times) == len(calls) - 1 > 1
+    assert sum(times[:-1]) < 1e-4 <= sum(times)
+
+
+def test_the_command_imports_nothing_that_warns_of_a_missing_gpu():
+    """Before an error of one line, say."""
+    code = "import sys, nnunet_xattnres.overhead.runner; sys.exit('torch.utils.cpp_extension' in sys.modules)"
+    environment = os.environ | {"CUDA_HOME": "/nowhere", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 REGIONS = {"background": 0, "whole": [1, 2], "part": [2]}
 
 
@@ -601,8 +616,9 @@ def refuse(monkeypatch, capsys, outputs, plans_file):
         (["-d", "4", "-c", "3d_fulres"], "did you mean 3d_fullres?"),
         (["-d", "4", "-c", "nothing like it"], "choose from 3d_fullres, small"),
         (["--preset", "msd04", "--trainers", "nnUNetTrainerXAtnRes"], "did you mean nnUNetTrainerXAttnRes"),
-        (["--preset", "msd04", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
-        (["--preset", "msd04", "--repeats", "0"], "--repeats must be at least 1, not 0"),
+        (["--preset", "msd04", "--batch-size", "0"], "--batch-size must be from 1 to 1000000, not 0"),
+        (["--preset", "msd04", "--batch-size", "1" + "0" * 20], "--batch-size must be from 1 to 1000000, not 1000"),
+        (["--preset", "msd04", "--repeats", "0"], "--repeats must be from 1 to 1000000, not 0"),
         (["--preset", "msd04", "--device", "cpu", "--compile"], "never compiles on a CPU"),
         (["--preset", "msd04", "--json", "nowhere/o.json"], "cannot write nowhere/o.json (No such file or directory)"),
         (["--preset", "msd04", "--chart", "o.tiffany"], "use .png, .pdf or .svg"),

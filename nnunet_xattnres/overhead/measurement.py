@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import threading
+import timeit
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_xattnres.device import is_out_of_memory, limit_memory
@@ -282,8 +282,16 @@ def load_libraries() -> None:
 
 def _times(function: Callable[[], object], seconds: float) -> list[float]:
     """Seconds per call, after a call that is not timed; for `seconds` altogether, or once."""
-    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=seconds).times
+    # Imported by whoever measures alone: without a GPU it warns of a missing one where CUDA_HOME is set.
+    from torch.utils.benchmark import timer
+
+    function()
+    # `timer` waits for the GPU.
+    stopwatch = timeit.Timer(function, timer=timer)
+    times = [stopwatch.timeit(1)]
+    while sum(times) < seconds:
+        times.append(stopwatch.timeit(1))
+    return times
 
 
 def _place_dataset(folder: Path) -> None:

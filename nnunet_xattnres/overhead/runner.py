@@ -39,6 +39,8 @@ from nnunet_xattnres.trainer_lookup import find_trainer
 
 PLANNED = "nnUNetTrainerPlanned"
 MEASUREMENT = "nnunet_xattnres.overhead.measurement"
+# Of patches in a batch, of repeats. PyTorch counts a tensor's numbers in 64 bits.
+MAX_NUMBER = 10**6
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ def _device(options: Options) -> str:
 
 def _check_numbers(options: Options) -> None:
     for name, value in (("--batch-size", options.batch_size), ("--repeats", options.repeats)):
-        if value is not None and value < 1:
-            raise XAttnResError(f"{name} must be at least 1, not {value}")
+        if value is not None and not 1 <= value <= MAX_NUMBER:
+            raise XAttnResError(f"{name} must be from 1 to {MAX_NUMBER}, not {value}")
 
 
 def _all_planned(options: Options) -> list[PlannedNetwork]:
