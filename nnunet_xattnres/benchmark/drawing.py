@@ -61,7 +61,8 @@ def draw_differences(rows: list[dict[str, Any]]) -> Figure:
     label = f"mean Dice less that of {short_name(rows[0]['second'])}, percentage points\nwith 95 % interval over cases"
     figure.supxlabel(label, fontsize=FONT_SIZE)
     handles = [Line2D([], [], linestyle="-", label=verdict, **style) for verdict, style in VERDICT_STYLES.items()]
-    handles.append(Line2D([], [], color="0.45", label="tested with its family"))
+    if any(row["verdict"] is None for row in rows):
+        handles.append(Line2D([], [], color="0.45", label="tested with its family"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=FONT_SIZE, frameon=False)
     return figure
 
