@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from nnunet_xattnres.errors import XAttnResError
 
-# On a CPU, an axis of at least so many targets is interpolated in blocks of BLOCK. The attention took 0.68 of its time
-# with 512 x 512 targets, 0.74 with 320 x 256, 0.92 with 192 x 160, and 1.06 with 96 x 96. Blocks of 16 and 64 were no
-# faster.
+# On a CPU, an axis of at least so many targets is interpolated in blocks of BLOCK. The attention took 0.72 of its time
+# with 512 x 512 targets, 0.80 with 320 x 256, 0.97 with 192 x 160, and would take 1.06 with 96 x 96. Blocks of 16 and
+# 64 were no faster.
 MIN_TARGETS_IN_BLOCKS = 160
 BLOCK = 32
 
