@@ -20,6 +20,8 @@ from nnunet_xattnres.files import (
 from nnunet_xattnres.plans import write_json_atomically
 from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 
+pytestmark = pytest.mark.feature("Interrupted trainings, full disks")
+
 MORTAL = """
 import os
 import signal
@@ -28,8 +30,6 @@ from pathlib import Path
 import torch
 
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
-
-pytestmark = pytest.mark.feature("Interrupted trainings, full disks")
 
 
 def die(*_):
