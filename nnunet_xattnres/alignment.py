@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from nnunet_xattnres.errors import XAttnResError
 
 # On a CPU, an axis of at least so many targets is interpolated in blocks of BLOCK. On two threads the attention took,
-# forward and backward, 0.89 of its time with 64 x 192 x 192 targets and 0.86 with 20 x 320 x 256. The adjoint was slower
-# in blocks than as one dense product.
+# forward and backward, 0.89 of its time with 64 x 192 x 192 targets and 0.86 with 20 x 320 x 256. The adjoint was
+# slower in blocks than as one dense product.
 MIN_TARGETS_IN_BLOCKS = 160
 BLOCK = 32
 
