@@ -138,7 +138,7 @@ class SlabAlignment:
         ]
         self.last = None if expand_last_axis else self.others.pop()
         if self.last is not None:
-            last = _interpolation_matrix(*others[-1], self.source)
+            last = self.last.adjoint.matrix.T
             self.last_of_products = torch.cat((last.square(), 2 * last[:, :-1] * last[:, 1:]), dim=1)
 
     def partial(self, slab: Slab) -> Tensor:
@@ -245,17 +245,17 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 class AxisMatrix(NamedTuple):
     """Multiplies an axis by a matrix; by a banded one block by block, for all its blocks are alike.
 
-    matrix: (outputs of a block, inputs that they depend on). margin: how many of the inputs, at either end, are shared
-    with the block beside it. Beyond its ends an axis is mirrored.
+    matrix: (outputs, inputs). in_blocks: it is that of a block, which depends on one input more at either end; beyond
+    the ends of the axis the outermost input is repeated.
     """
 
     matrix: Tensor
-    margin: int = 0
+    in_blocks: bool = False
 
     def multiply(self, features: Tensor, axis: int) -> Tensor:
-        if self.margin:
+        if self.in_blocks:
             seen = self.matrix.shape[1]
-            blocks = _mirrored(features, axis, self.margin).unfold(axis, seen, seen - 2 * self.margin)
+            blocks = _with_repeated_ends(features, axis).unfold(axis, seen, seen - 2)
             blocks = blocks.movedim(-1, axis + 1)
         else:
             blocks = features.unsqueeze(axis)
@@ -275,11 +275,7 @@ class Interpolation(NamedTuple):
 
 
 def _interpolation(source: int, target: int, like: Tensor) -> Interpolation:
-    """In blocks where that is faster: a target depends on two sources, however many there are.
-
-    Linear interpolation repeats the outermost source, which is to mirror the sources at the axis' ends, between
-    positions.
-    """
+    """In blocks where that is faster: a target depends on two sources, however many there are."""
     dense = _dense(_interpolation_matrix(source, target, like))
     factor = target // source
     in_blocks = like.device.type == "cpu" and target >= MIN_TARGETS_IN_BLOCKS
@@ -288,7 +284,7 @@ def _interpolation(source: int, target: int, like: Tensor) -> Interpolation:
     # Of a block's sources and the one on either side.
     seen = BLOCK // factor + 2
     matrix = _interpolation_matrix(seen, seen * factor, like)[factor:-factor]
-    return dense._replace(forward=AxisMatrix(matrix, margin=1))
+    return dense._replace(forward=AxisMatrix(matrix, in_blocks=True))
 
 
 def _dense(matrix: Tensor) -> Interpolation:
@@ -301,8 +297,7 @@ def _interpolation_matrix(source: int, target: int, like: Tensor) -> Tensor:
     return F.interpolate(units, size=target, mode="linear", align_corners=False)[:, 0].T.contiguous()
 
 
-def _mirrored(features: Tensor, axis: int, margin: int) -> Tensor:
-    """An axis continued at both ends by its own `margin` outermost positions in reverse."""
-    before = features.narrow(axis, 0, margin).flip(axis)
-    behind = features.narrow(axis, features.shape[axis] - margin, margin).flip(axis)
-    return torch.cat((before, features, behind), dim=axis)
+def _with_repeated_ends(features: Tensor, axis: int) -> Tensor:
+    """An axis with its first and last position twice, as linear interpolation sees it."""
+    last = features.shape[axis] - 1
+    return torch.cat((features.narrow(axis, 0, 1), features, features.narrow(axis, last, 1)), dim=axis)
