@@ -287,8 +287,8 @@ class _Run:
         self.announced = dict.fromkeys(cells, "")
 
     def to_the_end(self) -> None:
-        while not all(self._is_settled(cell) for cell in self.cells):
-            for cell in self.cells:
+        while open_cells := [cell for cell in self.cells if not self._is_settled(cell)]:
+            for cell in open_cells:
                 if self._is_idle(cell) and self.machine.has_room():
                     self._start(cell)
             self._show()
