@@ -35,13 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", type=Path, help="write the feature matrix, as Markdown, to this file")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
+def pytest_itemcollected(item: pytest.Function) -> None:
     """Note the cell that a test belongs to. Reports carry it along, from other processes too."""
     mark = item.get_closest_marker("feature")
     if mark is not None:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         row = ": ".join([mark.args[0], *filter(None, [parameters.get("configuration")])])
-        column = mark.kwargs.get("column", getattr(getattr(item, "cls", None), "column", ""))
+        column = mark.kwargs.get("column", getattr(item.cls, "column", ""))
         item.user_properties.append(("cell", list(Cell(row, column))))
 
 
