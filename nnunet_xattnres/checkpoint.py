@@ -96,6 +96,11 @@ def _check_types(checkpoint: Any) -> None:
     for key, weight in checkpoint["network_weights"].items():
         if not isinstance(weight, torch.Tensor):
             raise TypeError(f"{key} in network_weights is no tensor")
+    match checkpoint["init_args"].get("xattnres"):
+        case None | {"version": str(), "config": dict()}:
+            pass
+        case _:
+            raise TypeError("xattnres in init_args is not what our trainers store")
 
 
 def _is_unreadable_now(error: Exception) -> bool:

@@ -109,7 +109,7 @@ def _import(name: str, module: str, remedy: str) -> Finding:
     return Finding(OK, f"{name} can be imported")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Type and message of an error in one line; what PyTorch adds on debugging is cut off."""
     return shorten(format_exception_only(error)[-1], width=240, placeholder=" ...")
 
@@ -135,12 +135,12 @@ def _trainers() -> Finding:
         try:
             with redirect_stdout(io.StringIO()):
                 recursive_find_trainer_class_by_name(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return _trainer_problem(name, error)
     return Finding(OK, f"nnU-Net finds all {len(names)} trainers")
 
 
-def _trainer_problem(name: str, error: Exception) -> Finding:
+def _trainer_problem(name: str, error: BaseException) -> Finding:
     value = os.environ.get("nnUNet_extTrainer")
     where = "nnUNet_extTrainer is not set" if value is None else f"nnUNet_extTrainer is {value}"
     file = _failing_file(error)
@@ -154,7 +154,7 @@ def _trainer_problem(name: str, error: Exception) -> Finding:
     return Finding(PROBLEM, text)
 
 
-def _failing_file(error: Exception) -> str | None:
+def _failing_file(error: BaseException) -> str | None:
     """The file with trainers, nnU-Net's or of a folder of `nnUNet_extTrainer`, whose import raised the error."""
     import nnunetv2
 

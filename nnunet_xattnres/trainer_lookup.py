@@ -22,7 +22,7 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
     except RuntimeError:
         near = suggestion(name, _trainer_names()) or "see `nnunet-xattnres trainers --list`"
         raise XAttnResError(f"nnU-Net finds no trainer {name}: {near}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise XAttnResError(f"nnU-Net cannot load trainer {name}: {one_line(str(error))}") from None
 
 

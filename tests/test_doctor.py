@@ -222,6 +222,7 @@ class TestTrainers:
             ("import json\njson.loads('')", "json.decoder.JSONDecodeError: Expecting value"),
             ("def", "SyntaxError: invalid syntax"),
             ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
+            ("import sys\nsys.exit('no licence')", "SystemExit: no licence"),
         ],
     )
     def test_beside_one_that_cannot_be_imported(self, examine, monkeypatch, tmp_path, content, reason):
