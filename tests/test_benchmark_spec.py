@@ -213,8 +213,10 @@ def test_a_spec_that_cannot_be_planned_does_not_take_the_folder(content, raw, st
 
 def test_a_command_that_outlives_the_preparation_keeps_others_from_it(content, tmp_path, monkeypatch):
     """A process of nnU-Net's is still at work when the one that has started it has gone."""
+    # Until it leads a session of its own it ends with its parent's process group.
     command = tmp_path / "command"
-    command.write_text(f"#!/bin/sh\nsetsid sleep 600 >/dev/null 2>&1 & echo $! > {tmp_path}/pid; exit 1\n")
+    outlives = f"setsid sh -c 'echo $$ > {tmp_path}/pid; exec sleep 600' >/dev/null 2>&1 &"
+    command.write_text(f"#!/bin/sh\n{outlives}\nuntil [ -s {tmp_path}/pid ]; do sleep 0.1; done\nexit 1\n")
     command.chmod(0o755)
     monkeypatch.setattr(commands, "find_command", lambda name: str(command))
     monkeypatch.setattr(preparation, "place_raw_dataset", lambda *given: None)
