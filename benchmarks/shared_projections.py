@@ -12,12 +12,12 @@ factorised:  the product of a (C_t, r) that belongs to the target and an (r, C_k
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from nnunet_xattnres.trainers.nnUNetTrainerPlanned import nnUNetTrainerPlanned
 from nnunet_xattnres.trainers.nnUNetTrainerXAttnRes import nnUNetTrainerXAttnRes
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
 from nnunet_xattnres.network import HistoryAttention, XAttnResUNet
@@ -63,24 +63,35 @@ class FactorisedProjections(nn.Module):
             yield of_target @ of_source
 
 
-class nnUNetTrainerXAttnResSharedProjections(XAttnResTrainerMixin):
+class _RearrangedProjections(XAttnResTrainerMixin):
+    rearrange: Callable[[XAttnResUNet], None]
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        network = super().build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        cls.rearrange(network)
+        return network
+
+
+class nnUNetTrainerXAttnResSharedProjections(_RearrangedProjections):
     """nnUNetTrainerXAttnRes, one projection for all targets of one width."""
 
-    @classmethod
-    def build_network_architecture(cls, *arguments, **options) -> nn.Module:
-        network = super().build_network_architecture(*arguments, **options)
-        share(network)
-        return network
+    rearrange = staticmethod(share)
 
 
-class nnUNetTrainerXAttnResFactorisedProjections(XAttnResTrainerMixin):
+class nnUNetTrainerXAttnResFactorisedProjections(_RearrangedProjections):
     """nnUNetTrainerXAttnRes, every projection a product of two thin factors."""
 
-    @classmethod
-    def build_network_architecture(cls, *arguments, **options) -> nn.Module:
-        network = super().build_network_architecture(*arguments, **options)
-        factorise(network)
-        return network
+    rearrange = staticmethod(factorise)
 
 
 ARMS: dict[str, type[XAttnResTrainerMixin]] = {

@@ -245,8 +245,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 class AxisMatrix(NamedTuple):
     """Multiplies an axis by a matrix; by a banded one block by block, for all its blocks are alike.
 
-    matrix: (outputs, inputs). in_blocks: it is that of a block, which depends on one input more at either end; beyond
-    the ends of the axis the outermost input is repeated.
+    matrix: (outputs, inputs). in_blocks: it is one block's, and its columns are the block's own inputs and one
+    neighbour on either side; beyond the ends of the axis the outermost input is repeated.
     """
 
     matrix: Tensor
@@ -255,8 +255,8 @@ class AxisMatrix(NamedTuple):
     def multiply(self, features: Tensor, axis: int) -> Tensor:
         if self.in_blocks:
             seen = self.matrix.shape[1]
-            blocks = _with_repeated_ends(features, axis).unfold(axis, seen, seen - 2)
-            blocks = blocks.movedim(-1, axis + 1)
+            own = seen - 2
+            blocks = _with_repeated_ends(features, axis).unfold(axis, seen, own).movedim(-1, axis + 1)
         else:
             blocks = features.unsqueeze(axis)
         if axis == features.ndim - 1:

@@ -13,15 +13,13 @@ from importlib import import_module
 from importlib.metadata import metadata, requires
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from textwrap import shorten
-from traceback import extract_tb, format_exception_only
 from types import SimpleNamespace
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from nnunet_xattnres.commands import environment_with
-from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.errors import XAttnResError, type_and_message
 from nnunet_xattnres.files import why_not_writable
 from nnunet_xattnres.installation import SUPPORTED_NNUNET, check_nnunet_version, installed_version, list_trainers
 
@@ -105,13 +103,8 @@ def _import(name: str, module: str, remedy: str) -> Finding:
     try:
         import_module(module)
     except Exception as error:  # Not only ImportError: a shared library that does not load is an OSError.
-        return Finding(PROBLEM, f"{name} cannot be imported ({_reason(error)}): {remedy}")
+        return Finding(PROBLEM, f"{name} cannot be imported ({type_and_message(error)}): {remedy}")
     return Finding(OK, f"{name} can be imported")
-
-
-def _reason(error: BaseException) -> str:
-    """Type and message of an error in one line; what PyTorch adds on debugging is cut off."""
-    return shorten(format_exception_only(error)[-1], width=240, placeholder=" ...")
 
 
 def _folder(variable: str, written_to: bool) -> Finding:
@@ -141,29 +134,20 @@ def _trainers() -> Finding:
 
 
 def _trainer_problem(name: str, error: BaseException) -> Finding:
+    from nnunet_xattnres.trainer_lookup import failing_file
+
     value = os.environ.get("nnUNet_extTrainer")
+    reason = type_and_message(error)
     where = "nnUNet_extTrainer is not set" if value is None else f"nnUNet_extTrainer is {value}"
-    file = _failing_file(error)
+    file = failing_file(error)
     if file is not None:
-        text = f"nnU-Net cannot load {name}, because {file} fails ({_reason(error)}): mend that, or remove the file"
+        text = f"nnU-Net cannot load {name}, because {file} fails ({reason}): mend that, or remove the file"
     elif isinstance(error, RuntimeError):
         remedy = 'export nnUNet_extTrainer="${nnUNet_extTrainer:+$nnUNet_extTrainer:}$(nnunet-xattnres trainers)"'
         text = f"nnU-Net does not find {name}, {where}: {remedy}"
     else:
-        text = f"nnU-Net cannot load {name}, {where} ({_reason(error)}): mend that, or remove what is in the way"
+        text = f"nnU-Net cannot load {name}, {where} ({reason}): mend that, or remove what is in the way"
     return Finding(PROBLEM, text)
-
-
-def _failing_file(error: BaseException) -> str | None:
-    """The file with trainers, nnU-Net's or of a folder of `nnUNet_extTrainer`, whose import raised the error."""
-    import nnunetv2
-
-    external = filter(None, os.environ.get("nnUNet_extTrainer", "").split(os.pathsep))
-    folders = [os.path.join(nnunetv2.__path__[0], "training", "nnUNetTrainer"), *map(os.path.abspath, external)]
-    files = [frame.filename for frame in extract_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError) and error.filename:
-        files.append(error.filename)
-    return next((file for file in files if any(Path(file).is_relative_to(folder) for folder in folders)), None)
 
 
 def _gpu() -> Finding:
@@ -177,7 +161,7 @@ def _gpu() -> Finding:
         (torch.ones(1, device="cuda") * 2).item()
     except Exception as error:
         remedy = "install a PyTorch that is made for it, see pytorch.org, or use -device cpu"
-        return Finding(PROBLEM, f"PyTorch cannot compute on the GPU ({_reason(error)}): {remedy}")
+        return Finding(PROBLEM, f"PyTorch cannot compute on the GPU ({type_and_message(error)}): {remedy}")
     return Finding(OK, f"GPU: {properties.name}, {properties.total_memory / 1e9:.0f} GB")
 
 
@@ -204,7 +188,7 @@ def _triton(needed: bool) -> Finding:
         # Not the version of a distribution: the module comes from several, triton-windows say.
         return Finding(OK, f"Triton {import_module('triton').__version__}")
     except Exception as error:
-        missing = f"Triton cannot be imported ({_reason(error)})"
+        missing = f"Triton cannot be imported ({type_and_message(error)})"
     if needed:
         return Finding(PROBLEM, f"{missing}, torch.compile needs it: pip install triton, or export nnUNet_compile=f")
     return Finding(NOTE, f'{missing}: backend="triton" is not available')
@@ -222,5 +206,5 @@ def _compile_on(device: str, rule: str) -> Finding:
             torch.compile(lambda x: x * 2)(torch.ones(1, device=device))
     except Exception as error:
         remedy = "install a C compiler and Python's headers (apt install gcc python3-dev), or export nnUNet_compile=f"
-        return Finding(PROBLEM, f"torch.compile fails on {device} ({_reason(error)}): {remedy}")
+        return Finding(PROBLEM, f"torch.compile fails on {device} ({type_and_message(error)}): {remedy}")
     return Finding(OK, f"torch.compile works on {device}, where nnU-Net compiles {rule}")

@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from textwrap import shorten
+from traceback import format_exception_only
 from typing import Any
 
 
@@ -17,6 +19,11 @@ def reason(error: BaseException) -> str:
     """What an error says, without its place and in one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def type_and_message(error: BaseException) -> str:
+    """One line. What PyTorch adds on debugging is cut off."""
+    return shorten(format_exception_only(error)[-1], width=240, placeholder=" ...")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

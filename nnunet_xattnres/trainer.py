@@ -24,6 +24,8 @@ from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, V
 DRAWING_SHARE = 0.003
 DRAWING_SECONDS = 1.0
 
+# What nnU-Net's `load_checkpoint` reads by key beyond what every checkpoint needs.
+NEEDED_TO_GO_ON = ("current_epoch", "logging", "_best_ema", "optimizer_state", "grad_scaler_state")
 BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
 
@@ -174,7 +176,11 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
     def _check_checkpoint(self, filename: str) -> None:
         """Raise `XAttnResError` unless this class's network wrote the checkpoint."""
-        checkpoint = read_checkpoint_as_nnunet(Path(filename), "delete it to continue from another one")
+        remedy = "delete it to continue from another one"
+        checkpoint = read_checkpoint_as_nnunet(Path(filename), remedy)
+        missing = [key for key in NEEDED_TO_GO_ON if key not in checkpoint]
+        if missing:
+            raise XAttnResError(f"{filename} lacks {' and '.join(missing)}, so training cannot go on from it: {remedy}")
         written_by = checkpoint["trainer_name"]
         record: dict[str, Any] | None = checkpoint["init_args"].get("xattnres")
         if record is None:

@@ -3,11 +3,13 @@ import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from PIL import Image
 from torch import Tensor
 from training import train
@@ -130,3 +132,12 @@ def plans_file(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> Path:
 
 def read_plans(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> dict:
     return json.loads(plans_file(nnunet, identifier).read_text())
+
+
+def make_trainer(
+    nnunet: NnUNet, trainer_class: type[nnUNetTrainer], configuration: str = "3d_small", **budget: Any
+) -> Any:
+    plans = read_plans(nnunet) | {"continue_training": False}
+    plans["configurations"][configuration].setdefault("training", {}).update(budget)
+    dataset_json = json.loads((nnunet.raw / PHANTOM / "dataset.json").read_text())
+    return trainer_class(plans, configuration, 0, dataset_json, torch.device("cpu"))

@@ -98,6 +98,17 @@ def _source(source_size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 4, *source_size, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
 
 
+@pytest.mark.parametrize(
+    "source, target, device, in_blocks",
+    [(80, 160, "cpu", True), (79, 158, "cpu", False), (82, 164, "cpu", False), (80, 160, "meta", False)],
+    ids=["long", "short", "not-of-whole-blocks", "elsewhere"],
+)
+def test_long_axes_are_interpolated_in_blocks_on_a_cpu(source, target, device, in_blocks):
+    interpolation = module._interpolation(source, target, torch.empty(0, device=device))
+    assert interpolation.forward.in_blocks == in_blocks
+    assert not interpolation.adjoint.in_blocks
+
+
 def test_slabs_hold_whole_batch_items_where_they_fit_and_rows_of_one_where_not():
     assert list(slabs(3, (4, 5), 40)) == [Slab(slice(0, 2), slice(0, 4)), Slab(slice(2, 3), slice(0, 4))]
     assert list(slabs(1, (4, 5), 10)) == [Slab(slice(0, 1), slice(0, 2)), Slab(slice(0, 1), slice(2, 4))]

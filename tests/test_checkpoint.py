@@ -87,7 +87,10 @@ class TestOtherFiles:
             ({"init_args": [1]}, "init_args is no dict"),
             ({"network_weights": [1, 2]}, "network_weights is no dict"),
             ({"network_weights": {"a": 3}}, "a in network_weights is no tensor"),
-            ({"init_args": {"xattnres": {"config": {}}}}, "xattnres in init_args is not what our trainers store"),
+            *(
+                ({"init_args": {"xattnres": record}}, "xattnres in init_args is not what our trainers store")
+                for record in ({"config": {}}, {"version": 1, "config": {}}, {"version": "1", "config": []}, "1")
+            ),
         ],
     )
     def test_the_right_keys_with_other_things(self, path, foreign, what):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import PHANTOM
+from conftest import PHANTOM, make_trainer
 from matplotlib import style
 from matplotlib.contour import ContourSet
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
@@ -21,7 +21,6 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from PIL import Image
 from scipy.spatial.transform import Rotation
 from test_routing import assert_no_texts_overlap, force_to_read, history_of
-from test_trainers import make_trainer
 from torch import nn
 
 from nnunet_xattnres.alignment import resize

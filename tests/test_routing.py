@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import seaborn
 import torch
+from conftest import make_trainer
 from matplotlib import style
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from planned import planned_network
-from test_trainers import make_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from conftest import make_trainer
 
 from nnunet_xattnres.overhead.presets import build_preset
-from nnunet_xattnres.plans import TrainingBudget, add_small_configuration
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "shared_projections.py"
 
@@ -30,23 +29,14 @@ def test_shared_and_factorised_projections_are_fewer_parameters(study, configura
 
 
 @pytest.mark.parametrize("arm", ["full", "shared", "factorised"])
-def test_a_training_step_moves_every_projection(study, arm):
+def test_a_training_step_moves_every_projection(study, nnunet_environment, arm):
     torch.manual_seed(0)
-    plans, _ = build_preset("msd04", "2d")
-    add_small_configuration(
-        plans,
-        "small",
-        "2d",
-        base_features=4,
-        max_patch_voxels=40 * 56,
-        batch_size=2,
-        budget=TrainingBudget(num_epochs=1, num_iterations_per_epoch=1, num_val_iterations_per_epoch=1),
-    )
-    manager = PlansManager(plans)
-    small = manager.get_configuration("small")
-    network = study.ARMS[arm].build_network_architecture(manager, small, 1, 3, False)
+    trainer = make_trainer(nnunet_environment, study.ARMS[arm], "2d_small")
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(False)
+    network = trainer.network
     before = {name: weights.detach().clone() for name, weights in network.named_parameters()}
-    network(torch.randn(2, 1, *small.patch_size)).square().mean().backward()
+    network(torch.randn(2, 1, *trainer.configuration_manager.patch_size)).square().mean().backward()
     torch.optim.SGD(network.parameters(), lr=1).step()
     projections = {name: weights for name, weights in network.named_parameters() if ".projections." in name}
     assert projections

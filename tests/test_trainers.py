@@ -1,20 +1,17 @@
-import json
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import PHANTOM, read_plans
+from conftest import make_trainer, read_plans
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig, XAttnResUNet
-from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.installation import list_trainers
 from nnunet_xattnres.network import PlannedUNet
@@ -25,15 +22,6 @@ class MyTrainer(XAttnResTrainerMixin, nnUNetTrainerDA5):
     """As the README shows it."""
 
     xattnres_config = XAttnResConfig(skip_connections=False)
-
-
-def make_trainer(
-    nnunet: NnUNet, trainer_class: type[nnUNetTrainer], configuration: str = "3d_small", **budget: Any
-) -> Any:
-    plans = read_plans(nnunet) | {"continue_training": False}
-    plans["configurations"][configuration].setdefault("training", {}).update(budget)
-    dataset_json = json.loads((nnunet.raw / PHANTOM / "dataset.json").read_text())
-    return trainer_class(plans, configuration, 0, dataset_json, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -225,6 +213,16 @@ class TestCheckpoints:
         with pytest.raises(XAttnResError, match="is damaged") as error:
             trainer.load_checkpoint(str(path))
         assert "\n" not in str(error.value)
+
+    def test_a_checkpoint_of_which_training_cannot_go_on_is_refused(self, trainer, tmp_path):
+        path = tmp_path / "checkpoint.pth"
+        trainer.save_checkpoint(str(path))
+        checkpoint = torch.load(path, weights_only=False)
+        for key in ("logging", "optimizer_state"):
+            del checkpoint[key]
+        torch.save(checkpoint, path)
+        with pytest.raises(XAttnResError, match=r"checkpoint\.pth lacks logging and optimizer_state"):
+            trainer.load_checkpoint(str(path))
 
 
 def make_and_save(nnunet, trainer_class: type[nnUNetTrainer], path: str) -> None:

@@ -271,5 +271,5 @@ def _footnote(comparisons: list[Comparison], options: Options, device: str) -> s
             f"({settings or 'no MALLOC_* variable is set'})."
         )
     if any(row.status == OUT_OF_MEMORY for comparison in comparisons for row in comparison.rows):
-        lines.append("Out of memory: try a smaller --batch-size.")
+        lines.append("Out of memory: try a smaller --batch-size, or at 1 a machine with more memory.")
     return "\n".join(lines)
