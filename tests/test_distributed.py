@@ -16,7 +16,7 @@ from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.network import add_xattnres, uncompiled
 from nnunet_xattnres.routing.recording import RECORD, RoutingHistory, ValidationRecorder
 
-pytestmark = pytest.mark.feature("Two processes")
+pytestmark = pytest.mark.feature("Two processes (gloo, small networks)")
 
 CPU = torch.device("cpu")
 CONFIGS = {

@@ -20,7 +20,7 @@ from nnunet_xattnres.files import (
 from nnunet_xattnres.plans import write_json_atomically
 from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 
-pytestmark = pytest.mark.feature("Interrupted trainings, full disks")
+pytestmark = pytest.mark.feature("Interrupted trainings, full disks (simulated)")
 
 MORTAL = """
 import os

@@ -13,7 +13,7 @@ from training import CPU
 
 from nnunet_xattnres.commands import environment_with, external_trainers
 
-pytestmark = pytest.mark.feature("Folds, tiles, mirroring, probabilities, continued prediction")
+pytestmark = pytest.mark.feature("Folds, tiles, mirroring, probabilities, continued prediction (nnU-Net's predictor)")
 
 
 def load(model: Path, *folds: int, mirroring: bool = False, step_size: float = 0.5) -> nnUNetPredictor:

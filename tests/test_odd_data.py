@@ -17,7 +17,7 @@ from training import CPU, run_in_threads, train
 from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.plans import add_small_configuration, write_json_atomically
 
-pytestmark = pytest.mark.feature("Odd but legal data")
+pytestmark = pytest.mark.feature("Odd but legal data (nnU-Net's functions)")
 
 OBLIQUE = (0.8, 0.6, 0.0, -0.6, 0.8, 0.0, 0.0, 0.0, -1.0)
 

@@ -15,8 +15,14 @@ from integration.raw_datasets import HIPPOCAMPUS, NUM_TEST, NUM_TRAINING, ULTRAS
 
 TITLE = """# The feature matrix
 
-`make test-matrix TABLE=docs/feature_matrix.md` has written this: what nnU-Net does, tried with its own commands and
-`-tr nnUNetTrainerXAttnRes` (NoSkip: `nnUNetTrainerXAttnResNoSkip`), networks and trainings of a size for two CPU cores.
+`make test-matrix TABLE=docs/feature_matrix.md` has written this: what nnU-Net does, tried with this plugin's trainers,
+networks and trainings of a size for two CPU cores. Not tried: a GPU, `-num_gpus`.
+
+The first table, and what has a number in the second, is nnU-Net's own commands with `-tr nnUNetTrainerXAttnRes` (NoSkip:
+`nnUNetTrainerXAttnResNoSkip`). A column is a kind of labels: plain ones (standard), regions, with an ignore label, both.
+The other rows of the second table are tests that the mark `feature` gives that name: short trainings of these and other
+trainers on generated data, some of them without the commands.
+
 A number is the mean foreground Dice on the validation or test cases, in brackets chance: what the segmentation of
 another case scores at a random place. It must be exceeded; beyond that the numbers say nothing about the method.
 
@@ -54,7 +60,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for name, folder in (("hippocampus", HIPPOCAMPUS), ("ultrasound", ULTRASOUND))
     )
     versions = ", ".join(f"{package} {version(package)}" for package in ("nnunetv2", "torch", "nnunet-xattnres"))
-    text = f"{table}\n{versions}; {data}; {NUM_TRAINING} training and {NUM_TEST} test cases each.\n"
+    text = f"{table}\n{versions}; {data}; what has a number: {NUM_TRAINING} training and {NUM_TEST} test cases.\n"
     terminalreporter.section("feature matrix")
     terminalreporter.write_line(text)
     path = config.getoption("table")
