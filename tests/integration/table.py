@@ -18,10 +18,10 @@ TITLE = """# The feature matrix
 `make test-matrix TABLE=docs/feature_matrix.md` has written this: what nnU-Net does, tried with this plugin's trainers,
 networks and trainings of a size for two CPU cores. Not tried: a GPU, `-num_gpus`.
 
-The first table, and what has a number in the second, is nnU-Net's own commands with `-tr nnUNetTrainerXAttnRes` (NoSkip:
-`nnUNetTrainerXAttnResNoSkip`). A column is a kind of labels: plain ones (standard), regions, with an ignore label, both.
-The other rows of the second table are tests that the mark `feature` gives that name: short trainings of these and other
-trainers on generated data, some of them without the commands.
+The first table, and what has a number in the second, is nnU-Net's own commands with `-tr nnUNetTrainerXAttnRes`
+(NoSkip: `nnUNetTrainerXAttnResNoSkip`). A column is a kind of labels: plain ones (standard), regions, with an ignore
+label, both. The other rows of the second table are tests that the mark `feature` gives that name: short trainings of
+these and other trainers on generated data, some of them without the commands.
 
 A number is the mean foreground Dice on the validation or test cases, in brackets chance: what the segmentation of
 another case scores at a random place. It must be exceeded; beyond that the numbers say nothing about the method.
