@@ -557,7 +557,13 @@ def test_ctrl_c_ends_the_measurement_and_leaves_nothing(plans_file, tmp_path):
     )
     command = [sys.executable, "-c", program, "overhead", *plans, "--trainers", "nnUNetTrainerMine"]
     process = subprocess.Popen(
-        [*command, "--device", "cpu"], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [*command, "--device", "cpu"],
+        env=environment,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests may ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
