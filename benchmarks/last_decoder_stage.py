@@ -39,8 +39,8 @@ def measure(preset: str) -> str:
     forward = _seconds("attention(x, pool)", attention=attention, x=x, pool=pool)
     both = _seconds("step()", step=forward_and_backward)
     here, there = torch.ones(2, NUMBERS_TO_COPY)
-    pace = 2 * _bytes(here) / statistics.median(_seconds("there.copy_(here)", here=here, there=there))
-    read, written = sum(map(_bytes, sources)), _bytes(x)
+    pace = 2 * here.nbytes / statistics.median(_seconds("there.copy_(here)", here=here, there=there))
+    read, written = sum(source.nbytes for source in sources), x.nbytes
     limit = 3 * (read + written) / pace
     return (
         f"{preset}: {' x '.join(map(str, x.shape[2:]))}, "
@@ -82,10 +82,6 @@ def _share_of_matrix_products(step: Callable[[], None]) -> float:
         step()
     seconds = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
     return sum(seconds.get(name, 0) for name in MATRIX_PRODUCTS) / sum(seconds.values())
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 if __name__ == "__main__":
