@@ -1,6 +1,7 @@
 """Running a matrix: cells that are interrupted, fail, or are wanted by two; what is shown; seeds; downloads."""
 
 import fcntl
+import multiprocessing
 import os
 import pickle
 import random
@@ -396,8 +397,6 @@ def test_a_cell_whose_other_run_dies_is_taken_over(tmp_path):
 @pytest.mark.parametrize(
     ("visible", "there", "executor", "expected"),
     [
-        (None, 0, Executor(), [""]),
-        (None, 0, Executor(jobs=2), ["", ""]),
         (None, 2, Executor(), ["0", "1"]),
         ("3,5,GPU-ab", 3, Executor(), ["3", "5", "GPU-ab"]),
         (None, 2, Executor(jobs=3), ["0", "1", "0"]),
@@ -409,7 +408,28 @@ def test_gpus_are_shared_out(visible, there, executor, expected, monkeypatch):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    assert running._gpus_of_slots(executor) == expected
+    assert running._shares(executor) == [{"CUDA_VISIBLE_DEVICES": gpus} for gpus in expected]
+
+
+@pytest.mark.parametrize(
+    ("executor", "user", "expected"),
+    [
+        (Executor(), None, ["6"]),
+        (Executor(jobs=4), None, ["1"] * 4),
+        (Executor(jobs=8), None, ["1"] * 8),
+        (Executor(jobs=2), "5", ["5"] * 2),
+    ],
+)
+def test_without_gpus_cores_are_shared_out(executor, user, expected, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if user:
+        monkeypatch.setenv("OMP_NUM_THREADS", user)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    shares = running._shares(executor)
+    assert [share["OMP_NUM_THREADS"] for share in shares] == expected
+    # None may see a GPU that this process has not been given.
+    assert {share["CUDA_VISIBLE_DEVICES"] for share in shares} == {""}
 
 
 @pytest.mark.parametrize("there", [0, 1])
@@ -417,7 +437,24 @@ def test_more_gpus_than_there_are(there, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     with pytest.raises(XAttnResError, match="num_gpus of executor is 2"):
-        running._gpus_of_slots(Executor(num_gpus=2))
+        running._shares(Executor(num_gpus=2))
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.default_int_handler])
+def test_jobs_can_be_interrupted_where_the_run_itself_ignores_it(before):
+    """Commands that a script puts into the background do; submitit ends a job by interrupting it."""
+
+    def handler_of_a_child():
+        ask = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+        return subprocess.run([sys.executable, "-S", "-c", ask], capture_output=True, text=True, check=True).stdout
+
+    previous = signal.signal(signal.SIGINT, before)
+    try:
+        with running._children_heed_interrupts():
+            assert handler_of_a_child() == "False\n"
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_slurm_where_there_is_none(tmp_path, monkeypatch):
@@ -506,6 +543,22 @@ def test_seeds_fix_what_the_process_draws():
     assert draw() == first
     set_seeds(4)
     assert draw() != first
+
+
+def test_nnunet_keeps_to_the_threads_of_the_cell(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "cpu_count", multiprocessing.cpu_count)
+    threads = torch.get_num_threads()
+    launch.keep_number_of_threads()
+    arguments = ["nnUNetv2_train", "999", "2d", "0", "-device", "cpu"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(run_training, "run_training", lambda *arguments, **options: None)
+    torch.set_num_threads(threads + 1)
+    try:
+        # nnU-Net sets the number before it begins.
+        run_training.run_training_entry()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_with_several_gpus_every_process_is_seeded(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -72,7 +73,8 @@ def edit_spec(folder, **changes):
     write_spec(folder, content | changes)
 
 
-def start(folder, **environment):
+def start(folder, *, in_background=False, **environment):
+    """in_background: as a script's `&` starts it, deaf to Ctrl-C."""
     command = [sys.executable, "-m", "nnunet_xattnres", "benchmark", "run", str(folder / "spec.yaml")]
     return subprocess.Popen(
         [*command, "-o", str(folder / "out")],
@@ -80,6 +82,7 @@ def start(folder, **environment):
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | environment,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_IGN) if in_background else None,
     )
 
 
@@ -191,6 +194,18 @@ def test_a_killed_run_leaves_its_trainings_to_the_next(folder):
     finish(start(folder))
     check_finished(folder)
     assert epochs_begun(out, first) == list(range(NUM_EPOCHS))
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_run_that_is_ended_ends_its_training(in_background, folder):
+    out = folder / "out"
+    first, _ = read_cells(out)
+    run = start(folder, in_background=in_background)
+    eventually((first.folder(out) / "memory.json").exists)
+    run.terminate()
+    run.communicate(timeout=60)
+    assert run.returncode
+    assert not is_locked(first.folder(out) / LOCK)
 
 
 @pytest.fixture

@@ -4,12 +4,15 @@ SEED is set in Python, NumPy and torch, before nnU-Net begins; with `-num_gpus` 
 initialisation and what the process itself draws. nnU-Net's augmentation works in further processes, which seed
 themselves from the operating system.
 
+On a CPU, nnU-Net takes as many threads as PyTorch does by itself: OMP_NUM_THREADS, if that is set.
+
 LOCK is the number of the inherited file descriptor that holds the cell's lock. FOLDER is nnU-Net's of the training: it
 gets memory.json, what the training's process took at most.
 """
 
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import sys
@@ -36,6 +39,7 @@ def main() -> None:
     seed, lock, folder, command, *arguments = sys.argv[1:]
     _keep_to_this_process(int(lock))
     set_seeds(int(seed))
+    keep_number_of_threads()
     (script,) = entry_points(group="console_scripts", name=command)
     run = script.load()
     if command == "nnUNetv2_train":
@@ -62,6 +66,12 @@ def set_seeds(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def keep_number_of_threads() -> None:
+    """With `-device cpu`, nnU-Net sets it to the number of cores, also where several trainings share them."""
+    threads = torch.get_num_threads()
+    multiprocessing.cpu_count = lambda: threads
 
 
 def record_memory(folder: Path, on_gpu: bool) -> None:

@@ -3,11 +3,13 @@
 import getpass
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -54,11 +56,9 @@ A_DAY_IN_MINUTES = 24 * 60
 class CellTask(Checkpointable):
     """What submitit runs. Slurm may interrupt it at a time limit and put it back into the queue: it continues."""
 
-    def __call__(self, root: Path, cell: Cell, num_gpus: int, gpus: str | None) -> None:
-        """gpus: the value of CUDA_VISIBLE_DEVICES; None for what is set there."""
-        if gpus is not None:
-            # submitit sets it too, but knows GPUs by number only.
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    def __call__(self, root: Path, cell: Cell, num_gpus: int, share: Mapping[str, str]) -> None:
+        """share: environment variables that say which part of the machine it gets; empty for all that it sees."""
+        os.environ.update(share)
         run_cell(root, cell, choose_device(), num_gpus)
 
 
@@ -176,22 +176,23 @@ def make_machine(root: Path, executor: Executor) -> Machine:
 
 
 class LocalMachine:
-    """N cells at a time, each with GPUs of its own where there are enough."""
+    """N cells at a time, each with GPUs of its own where there are enough, or with a share of the cores."""
 
     def __init__(self, root: Path, executor: Executor) -> None:
         self.root = root
         self.executor = executor
-        self.gpus = _gpus_of_slots(executor)
+        self.shares = _shares(executor)
         self.jobs: dict[int, tuple[Cell, submitit.Job[None]]] = {}
         self.submitit = submitit.LocalExecutor(root / JOBS)
         self.submitit.update_parameters(timeout_min=A_YEAR_IN_MINUTES, stderr_to_stdout=True)
 
     def has_room(self) -> bool:
-        return len(self._live()) < len(self.gpus)
+        return len(self._live()) < len(self.shares)
 
     def submit(self, cell: Cell) -> None:
-        slot = next(slot for slot in range(len(self.gpus)) if slot not in self._live())
-        job = self.submitit.submit(CellTask(), self.root, cell, self.executor.num_gpus, self.gpus[slot])
+        slot = next(slot for slot in range(len(self.shares)) if slot not in self._live())
+        with _children_heed_interrupts():
+            job = self.submitit.submit(CellTask(), self.root, cell, self.executor.num_gpus, self.shares[slot])
         self.jobs[slot] = (cell, job)
 
     def has(self, cell: Cell) -> bool:
@@ -233,7 +234,7 @@ class SlurmCluster:
     def submit(self, cell: Cell) -> None:
         self.submitit.update_parameters(job_name=self._job_name(cell))
         try:
-            self.submitit.submit(CellTask(), self.root, cell, self.executor.num_gpus, None)
+            self.submitit.submit(CellTask(), self.root, cell, self.executor.num_gpus, {})
         except Exception as error:
             raise XAttnResError(f"Slurm takes no job: {one_line(str(error))}") from None
         self._queue.add(self._job_name(cell))
@@ -257,21 +258,37 @@ class SlurmCluster:
         return f"{cell.trainer}-{cell.dataset}-fold{cell.fold}-seed{cell.seed}-{digest}"
 
 
-def _gpus_of_slots(executor: Executor) -> list[str]:
-    """The value of CUDA_VISIBLE_DEVICES for each of the cells that run at a time."""
+def _shares(executor: Executor) -> list[dict[str, str]]:
+    """For each of the cells that run at a time, the environment variables that say what of this machine it gets."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     gpus = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
     if not gpus:
         if executor.num_gpus > 1:
             raise XAttnResError(f"num_gpus of executor is {executor.num_gpus}, and PyTorch finds no GPU here")
-        return [""] * (executor.jobs or 1)
+        jobs = executor.jobs or 1
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
+        return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}] * jobs
     if executor.num_gpus > len(gpus):
         raise XAttnResError(f"num_gpus of executor is {executor.num_gpus}, and there are {len(gpus)}: say fewer")
     starts = range(0, len(gpus) - executor.num_gpus + 1, executor.num_gpus)
     groups = [",".join(gpus[start : start + executor.num_gpus]) for start in starts]
-    # More cells than groups share them.
-    return [groups[slot % len(groups)] for slot in range(executor.jobs or len(groups))]
+    # submitit sets the variable too, but knows GPUs by number only. More cells than groups share them.
+    return [{"CUDA_VISIBLE_DEVICES": groups[slot % len(groups)]} for slot in range(executor.jobs or len(groups))]
+
+
+@contextmanager
+def _children_heed_interrupts() -> Iterator[None]:
+    """submitit ends a local job by SIGINT; a command in a script's background, and all that it starts, ignores that."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    # Unlike SIG_IGN, a handler is not inherited.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Run:
