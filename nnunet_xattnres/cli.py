@@ -250,6 +250,12 @@ def _add_benchmark(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     run.add_argument("spec", type=Path, metavar="SPEC.yaml", help="what the matrix consists of")
     run.add_argument("-o", dest="output", type=Path, required=True, metavar="DIR", help="where everything is written")
+    run.add_argument(
+        "--continue-from",
+        type=Path,
+        metavar="REPORT",
+        help="the folder of a report: do not train again what it has finished",
+    )
     run.set_defaults(run=_benchmark_run, after_interruption="the same command continues")
 
     status = steps.add_parser("status", help="show how far a matrix is", description="Show how far a matrix is.")
@@ -336,7 +342,7 @@ def _benchmark_run(arguments: argparse.Namespace) -> None:
     check_installed("submitit", "yaml")
     from nnunet_xattnres.benchmark.command import run_benchmark
 
-    run_benchmark(arguments.spec, arguments.output)
+    run_benchmark(arguments.spec, arguments.output, arguments.continue_from)
 
 
 def _benchmark_status(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 import json
 import math
+import re
+import shutil
 import threading
 import warnings
 from dataclasses import replace
@@ -17,7 +19,8 @@ from test_routing import assert_no_texts_overlap
 
 from nnunet_xattnres.benchmark import metrics
 from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences
-from nnunet_xattnres.benchmark.matrix import Cell, write_cells
+from nnunet_xattnres.benchmark.earlier import take_over
+from nnunet_xattnres.benchmark.matrix import Cell, read_cells, write_cells
 from nnunet_xattnres.benchmark.metrics import labels_or_regions, measure
 from nnunet_xattnres.benchmark.reporting import Results, markdown, run_report
 from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, read_spec, write_spec
@@ -36,6 +39,7 @@ from nnunet_xattnres.benchmark.statistics import (
 )
 from nnunet_xattnres.benchmark.tables import COLUMNS, Tables, read_tables, write_tables
 from nnunet_xattnres.cli import main
+from nnunet_xattnres.errors import XAttnResError
 
 PLANNED, OURS = "nnUNetTrainerPlanned", "nnUNetTrainerXAttnRes"
 DATASETS = {"Dataset001_A": "Dataset001_A", "Dataset002_CT": "Sarcoma", "Dataset003_MR": "Sarcoma"}
@@ -461,6 +465,63 @@ class TestFolder:
         assert main(["benchmark", "report", str(tmp_path / "out"), "-o", str(tmp_path / "again")]) == 0
         for name in ("report.md", "report.json", "cases.csv", "cells.csv"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+    def test_what_another_machine_has_finished_is_taken_over_from_its_report(self, benchmark, tmp_path, capsys):
+        run_report(benchmark, tmp_path / "report")
+        new = tmp_path / "new"
+        shutil.copytree(benchmark, new, ignore=shutil.ignore_patterns("seed_*"))
+        cells = read_cells(new)
+        assert cells[0].state(new) == "waiting"
+        for _ in range(2):  # the second time it is there already
+            take_over(read_tables(tmp_path / "report"), new)
+            assert [cell.state(new) for cell in cells] == ["finished", "waiting"]
+        assert re.findall(r"(\d) of its (\d) finished trainings", capsys.readouterr().out) == [("1", "1"), ("0", "1")]
+        run_report(new, tmp_path / "again")
+        for name in ("cases.csv", "curves.csv", "versions.csv", "summary.csv"):
+            assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "report" / name).read_bytes()
+        again, before = (read_tables(tmp_path / name).cells for name in ("again", "report"))
+        pandas.testing.assert_frame_equal(again[:1], before[:1])
+        assert list(again.state) == ["finished", "waiting"]
+
+    def test_trainings_of_two_machines_make_one_report(self, benchmark, tmp_path):
+        """The second cell is trained where the first is known from a report; the report has the matrix's order."""
+        run_report(benchmark, tmp_path / "report")
+        new = tmp_path / "new"
+        shutil.copytree(benchmark, new)
+        first, second = read_cells(new)
+        shutil.move(first.folder(new), second.folder(new).with_name("moved"))
+        shutil.rmtree(second.folder(new))
+        second.folder(new).with_name("moved").rename(second.folder(new))
+        second.write_record(new, "finished", epochs=2, seconds_per_epoch=7.0)
+        take_over(read_tables(tmp_path / "report"), new)
+        versions = pandas.read_csv(new / "earlier" / "0" / "versions.csv", dtype=str)
+        versions.loc[versions.package == "monai", "version"] = "0.0.1"
+        versions.to_csv(new / "earlier" / "0" / "versions.csv", index=False)
+        run_report(new, tmp_path / "both")
+        both = read_tables(tmp_path / "both")
+        assert list(both.cases.trainer) == 6 * [PLANNED] + 6 * ["wide"]
+        assert list(both.cells.seconds_per_epoch) == [3.5, 7.0]
+        assert list(both.curves.trainer) == [PLANNED, PLANNED, "wide", "wide"]
+        # Whatever has measured is named.
+        assert set(both.versions[both.versions.package == "monai"].version) == {"0.0.1", metrics.version("monai")}
+
+    @pytest.mark.parametrize(
+        "file, old, new",
+        [
+            ("cells.csv", ",2,8 16,", ",4,8 16,"),  # batch size
+            ("cells.csv", ",30,2,", ",30,3,"),  # epochs
+            ("datasets.csv", ",2,", ",3,"),  # tolerance
+            ("trainers.csv", "ExperimentPlanner,,\n", "ExperimentPlanner,,1.5\n"),  # width
+            ("cases.csv", "test,9,", "test,8,"),
+        ],
+    )
+    def test_other_trainings_are_not_taken_over(self, file, old, new, benchmark, tmp_path):
+        run_report(benchmark, tmp_path / "report")
+        edit(tmp_path / "report" / file, old, new)
+        shutil.rmtree(benchmark / "seed_5")
+        with pytest.raises(XAttnResError, match="give a report on the same spec"):
+            take_over(read_tables(tmp_path / "report"), benchmark)
+        assert not (benchmark / "earlier").exists()
 
     def test_a_benchmark_is_measured_and_not_reported_from_old_tables(self, benchmark, tmp_path, capsys):
         (benchmark / "cases.csv").write_text("of an earlier report")

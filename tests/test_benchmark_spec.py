@@ -243,6 +243,13 @@ def test_a_folder_of_another_spec(content, steps, tmp_path, capsys):
     assert steps.count(("plan", "Dataset123_Tiny")) == 2
 
 
+def test_a_report_to_continue_from_is_looked_at_before_anything_is_prepared(content, steps, tmp_path, capsys):
+    command = ["benchmark", "run", str(write(content, tmp_path)), "-o", str(tmp_path / "out")]
+    assert main([*command, "--continue-from", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert not steps and not (tmp_path / "out").exists()
+
+
 def test_a_dataset_by_its_number_in_nnunet_raw(content, raw, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", str(raw.parent))
     spec, (source,) = check_spec(read_spec(write(content | {"datasets": [123]}, tmp_path)))

@@ -2,21 +2,28 @@
 
 from pathlib import Path
 
+from nnunet_xattnres.benchmark.earlier import take_over
 from nnunet_xattnres.benchmark.preparation import check_spec, prepare
 from nnunet_xattnres.benchmark.running import make_machine, run_cells
 from nnunet_xattnres.benchmark.spec import read_spec
+from nnunet_xattnres.benchmark.tables import read_tables
 from nnunet_xattnres.files import make_writable_folder
 
 
-def run_benchmark(spec_file: Path, root: Path) -> None:
+def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> None:
     """Prepare and run the matrix in the folder `root`, which holds everything afterwards; again continues.
+
+    report: of trainings of this matrix that were finished elsewhere, and are not trained again.
 
     Raises `XAttnResError` for a spec that cannot be run, before anything is trained, and if cells have failed.
     """
+    earlier = None if report is None else read_tables(report)
     spec, sources = check_spec(read_spec(spec_file))
     make_writable_folder(root, "-o")
     root = root.resolve()
     make_machine(root, spec.executor)
     cells = prepare(root, spec, sources)
+    if earlier is not None:
+        take_over(earlier, root)
     run_cells(root, cells, spec.executor)
     print(f"All {len(cells)} cells are finished: nnunet-xattnres benchmark report {root} -o REPORT")

@@ -19,6 +19,7 @@ SPEC = "spec.yaml"
 MATRIX = "matrix.json"
 RECORD = "cell.json"
 LOCK = "cell.lock"
+EARLIER = "earlier"
 FINISHED, FAILED, RUNNING, INTERRUPTED, WAITING = STATES = ("finished", "failed", "running", "interrupted", "waiting")
 # A look at a lock holds it for an instant.
 SECONDS_FOR_A_LOOK = 2.0
@@ -80,6 +81,11 @@ class Cell:
             return {}
         except ValueError:
             return {"state": RUNNING}
+
+    def earlier_tables(self, root: Path) -> Path | None:
+        """The tables from which it is known, if it was finished elsewhere."""
+        name = self.record(root).get("earlier")
+        return root / EARLIER / name if name else None
 
     def write_record(self, root: Path, state: str, **more: Any) -> None:
         own = {"dataset", "configuration", "trainer", "trainer_class", "plans", "fold", "seed", "parameters"}

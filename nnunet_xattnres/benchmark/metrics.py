@@ -18,7 +18,7 @@ import json
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import inf, nan
 from pathlib import Path
@@ -90,6 +90,7 @@ def _surface_metrics(
 def read_benchmark(root: Path) -> Tables:
     """Measure all predictions of the finished cells of a benchmark's folder.
 
+    Those that were finished elsewhere have no predictions here: `with_earlier` adds them.
     Raises `XAttnResError` if it is no such folder, if no cell is finished, or if a finished one's files are not whole.
     """
     cells = read_cells(root)
@@ -98,20 +99,40 @@ def read_benchmark(root: Path) -> Tables:
         raise XAttnResError(f"{root}: none of {len(cells)} cells is finished, see `nnunet-xattnres benchmark status`")
     # What MONAI's own functions hand to each other; no user can mend it.
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-    spec = read_spec(root / SPEC)
-    datasets = {dataset.name: _Dataset(root, dataset) for dataset in spec.datasets}
-    predictions = [prediction for cell in finished for prediction in _predictions(root, cell, datasets[cell.dataset])]
+    here = [cell for cell in finished if not cell.earlier_tables(root)]
+    datasets = {dataset.name: _Dataset(root, dataset) for dataset in read_spec(root / SPEC).datasets}
+    predictions = [prediction for cell in here for prediction in _predictions(root, cell, datasets[cell.dataset])]
     with ThreadPoolExecutor(int(NUM_WORKERS)) as pool:
         rows = pool.map(lambda prediction: prediction.rows(), predictions)
         cases = [row for of_case in tqdm(rows, "cases", len(predictions)) for row in of_case]
-    return Tables(
+    return replace(
+        planned_tables(root),
         cases=_table("cases", cases),
-        cells=_table("cells", (_cell_row(root, cell) for cell in cells)),
-        curves=_table("curves", (row for cell in finished for row in _curve_rows(root, cell))),
-        datasets=_table("datasets", (dataset.row() for dataset in datasets.values())),
-        trainers=_table("trainers", (_arm_row(arm) for arm in spec.trainers)),
+        curves=_table("curves", (row for cell in here for row in _curve_rows(root, cell))),
         versions=_table("versions", ({"package": name, "version": version(name)} for name in MEASURING)),
     )
+
+
+def planned_tables(root: Path) -> Tables:
+    """What is known of a benchmark's folder without measuring: cells, datasets and trainers."""
+    spec = read_spec(root / SPEC)
+    return Tables(
+        cases=_table("cases", ()),
+        cells=_table("cells", (_cell_row(root, cell) for cell in read_cells(root))),
+        curves=_table("curves", ()),
+        datasets=_table("datasets", (_Dataset(root, dataset).row() for dataset in spec.datasets)),
+        trainers=_table("trainers", (_arm_row(arm) for arm in spec.trainers)),
+        versions=_table("versions", ()),
+    )
+
+
+def cases_to_predict(root: Path) -> dict[Cell, set[tuple[str, str]]]:
+    """Which cases every cell of a benchmark's folder predicts, each with its set."""
+    datasets = {dataset.name: _Dataset(root, dataset) for dataset in read_spec(root / SPEC).datasets}
+    return {
+        cell: {(kind, datasets[cell.dataset].case(path)) for kind, path in datasets[cell.dataset].references(cell)}
+        for cell in read_cells(root)
+    }
 
 
 def _table(name: str, rows: Iterable[dict[str, Any]]) -> pandas.DataFrame:
@@ -142,12 +163,16 @@ class _Dataset:
             "labels": labels,
         }
 
-    def references(self, kind: str, fold: int) -> list[Path]:
-        """Of the cases that a cell must have predicted."""
-        if kind == TEST:
-            return sorted((self.raw / "labelsTs").glob(f"*{self.file_ending}"))
-        cases = json.loads(self.splits.read_text())[fold]["val"]
-        return [self.raw / "labelsTr" / f"{case}{self.file_ending}" for case in sorted(cases)]
+    def references(self, cell: Cell) -> list[tuple[str, Path]]:
+        """Of the cases that a cell must have predicted, each with its set."""
+        cases = json.loads(self.splits.read_text())[cell.fold]["val"]
+        found = [(VALIDATION, self.raw / "labelsTr" / f"{case}{self.file_ending}") for case in sorted(cases)]
+        if cell.test:
+            found += [(TEST, path) for path in sorted((self.raw / "labelsTs").glob(f"*{self.file_ending}"))]
+        return found
+
+    def case(self, path: Path) -> str:
+        return path.name.removesuffix(self.file_ending)
 
     def read(self, path: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
         """A label map of two or three dimensions, and its spacing in mm."""
@@ -185,7 +210,7 @@ class _Prediction:
         case = {
             "family": self.dataset.family,
             "set": self.kind,
-            "case": self.path.name.removesuffix(self.dataset.file_ending),
+            "case": self.dataset.case(self.path),
         }
         return [
             _key(self.cell)
@@ -205,14 +230,13 @@ class _Prediction:
 
 def _predictions(root: Path, cell: Cell, dataset: _Dataset) -> list[_Prediction]:
     found = []
-    for kind in (VALIDATION, TEST) if cell.test else (VALIDATION,):
-        for reference in dataset.references(kind, cell.fold):
-            path = cell.folder(root) / kind / reference.name
-            if not path.is_file():
-                raise XAttnResError(
-                    f"{cell.title} is finished, but {path} is missing: delete {cell.folder(root)}, run again"
-                )
-            found.append(_Prediction(cell, dataset, kind, reference, path))
+    for kind, reference in dataset.references(cell):
+        path = cell.folder(root) / kind / reference.name
+        if not path.is_file():
+            raise XAttnResError(
+                f"{cell.title} is finished, but {path} is missing: delete {cell.folder(root)}, run again"
+            )
+        found.append(_Prediction(cell, dataset, kind, reference, path))
     return found
 
 
