@@ -1,7 +1,10 @@
 """Where PyTorch computes, and the memory that it finds there."""
 
+import os
+import platform
 import re
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -23,6 +26,18 @@ def choose_device(name: str | None = None) -> str:
     if name == "cuda" and not available:
         raise XAttnResError("PyTorch finds no CUDA device here: use --device cpu, or install a PyTorch with CUDA")
     return name or ("cuda" if available else "cpu")
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def available_cores() -> int:
+    """Those that this process may use, which a container or a cluster can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def limit_memory(growth: int) -> None:

@@ -17,10 +17,10 @@ import torch
 from scipy import stats
 from test_routing import assert_no_texts_overlap
 
-from nnunet_xattnres.benchmark import metrics
+from nnunet_xattnres.benchmark import collecting, metrics
+from nnunet_xattnres.benchmark.collecting import collect, take_over
 from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences
-from nnunet_xattnres.benchmark.earlier import take_over
-from nnunet_xattnres.benchmark.matrix import Cell, read_cells, write_cells
+from nnunet_xattnres.benchmark.matrix import LOCK, Cell, locked, read_cells, write_cells
 from nnunet_xattnres.benchmark.metrics import labels_or_regions, measure
 from nnunet_xattnres.benchmark.reporting import Results, markdown, run_report
 from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, read_spec, write_spec
@@ -223,6 +223,20 @@ class TestStatistics:
         cells.loc[(cells.trainer == PLANNED) & (cells.seed == 1), "seconds_per_epoch"] = 1000.0
         row = compare(replace(tables, cases=cases, cells=cells))[0]
         assert (row["cells"], row["seconds_per_epoch_ratio"]) == (2, 1.5)
+
+    def test_times_of_two_machines_are_not_compared(self, tables):
+        cells = tables.cells
+        cells["peak_memory_gb"] = 1.0
+        of_second = (cells.trainer == PLANNED) & (cells.fold == 1)
+        cells.loc[of_second, ["device", "seconds_per_epoch", "parameters"]] = ["another", 1000.0, 500_000]
+        row = compare(replace(tables, cells=cells))[0]
+        # The four trainings: two on one machine, two that are not.
+        assert (row["cells"], row["seconds_per_epoch_ratio"], row["peak_memory_gb_ratio"]) == (4, 1.5, 1.0)
+        assert row["parameters_ratio"] > 2
+        costs = {row["trainer"]: row for row in summarise(replace(tables, cells=cells)) if row["label"] == "mean"}
+        assert costs[OURS]["seconds_per_epoch"] == 15.0 and costs[PLANNED]["seconds_per_epoch"] is None
+        cells.loc[cells.trainer == PLANNED, "device"] = "another"
+        assert compare(replace(tables, cells=cells))[0]["seconds_per_epoch_ratio"] is None
 
     def test_nothing_is_warned_of(self, tables):
         # Validation comes before test: names that are not sorted.
@@ -466,62 +480,111 @@ class TestFolder:
         for name in ("report.md", "report.json", "cases.csv", "cells.csv"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
+    def test_a_training_that_finishes_while_a_report_is_made_is_of_the_next(self, benchmark, tmp_path, monkeypatch):
+        second = read_cells(benchmark)[1]
+
+        def measured_tables(*given):
+            second.write_record(benchmark, "finished", epochs=2)
+            return metrics.measured_tables(*given)
+
+        monkeypatch.setattr(collecting, "measured_tables", measured_tables)
+        run_report(benchmark, tmp_path / "out")
+        assert list(read_tables(tmp_path / "out").cells.state) == ["finished", "failed"]
+
     def test_what_another_machine_has_finished_is_taken_over_from_its_report(self, benchmark, tmp_path, capsys):
         run_report(benchmark, tmp_path / "report")
-        new = tmp_path / "new"
-        shutil.copytree(benchmark, new, ignore=shutil.ignore_patterns("seed_*"))
+        new = without_trainings(benchmark, tmp_path / "new")
         cells = read_cells(new)
-        assert cells[0].state(new) == "waiting"
         for _ in range(2):  # the second time it is there already
             take_over(read_tables(tmp_path / "report"), new)
             assert [cell.state(new) for cell in cells] == ["finished", "waiting"]
-        assert re.findall(r"(\d) of its (\d) finished trainings", capsys.readouterr().out) == [("1", "1"), ("0", "1")]
+        assert re.findall(r"(\d) finished trainings: (\d) taken over, (\d)", capsys.readouterr().out) == [
+            ("1", "1", "0"),
+            ("1", "0", "1"),
+        ]
         run_report(new, tmp_path / "again")
         for name in ("cases.csv", "curves.csv", "versions.csv", "summary.csv"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "report" / name).read_bytes()
         again, before = (read_tables(tmp_path / name).cells for name in ("again", "report"))
         pandas.testing.assert_frame_equal(again[:1], before[:1])
         assert list(again.state) == ["finished", "waiting"]
-
-    def test_trainings_of_two_machines_make_one_report(self, benchmark, tmp_path):
-        """The second cell is trained where the first is known from a report; the report has the matrix's order."""
-        run_report(benchmark, tmp_path / "report")
-        new = tmp_path / "new"
-        shutil.copytree(benchmark, new)
-        first, second = read_cells(new)
-        shutil.move(first.folder(new), second.folder(new).with_name("moved"))
-        shutil.rmtree(second.folder(new))
-        second.folder(new).with_name("moved").rename(second.folder(new))
-        second.write_record(new, "finished", epochs=2, seconds_per_epoch=7.0)
+        # Without what the report has told it is to be trained.
+        shutil.rmtree(new / "earlier")
+        assert [cell.state(new) for cell in cells] == ["waiting", "waiting"]
         take_over(read_tables(tmp_path / "report"), new)
-        versions = pandas.read_csv(new / "earlier" / "0" / "versions.csv", dtype=str)
+        assert cells[0].state(new) == "finished"
+
+    def test_trainings_of_three_machines_make_one_report(self, benchmark, tmp_path):
+        """The report has the matrix's order, whatever was finished where and first."""
+        write_cells(benchmark, [*read_cells(benchmark), replace(read_cells(benchmark)[1], seed=6)])
+        write_tables(collect(benchmark), tmp_path / "report")
+        for name, seed, dice in (("second", "5", "0.25"), ("third", "6", "0.75")):
+            # What the first cell has, as another one's.
+            shutil.copytree(tmp_path / "report", tmp_path / name)
+            for kind in ("cases", "curves", "cells"):
+                path = tmp_path / name / f"{kind}.csv"
+                table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+                table = table[table.trainer == PLANNED].assign(trainer="wide", seed=seed)
+                if kind == "cases":
+                    table["dice"] = dice
+                if kind == "cells":
+                    planned = pandas.read_csv(tmp_path / "report" / path.name, dtype=str, keep_default_na=False)
+                    table["features"] = planned[planned.trainer == "wide"].features.iloc[0]
+                    table["iterations"] = ""
+                table.to_csv(path, index=False)
+        versions = pandas.read_csv(tmp_path / "second" / "versions.csv", dtype=str)
         versions.loc[versions.package == "monai", "version"] = "0.0.1"
-        versions.to_csv(new / "earlier" / "0" / "versions.csv", index=False)
-        run_report(new, tmp_path / "both")
-        both = read_tables(tmp_path / "both")
-        assert list(both.cases.trainer) == 6 * [PLANNED] + 6 * ["wide"]
-        assert list(both.cells.seconds_per_epoch) == [3.5, 7.0]
-        assert list(both.curves.trainer) == [PLANNED, PLANNED, "wide", "wide"]
+        versions.to_csv(tmp_path / "second" / "versions.csv", index=False)
+        for name in ("third", "second"):
+            take_over(read_tables(tmp_path / name), benchmark)
+        write_tables(collect(benchmark), tmp_path / "all")
+        cases = read_tables(tmp_path / "all").cases
+        assert list(cases.trainer) == 6 * [PLANNED] + 12 * ["wide"]
+        assert list(cases.seed) == 12 * [5] + 6 * [6]
+        assert list(cases.dice[6:]) == 6 * [0.25] + 6 * [0.75]
+        assert list(cases.dice[:6]) == list(read_tables(tmp_path / "report").cases.dice)
         # Whatever has measured is named.
-        assert set(both.versions[both.versions.package == "monai"].version) == {"0.0.1", metrics.version("monai")}
+        versions = read_tables(tmp_path / "all").versions
+        assert set(versions[versions.package == "monai"].version) == {"0.0.1", metrics.version("monai")}
+
+    def test_a_cell_that_is_trained_here_is_not_taken_over(self, benchmark, tmp_path):
+        write_tables(collect(benchmark), tmp_path / "report")
+        new = without_trainings(benchmark, tmp_path / "new")
+        first, _ = read_cells(new)
+        with locked(first.folder(new) / LOCK, 0):
+            first.write_record(new, "running")
+            take_over(read_tables(tmp_path / "report"), new)
+        assert first.record(new)["state"] == "running"
 
     @pytest.mark.parametrize(
         "file, old, new",
         [
+            ("cells.csv", "finished,nnUNetPlans,", "finished,OtherPlans,"),
+            ("cells.csv", ",8x16x16,", ",8x16x32,"),
             ("cells.csv", ",2,8 16,", ",4,8 16,"),  # batch size
+            ("cells.csv", ",8 16,", ",8 32,"),
+            ("cells.csv", ",30,2,", ",40,2,"),  # iterations
             ("cells.csv", ",30,2,", ",30,3,"),  # epochs
-            ("datasets.csv", ",2,", ",3,"),  # tolerance
+            ("cells.csv", ",30,2,", ",30,,"),
+            ("cells.csv", ",123,", ",124,"),  # parameters
+            ("datasets.csv", ",0.333333,", ",0.5,"),  # tolerance
+            ("datasets.csv", "1+2:whole", "1:whole"),
             ("trainers.csv", "ExperimentPlanner,,\n", "ExperimentPlanner,,1.5\n"),  # width
             ("cases.csv", "test,9,", "test,8,"),
         ],
     )
     def test_other_trainings_are_not_taken_over(self, file, old, new, benchmark, tmp_path):
-        run_report(benchmark, tmp_path / "report")
-        edit(tmp_path / "report" / file, old, new)
-        shutil.rmtree(benchmark / "seed_5")
+        # A tolerance that a CSV file does not hold to the last digit.
+        edit(benchmark / "spec.yaml", "nsd_tolerance_mm: 2.0", f"nsd_tolerance_mm: {1 / 3}")
+        write_tables(collect(benchmark), tmp_path / "report")
+        other = shutil.copytree(tmp_path / "report", tmp_path / "other")
+        edit(other / file, old, new)
+        here = without_trainings(benchmark, tmp_path / "new")
         with pytest.raises(XAttnResError, match="give a report on the same spec"):
-            take_over(read_tables(tmp_path / "report"), benchmark)
-        assert not (benchmark / "earlier").exists()
+            take_over(read_tables(other), here)
+        assert not (here / "earlier").exists()
+        take_over(read_tables(tmp_path / "report"), here)
+        assert read_cells(here)[0].state(here) == "finished"
 
     def test_a_benchmark_is_measured_and_not_reported_from_old_tables(self, benchmark, tmp_path, capsys):
         (benchmark / "cases.csv").write_text("of an earlier report")
@@ -539,7 +602,7 @@ class TestFolder:
             return metrics.Metrics(1.0, 1.0, 0.0, 1, 1)
 
         monkeypatch.setattr(metrics, "measure", note)
-        metrics.read_benchmark(benchmark)
+        collect(benchmark)
         assert len(threads) == 1
 
     @pytest.mark.parametrize(
@@ -684,6 +747,11 @@ class TestReport:
         run_report(tmp_path, tmp_path / "out")
         assert "There is no pair of trainers to compare." in (tmp_path / "out" / "report.md").read_text()
         assert read_tables(tmp_path / "out").cases.equals(read_tables(tmp_path).cases)
+
+
+def without_trainings(benchmark: Path, folder: Path) -> Path:
+    """The same matrix in another folder, of which nothing is trained."""
+    return shutil.copytree(benchmark, folder, ignore=shutil.ignore_patterns("seed_*"))
 
 
 def edit(path: Path, old: str, new: str) -> None:

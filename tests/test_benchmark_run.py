@@ -39,11 +39,11 @@ from nnunet_xattnres.benchmark.matrix import (
     read_cells,
     write_cells,
 )
-from nnunet_xattnres.benchmark.running import ATTEMPTS, _Run, make_machine, run_cell
+from nnunet_xattnres.benchmark.running import ATTEMPTS, CellTask, _Run, make_machine, run_cell
 from nnunet_xattnres.benchmark.spec import Executor
 from nnunet_xattnres.benchmark.status import progress
 from nnunet_xattnres.cli import main
-from nnunet_xattnres.commands import NnUNet
+from nnunet_xattnres.commands import NnUNet, termination_as_exception
 from nnunet_xattnres.errors import XAttnResError
 
 ROOT = Path(__file__).parent.parent
@@ -230,6 +230,17 @@ def test_a_cell_is_trained_predicted_and_recorded_once(commands, tmp_path):
     assert (CELL.folder(tmp_path) / "test").is_dir()
     run_cell(tmp_path, CELL, "cpu", num_gpus=1)
     assert len(commands) == 2
+
+
+@pytest.mark.parametrize(("threads", "device"), [("3", "Fast CPU, OMP_NUM_THREADS=3"), (None, "Fast CPU")])
+def test_a_cell_records_on_what_it_was_trained(threads, device, commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(running, "cpu_name", lambda: "Fast CPU")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    run_cell(tmp_path, CELL, "cpu", num_gpus=1)
+    assert CELL.record(tmp_path)["device"] == device
 
 
 def test_an_interrupted_training_is_continued(commands, tmp_path):
@@ -425,11 +436,19 @@ def test_without_gpus_cores_are_shared_out(executor, user, expected, monkeypatch
     if user:
         monkeypatch.setenv("OMP_NUM_THREADS", user)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(running, "available_cores", lambda: 6)
     shares = running._shares(executor)
     assert [share["OMP_NUM_THREADS"] for share in shares] == expected
     # None may see a GPU that this process has not been given.
     assert {share["CUDA_VISIBLE_DEVICES"] for share in shares} == {""}
+
+
+def test_a_job_gets_its_share_of_the_machine(commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    CellTask()(tmp_path, CELL, 1, {"OMP_NUM_THREADS": "7"})
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert CELL.record(tmp_path)["device"].endswith("=7")
 
 
 @pytest.mark.parametrize("there", [0, 1])
@@ -440,21 +459,46 @@ def test_more_gpus_than_there_are(there, monkeypatch):
         running._shares(Executor(num_gpus=2))
 
 
-@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.default_int_handler])
-def test_jobs_can_be_interrupted_where_the_run_itself_ignores_it(before):
-    """Commands that a script puts into the background do; submitit ends a job by interrupting it."""
+RUN_WITH_A_JOB = """
+import os, signal, subprocess, sys
+from nnunet_xattnres.benchmark.running import _children_heed_interrupts
+before = signal.getsignal(signal.SIGINT)
+assert before == signal.SIG_IGN
+with _children_heed_interrupts():
+    job = subprocess.Popen(["sleep", "600"])
+assert signal.getsignal(signal.SIGINT) == before
+print(job.pid, os.getpgid(job.pid), flush=True)
+sys.exit(job.wait() != -signal.SIGINT)
+"""
 
-    def handler_of_a_child():
-        ask = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
-        return subprocess.run([sys.executable, "-S", "-c", ask], capture_output=True, text=True, check=True).stdout
 
-    previous = signal.signal(signal.SIGINT, before)
+def test_a_job_of_a_run_in_the_background_ends_when_it_is_told_to_and_not_by_ctrl_c():
+    """What a script puts into the background ignores Ctrl-C, and submitit ends a job by the same signal."""
+    script = subprocess.Popen(
+        ["sh", "-c", '"$PYTHON" -c "$RUN" & wait $!'],
+        env=os.environ | {"PYTHON": sys.executable, "RUN": RUN_WITH_A_JOB},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    job, group = map(int, script.stdout.readline().split())
+    # A terminal's Ctrl-C is for the script's group.
+    assert group != script.pid
+    os.kill(job, signal.SIGINT)
+    assert script.wait(60) == 0
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with running._children_heed_interrupts():
-            assert handler_of_a_child() == "False\n"
-        assert signal.getsignal(signal.SIGINT) == before
+        with pytest.raises(SystemExit), termination_as_exception():
+            os.kill(os.getpid(), signal.SIGHUP)
+            still_here = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGHUP, previous)
+    assert still_here
 
 
 def test_slurm_where_there_is_none(tmp_path, monkeypatch):
@@ -545,20 +589,22 @@ def test_seeds_fix_what_the_process_draws():
     assert draw() != first
 
 
-def test_nnunet_keeps_to_the_threads_of_the_cell(monkeypatch):
+def test_nnunet_is_seeded_and_keeps_to_the_threads_of_the_cell(tmp_path, monkeypatch):
+    seen = []
     monkeypatch.setattr(multiprocessing, "cpu_count", multiprocessing.cpu_count)
+    monkeypatch.setattr(launch, "_keep_to_this_process", lambda descriptor: None)
+    # Whatever the installed command is called by, it is nnU-Net's own function.
+    train = ["nnUNetv2_train", "999", "2d", "0", "-device", "cpu"]
+    monkeypatch.setattr(run_training, "run_training", lambda *given, **options: seen.append(torch.rand(()).item()))
     threads = torch.get_num_threads()
-    launch.keep_number_of_threads()
-    arguments = ["nnUNetv2_train", "999", "2d", "0", "-device", "cpu"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(run_training, "run_training", lambda *arguments, **options: None)
-    torch.set_num_threads(threads + 1)
-    try:
-        # nnU-Net sets the number before it begins.
-        run_training.run_training_entry()
+    for seed in (3, 3, 4):
+        monkeypatch.setattr(sys, "argv", ["launch", str(seed), "9", str(tmp_path), *train])
+        (tmp_path / "checkpoint_final.pth").touch()
+        # As it would be on a machine with other numbers of cores and threads.
+        monkeypatch.setattr(multiprocessing, "cpu_count", lambda: threads + 1)
+        launch.main()
         assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(threads)
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_with_several_gpus_every_process_is_seeded(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from conftest import PHANTOM
 from test_plans import ISOTROPIC, planned
 
 from nnunet_xattnres import commands
-from nnunet_xattnres.benchmark import preparation
+from nnunet_xattnres.benchmark import command, preparation
 from nnunet_xattnres.benchmark.command import run_benchmark
 from nnunet_xattnres.benchmark.matrix import is_locked
 from nnunet_xattnres.benchmark.preparation import _Preparation, check_spec
@@ -244,10 +244,23 @@ def test_a_folder_of_another_spec(content, steps, tmp_path, capsys):
 
 
 def test_a_report_to_continue_from_is_looked_at_before_anything_is_prepared(content, steps, tmp_path, capsys):
-    command = ["benchmark", "run", str(write(content, tmp_path)), "-o", str(tmp_path / "out")]
-    assert main([*command, "--continue-from", str(tmp_path / "nowhere")]) == 1
+    run = ["benchmark", "run", str(write(content, tmp_path)), "-o", str(tmp_path / "out")]
+    assert main([*run, "--continue-from", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
     assert not steps and not (tmp_path / "out").exists()
+
+
+def test_what_a_report_has_finished_is_not_trained_again(content, tmp_path, monkeypatch):
+    """The report is taken over between preparation and training."""
+    done = []
+    monkeypatch.setattr(command, "read_tables", lambda report: report.name)
+    monkeypatch.setattr(command, "prepare", lambda root, *given: done.append("prepared") or [])
+    monkeypatch.setattr(command, "take_over", lambda tables, root: done.append((tables, root)))
+    monkeypatch.setattr(command, "run_cells", lambda *given: done.append("trained"))
+    run = ["benchmark", "run", str(write(content, tmp_path)), "-o", str(tmp_path / "out")]
+    assert main(run) == 0
+    assert main([*run, "--continue-from", str(tmp_path / "report")]) == 0
+    assert done == ["prepared", "trained", "prepared", ("report", tmp_path / "out"), "trained"]
 
 
 def test_a_dataset_by_its_number_in_nnunet_raw(content, raw, tmp_path, monkeypatch):

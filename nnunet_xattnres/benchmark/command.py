@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nnunet_xattnres.benchmark.earlier import take_over
+from nnunet_xattnres.benchmark.collecting import take_over
 from nnunet_xattnres.benchmark.preparation import check_spec, prepare
 from nnunet_xattnres.benchmark.running import make_machine, run_cells
 from nnunet_xattnres.benchmark.spec import read_spec

@@ -69,7 +69,8 @@ def set_seeds(seed: int) -> None:
 
 
 def keep_number_of_threads() -> None:
-    """With `-device cpu`, nnU-Net sets it to the number of cores, also where several trainings share them."""
+    """Let nnU-Net have the threads that PyTorch has now: with `-device cpu` it takes one for every core that it counts,
+    also where several trainings share the cores."""
     threads = torch.get_num_threads()
     multiprocessing.cpu_count = lambda: threads
 

@@ -76,14 +76,17 @@ class Cell:
     def record(self, root: Path) -> dict[str, Any]:
         """cell.json; empty where the cell was never begun, running where the file is damaged."""
         try:
-            return json.loads((self.folder(root) / RECORD).read_text())
+            record = json.loads((self.folder(root) / RECORD).read_text())
         except FileNotFoundError:
             return {}
         except ValueError:
             return {"state": RUNNING}
+        # Whoever deletes the tables of earlier reports wants it done here.
+        is_lost = "earlier" in record and not (root / EARLIER / record["earlier"]).is_dir()
+        return {} if is_lost else record
 
     def earlier_tables(self, root: Path) -> Path | None:
-        """The tables from which it is known, if it was finished elsewhere."""
+        """The folder of the tables from which it is known, if it was finished elsewhere."""
         name = self.record(root).get("earlier")
         return root / EARLIER / name if name else None
 

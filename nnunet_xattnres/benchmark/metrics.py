@@ -1,4 +1,4 @@
-"""How good a predicted segmentation is, and the tables of a benchmark's folder.
+"""How good predicted segmentations are, and the tables of trainings in a benchmark's folder.
 
 Normalised surface Dice (NSD) and the 95th percentile of the Hausdorff distance (HD95) are MONAI's, in the image's
 spacing.
@@ -87,38 +87,32 @@ def _surface_metrics(
     return nsd.item(), hd95.item()
 
 
-def read_benchmark(root: Path) -> Tables:
-    """Measure all predictions of the finished cells of a benchmark's folder.
+def measured_tables(root: Path, finished: list[Cell]) -> Tables:
+    """Measure all predictions of cells of a benchmark's folder.
 
-    Those that were finished elsewhere have no predictions here: `with_earlier` adds them.
-    Raises `XAttnResError` if it is no such folder, if no cell is finished, or if a finished one's files are not whole.
+    Raises `XAttnResError` if files of theirs are not whole.
     """
-    cells = read_cells(root)
-    finished = [cell for cell in cells if cell.state(root) == FINISHED]
-    if not finished:
-        raise XAttnResError(f"{root}: none of {len(cells)} cells is finished, see `nnunet-xattnres benchmark status`")
     # What MONAI's own functions hand to each other; no user can mend it.
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-    here = [cell for cell in finished if not cell.earlier_tables(root)]
     datasets = {dataset.name: _Dataset(root, dataset) for dataset in read_spec(root / SPEC).datasets}
-    predictions = [prediction for cell in here for prediction in _predictions(root, cell, datasets[cell.dataset])]
+    predictions = [prediction for cell in finished for prediction in _predictions(root, cell, datasets[cell.dataset])]
     with ThreadPoolExecutor(int(NUM_WORKERS)) as pool:
         rows = pool.map(lambda prediction: prediction.rows(), predictions)
         cases = [row for of_case in tqdm(rows, "cases", len(predictions)) for row in of_case]
     return replace(
-        planned_tables(root),
+        planned_tables(root, dict.fromkeys(finished, FINISHED)),
         cases=_table("cases", cases),
-        curves=_table("curves", (row for cell in here for row in _curve_rows(root, cell))),
+        curves=_table("curves", (row for cell in finished for row in _curve_rows(root, cell))),
         versions=_table("versions", ({"package": name, "version": version(name)} for name in MEASURING)),
     )
 
 
-def planned_tables(root: Path) -> Tables:
-    """What is known of a benchmark's folder without measuring: cells, datasets and trainers."""
+def planned_tables(root: Path, states: dict[Cell, str]) -> Tables:
+    """What is known of cells of a benchmark's folder, seen in these states, without measuring."""
     spec = read_spec(root / SPEC)
     return Tables(
         cases=_table("cases", ()),
-        cells=_table("cells", (_cell_row(root, cell) for cell in read_cells(root))),
+        cells=_table("cells", (_cell_row(root, cell, state) for cell, state in states.items())),
         curves=_table("curves", ()),
         datasets=_table("datasets", (_Dataset(root, dataset).row() for dataset in spec.datasets)),
         trainers=_table("trainers", (_arm_row(arm) for arm in spec.trainers)),
@@ -244,13 +238,13 @@ def _key(cell: Cell) -> dict[str, Any]:
     return {name: getattr(cell, name) for name in CELL}
 
 
-def _cell_row(root: Path, cell: Cell) -> dict[str, Any]:
+def _cell_row(root: Path, cell: Cell, state: str) -> dict[str, Any]:
     plans = PlansManager(str(root / "nnUNet_preprocessed" / cell.dataset / f"{cell.plans}.json"))
     planned = plans.get_configuration(cell.planned_configuration)
     record = cell.record(root)
     versions = "; ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
     more = {
-        "state": cell.state(root),
+        "state": state,
         "plans": cell.plans,
         "patch_size": "x".join(map(str, planned.patch_size)),
         "batch_size": planned.batch_size,

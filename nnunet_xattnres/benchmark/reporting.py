@@ -84,10 +84,9 @@ def _read(source: Path) -> Tables:
         return read_tables(source)
     # What a report on CSV files can do without.
     check_installed("monai", "yaml")
-    from nnunet_xattnres.benchmark.earlier import with_earlier
-    from nnunet_xattnres.benchmark.metrics import read_benchmark
+    from nnunet_xattnres.benchmark.collecting import collect
 
-    return with_earlier(read_benchmark(source), source)
+    return collect(source)
 
 
 def _record(tables: Tables, results: Results) -> dict[str, Any]:

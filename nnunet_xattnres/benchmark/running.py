@@ -37,7 +37,7 @@ from nnunet_xattnres.benchmark.spec import SLURM, Executor
 from nnunet_xattnres.benchmark.status import failure_lines, progress
 from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT, read_checkpoint
 from nnunet_xattnres.commands import NnUNet, termination_as_exception
-from nnunet_xattnres.device import choose_device
+from nnunet_xattnres.device import available_cores, choose_device, cpu_name
 from nnunet_xattnres.errors import XAttnResError, one_line
 
 LAUNCH = ("-m", "nnunet_xattnres.benchmark.launch")
@@ -134,8 +134,16 @@ def _results(root: Path, cell: Cell) -> dict[str, Any]:
         "seconds_per_epoch": statistics.median(seconds),
         "peak_memory_gb": recorded_memory(cell.folder(root)),
         "versions": {package: version(package) for package in RECORDED_VERSIONS} | {"python": sys.version.split()[0]},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": _device(),
     }
+
+
+def _device() -> str:
+    """On what the cell was trained: times and memory of different ones are not compared."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return f"{cpu_name()}, OMP_NUM_THREADS={threads}" if threads else cpu_name()
 
 
 def run_cells(root: Path, cells: list[Cell], executor: Executor) -> None:
@@ -267,7 +275,7 @@ def _shares(executor: Executor) -> list[dict[str, str]]:
         if executor.num_gpus > 1:
             raise XAttnResError(f"num_gpus of executor is {executor.num_gpus}, and PyTorch finds no GPU here")
         jobs = executor.jobs or 1
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // jobs))
         return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}] * jobs
     if executor.num_gpus > len(gpus):
         raise XAttnResError(f"num_gpus of executor is {executor.num_gpus}, and there are {len(gpus)}: say fewer")
@@ -283,6 +291,9 @@ def _children_heed_interrupts() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         yield
         return
+    # Ctrl-C in that script's terminal is still not meant for them.
+    if os.getpgrp() != os.getpid():
+        os.setpgrp()
     # Unlike SIG_IGN, a handler is not inherited.
     signal.signal(signal.SIGINT, lambda *_: None)
     try:

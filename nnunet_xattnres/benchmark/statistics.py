@@ -30,6 +30,7 @@ SEED = 0
 METRICS = ("dice", "nsd")
 SET = ["dataset", "configuration", "set"]
 COSTS = ("seconds_per_epoch", "parameters", "peak_memory_gb")
+COSTS_OF_DEVICE = ("seconds_per_epoch", "peak_memory_gb")
 MEAN_LABEL = "mean"
 # Sums differ between machines in their last digits.
 DIGITS = 6
@@ -182,26 +183,36 @@ def _with_verdicts(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: str) -> dict[str, float | None]:
-    """Medians over the finished cells; None what is not known."""
-    own = cells[
-        (cells.dataset == dataset)
-        & (cells.configuration == configuration)
-        & (cells.trainer == trainer)
-        & (cells.state == FINISHED)
-    ]
+    """Medians over the finished cells; None what is not known, or was measured on several devices."""
+    own = _finished(cells, dataset, configuration, trainer)
     medians = {cost: own[cost].median() for cost in COSTS}
+    if own.device.nunique() > 1:
+        medians |= dict.fromkeys(COSTS_OF_DEVICE, np.nan)
     return {cost: None if pandas.isna(median) else float(median) for cost, median in medians.items()}
 
 
 def _cost_ratios(
     cells: pandas.DataFrame, dataset: str, configuration: str, first: str, second: str
 ) -> dict[str, float | None]:
-    ours, theirs = (costs(cells, dataset, configuration, trainer) for trainer in (first, second))
-    return {f"{cost}_ratio": _ratio(ours[cost], theirs[cost]) for cost in COSTS}
+    """Medians over folds and seeds, those of time and memory over the ones that both have trained on one device."""
+    ours, theirs = (_finished(cells, dataset, configuration, trainer) for trainer in (first, second))
+    both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
+    on_one_device = both[both.device == both.device_of_second]
+    ratios = {}
+    for cost in COSTS:
+        pairs = on_one_device if cost in COSTS_OF_DEVICE else both
+        median = (pairs[cost] / pairs[f"{cost}_of_second"]).median()
+        ratios[f"{cost}_ratio"] = None if pandas.isna(median) else _rounded(median)
+    return ratios
 
 
-def _ratio(ours: float | None, theirs: float | None) -> float | None:
-    return round(ours / theirs, DIGITS) if ours is not None and theirs else None
+def _finished(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: str) -> pandas.DataFrame:
+    return cells[
+        (cells.dataset == dataset)
+        & (cells.configuration == configuration)
+        & (cells.trainer == trainer)
+        & (cells.state == FINISHED)
+    ]
 
 
 def summarise(tables: Tables) -> list[dict[str, Any]]:

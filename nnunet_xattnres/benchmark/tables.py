@@ -68,6 +68,7 @@ COLUMNS = {
     },
     "versions": {"package": "str", "version": "str"},
 }
+FLOAT_FORMAT = "%.6g"
 REMEDY = "make it with `nnunet-xattnres benchmark report` from the benchmark's folder"
 
 
@@ -96,6 +97,7 @@ def has_tables(folder: Path) -> bool:
 
 
 def write_tables(tables: Tables, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for field in fields(Tables):
         write_csv(getattr(tables, field.name), folder / f"{field.name}.csv")
 
@@ -103,7 +105,13 @@ def write_tables(tables: Tables, folder: Path) -> None:
 def write_csv(table: pandas.DataFrame, path: Path) -> None:
     """Numbers with six significant digits, nothing for those that are undefined."""
     with written_atomically(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+        table.to_csv(temporary, index=False, float_format=FLOAT_FORMAT, lineterminator="\n")
+
+
+def as_written(table: pandas.DataFrame) -> pandas.DataFrame:
+    """With the digits that it has in a file, and so in every table that is read from one."""
+    floats = table.select_dtypes("float64")
+    return table.assign(**{name: floats[name].map(lambda value: float(FLOAT_FORMAT % value)) for name in floats})
 
 
 def read_tables(folder: Path) -> Tables:

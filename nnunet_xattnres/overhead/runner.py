@@ -27,7 +27,7 @@ from nnunet_xattnres.commands import (
     last_meaningful_line,
     termination_as_exception,
 )
-from nnunet_xattnres.device import NO_MEMORY_LEFT, choose_device
+from nnunet_xattnres.device import NO_MEMORY_LEFT, choose_device, cpu_name
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.files import write_text_atomically
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Request
@@ -227,7 +227,7 @@ def _write(comparisons: list[Comparison], options: Options, device: str) -> None
 
 def _environment() -> dict[str, Any]:
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": psutil.cpu_count(logical=False),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
@@ -240,18 +240,11 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
 def _footnote(comparisons: list[Comparison], options: Options, device: str) -> str:
     answers = [answer for comparison in comparisons for row in comparison.rows for answer in row.answers]
     threads = next((answer.threads for answer in answers if answer.threads), None)
     compiled = any(answer.compiled for answer in answers)
-    name = next((answer.device_name for answer in answers if answer.device_name), None) or _cpu_name()
+    name = next((answer.device_name for answer in answers if answer.device_name), None) or cpu_name()
     how = (
         f"{threads} thread{'' if threads == 1 else 's'}"
         if device == "cpu"
