@@ -1,4 +1,5 @@
-"""A path through every feature of the matrix, in this process, two steps a training: part of the normal suite."""
+"""A path through every feature of the matrix, in this process, two steps a training. The longest part of it, with
+every kind of command, is in the normal suite."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,7 @@ def test_regions_ignore_label_cascade_and_ensemble(here: InProcess):
     assert mean_dice(experiment.accumulate("3d_lowres")) == pytest.approx(np.mean(folds))
 
 
+@pytest.mark.slow
 def test_residual_encoder_with_two_channels(here: InProcess, tmp_path: Path):
     write_hippocampus(tmp_path / "one_channel", num_training=2, num_test=1)
     add_smoothed_channel(tmp_path / "one_channel", here.raw / TWO_CHANNELS)
@@ -62,6 +64,7 @@ def test_residual_encoder_with_two_channels(here: InProcess, tmp_path: Path):
     check_model(Experiment(here, TWO_CHANNELS, plans=RESENC_PLANS, folds=("0",)), "2d")
 
 
+@pytest.mark.slow
 def test_png_and_fold_all(here: InProcess):
     write_ultrasound(here.raw / PNG, num_training=2, num_test=1)
     plan_and_preprocess(here, PNG, "2d", STEPS)
