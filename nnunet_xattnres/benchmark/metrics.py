@@ -103,7 +103,7 @@ def measured_tables(root: Path, finished: list[Cell]) -> Tables:
         planned_tables(root, dict.fromkeys(finished, FINISHED)),
         cases=_table("cases", cases),
         curves=_table("curves", (row for cell in finished for row in _curve_rows(root, cell))),
-        versions=_table("versions", ({"package": name, "version": version(name)} for name in MEASURING)),
+        versions=_table("versions", ({"package": name, "version": version(name)} for name in MEASURING if finished)),
     )
 
 
