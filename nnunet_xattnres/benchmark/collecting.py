@@ -67,10 +67,10 @@ def take_over(theirs: Tables, root: Path) -> None:
     tables = _only(theirs, same)
     # The same tables have the same place: taking them over again, or twice at a time, changes nothing.
     name = sha256("".join(getattr(tables, name).to_csv() for name in COLUMNS).encode()).hexdigest()[:12]
-    if not (root / EARLIER / name).is_dir():
-        (root / EARLIER).mkdir(exist_ok=True)
-        with folder_written_atomically(root / EARLIER / name) as folder:
-            write_tables(tables, folder)
+    with locked(root / f"{EARLIER}.lock", patience=float("inf")):
+        if not (root / EARLIER / name).is_dir():
+            with folder_written_atomically(root / EARLIER / name) as folder:
+                write_tables(tables, folder)
     taken = 0
     for cell in same:
         with suppress(Busy), locked(cell.folder(root) / LOCK, SECONDS_FOR_A_LOOK):
