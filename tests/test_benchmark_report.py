@@ -37,10 +37,11 @@ from nnunet_xattnres.benchmark.statistics import (
     summarise,
     wilcoxon,
 )
-from nnunet_xattnres.benchmark.tables import COLUMNS, Tables, read_tables, write_tables
+from nnunet_xattnres.benchmark.tables import COLUMNS, FLOAT_FORMAT, Tables, read_tables, write_tables
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.errors import XAttnResError
 
+ROOT = Path(__file__).parents[1]
 PLANNED, OURS = "nnUNetTrainerPlanned", "nnUNetTrainerXAttnRes"
 DATASETS = {"Dataset001_A": "Dataset001_A", "Dataset002_CT": "Sarcoma", "Dataset003_MR": "Sarcoma"}
 
@@ -140,7 +141,7 @@ def results_of(tables: Tables) -> Results:
 def evidence(monkeypatch) -> Tables:
     """Of the size of the evidence's matrix, with two cases per fold."""
     monkeypatch.setenv("XATTNRES_DATA", "/")
-    spec = read_spec(Path(__file__).parents[1] / "specs" / "cpu-evidence.yaml")
+    spec = read_spec(ROOT / "specs" / "cpu-evidence.yaml")
     rng = np.random.default_rng(0)
     rows = []
     for dataset in spec.datasets:
@@ -233,10 +234,26 @@ class TestStatistics:
         # The four trainings: two on one machine, two that are not.
         assert (row["cells"], row["seconds_per_epoch_ratio"], row["peak_memory_gb_ratio"]) == (4, 1.5, 1.0)
         assert row["parameters_ratio"] > 2
-        costs = {row["trainer"]: row for row in summarise(replace(tables, cells=cells)) if row["label"] == "mean"}
-        assert costs[OURS]["seconds_per_epoch"] == 15.0 and costs[PLANNED]["seconds_per_epoch"] is None
         cells.loc[cells.trainer == PLANNED, "device"] = "another"
         assert compare(replace(tables, cells=cells))[0]["seconds_per_epoch_ratio"] is None
+
+    def test_costs_are_those_on_the_device_of_most_trainings(self, tables):
+        cells = tables.cells
+        cells.loc[cells.fold == 1, ["device", "seconds_per_epoch", "parameters"]] = ["another", 1000.0, 9]
+        # Of the first dataset, one training more is on the first device, of the others one more on the second.
+        first = cells[cells.trainer == PLANNED].groupby("dataset").head(1).index[0]
+        cells.loc[cells[(cells.trainer == OURS) & (cells.fold == 1)].index[0], "device"] = "cpu"
+        for dataset in list(DATASETS)[1:]:
+            cells.loc[cells[(cells.dataset == dataset) & (cells.fold == 0)].index, "device"] = "another"
+        assert first == 0
+        rows = [row for row in summarise(replace(tables, cells=cells)) if row["label"] == "mean"]
+        shown = [(row["trainer"], row["cost_device"], row["seconds_per_epoch"]) for row in rows]
+        assert shown[:2] == [(PLANNED, "cpu", 10.0), (OURS, "cpu", 15.0)]
+        assert [device for _, device, _ in shown[2:]] == 4 * ["another"]
+        # Parameters do not depend on it.
+        assert rows[0]["parameters"] == (1_234_567 + 9) / 2
+        text = markdown(replace(tables, cells=cells), results_of(replace(tables, cells=cells)), [])
+        assert text.count("Time and memory: cpu.") == 1 and text.count("Time and memory: another.") == 2
 
     def test_nothing_is_warned_of(self, tables):
         # Validation comes before test: names that are not sorted.
@@ -541,6 +558,11 @@ class TestFolder:
         versions.to_csv(tmp_path / "second" / "versions.csv", index=False)
         for name in ("third", "second"):
             take_over(read_tables(tmp_path / name), benchmark)
+        # A report may tell of what has been taken over from another one.
+        write_tables(collect(benchmark), tmp_path / "two_of_them")
+        shutil.rmtree(third := read_cells(benchmark)[2].folder(benchmark))
+        take_over(read_tables(tmp_path / "two_of_them"), benchmark)
+        assert third.is_dir()
         write_tables(collect(benchmark), tmp_path / "all")
         cases = read_tables(tmp_path / "all").cases
         assert list(cases.trainer) == 6 * [PLANNED] + 12 * ["wide"]
@@ -561,34 +583,52 @@ class TestFolder:
         assert first.record(new)["state"] == "running"
 
     @pytest.mark.parametrize(
-        "file, old, new",
+        "file, old, new, told",
         [
-            ("cells.csv", "finished,nnUNetPlans,", "finished,OtherPlans,"),
-            ("cells.csv", ",8x16x16,", ",8x16x32,"),
-            ("cells.csv", ",2,8 16,", ",4,8 16,"),  # batch size
-            ("cells.csv", ",8 16,", ",8 32,"),
-            ("cells.csv", ",30,2,", ",40,2,"),  # iterations
-            ("cells.csv", ",30,2,", ",30,3,"),  # epochs
-            ("cells.csv", ",30,2,", ",30,,"),
-            ("cells.csv", ",123,", ",124,"),  # parameters
-            ("datasets.csv", ",0.333333,", ",0.5,"),  # tolerance
-            ("datasets.csv", "1+2:whole", "1:whole"),
-            ("trainers.csv", "ExperimentPlanner,,\n", "ExperimentPlanner,,1.5\n"),  # width
-            ("cases.csv", "test,9,", "test,8,"),
+            ("cells.csv", "finished,nnUNetPlans,", "finished,OtherPlans,", "plans='OtherPlans' (here 'nnUNetPlans')"),
+            ("cells.csv", ",8x16x16,", ",8x16x32,", "patch_size='8x16x32' (here '8x16x16')"),
+            ("cells.csv", ",2,8 16,", ",4,8 16,", "batch_size=4 (here 2)"),
+            ("cells.csv", ",8 16,", ",8 32,", "features='8 32' (here '8 16')"),
+            ("cells.csv", ",30,2,", ",40,2,", "iterations=40 (here 30)"),
+            ("cells.csv", ",30,2,", ",30,3,", "epochs=3 (here 2)"),
+            ("cells.csv", ",30,2,", ",30,,", "epochs=None (here 2)"),
+            ("cells.csv", ",123,", ",124,", "parameters=124 (here 123)"),
+            ("datasets.csv", ",0.333333,", ",0.5,", "nsd_tolerance_mm=0.5 (here 0.333333)"),
+            ("datasets.csv", "1+2:whole", "1:whole", "labels='1:whole;2:core' (here '1+2:whole;2:core')"),
+            ("trainers.csv", "ExperimentPlanner,,\n", "ExperimentPlanner,,1.5\n", "width=1.5 (here None)"),
+            ("cases.csv", "test,9,", "test,8,", "other cases"),
         ],
     )
-    def test_other_trainings_are_not_taken_over(self, file, old, new, benchmark, tmp_path):
+    def test_other_trainings_are_not_taken_over(self, file, old, new, told, benchmark, tmp_path):
         # A tolerance that a CSV file does not hold to the last digit.
         edit(benchmark / "spec.yaml", "nsd_tolerance_mm: 2.0", f"nsd_tolerance_mm: {1 / 3}")
         write_tables(collect(benchmark), tmp_path / "report")
         other = shutil.copytree(tmp_path / "report", tmp_path / "other")
         edit(other / file, old, new)
         here = without_trainings(benchmark, tmp_path / "new")
-        with pytest.raises(XAttnResError, match="give a report on the same spec"):
+        title = read_cells(here)[0].title
+        with pytest.raises(XAttnResError, match=re.escape(f"such as {title}: {told}: give a report on the same spec")):
             take_over(read_tables(other), here)
         assert not (here / "earlier").exists()
         take_over(read_tables(tmp_path / "report"), here)
         assert read_cells(here)[0].state(here) == "finished"
+
+    def test_a_report_of_trainings_that_are_gone_is_not_overwritten(self, benchmark, tmp_path, capsys):
+        write_tables(collect(benchmark), tmp_path / "one")
+        new = without_trainings(benchmark, tmp_path / "new")
+        _, second = read_cells(new)
+        shutil.copytree(read_cells(benchmark)[0].folder(benchmark), second.folder(new))
+        second.write_record(new, "finished", epochs=2)
+        before = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
+        assert main(["benchmark", "report", str(new), "-o", str(tmp_path / "one")]) == 1
+        assert "1 finished trainings that this one would lack: choose another -o" in capsys.readouterr().err
+        assert {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()} == before
+        take_over(read_tables(tmp_path / "one"), new)
+        assert main(["benchmark", "report", str(new), "-o", str(tmp_path / "one")]) == 0
+        assert len(read_tables(tmp_path / "one").finished) == 2
+        # One that was interrupted is made again.
+        (tmp_path / "one" / "curves.csv").unlink()
+        assert main(["benchmark", "report", str(benchmark), "-o", str(tmp_path / "one")]) == 0
 
     def test_a_benchmark_is_measured_and_not_reported_from_old_tables(self, benchmark, tmp_path, capsys):
         (benchmark / "cases.csv").write_text("of an earlier report")
@@ -610,32 +650,52 @@ class TestFolder:
         assert len(threads) == 1
 
     @pytest.mark.parametrize(
-        "damage, message",
+        "damage, message, mended",
         [
-            (lambda folder: (folder / "validation" / "2.nii.gz").unlink(), "is finished, but"),
-            (lambda folder: (folder / "validation" / "2.nii.gz").write_bytes(b"no image"), "cannot read"),
+            (lambda folder: (folder / "validation" / "2.nii.gz").unlink(), "is finished, but", True),
+            (lambda folder: (folder / "validation" / "2.nii.gz").write_bytes(b"no image"), "cannot read", True),
             (
                 lambda folder: write_image(np.zeros((3, 3, 3), np.uint8), folder / "test" / "9.nii.gz"),
                 "the shape (3, 3, 3)",
+                True,
             ),
-            (lambda folder: (folder / "checkpoint_final.pth").unlink(), "checkpoint_final.pth does not exist"),
+            (lambda folder: (folder / "checkpoint_final.pth").unlink(), "checkpoint_final.pth does not exist", True),
             (
                 lambda folder: torch.save({"extra": Path("here")}, folder / "checkpoint_final.pth"),
                 "when it is read: let its trainer store numbers and tensors only",
+                False,
             ),
-            (lambda folder: edit(folder / "cell.json", "finished", "failed"), "none of 2 cells is finished"),
+            (lambda folder: edit(folder / "cell.json", "finished", "failed"), "none of 2 cells is finished", False),
         ],
     )
-    def test_a_damaged_cell_is_said_in_one_line(self, benchmark, tmp_path, capsys, damage, message):
+    def test_a_damaged_cell_is_said_in_one_line(self, benchmark, tmp_path, capsys, damage, message, mended):
+        """mended: by training again, which a finished cell is only without its folder."""
         (folder,) = benchmark.glob("seed_5/*/*/*__small/fold_0")
         damage(folder)
         assert main(["benchmark", "report", str(benchmark), "-o", str(tmp_path / "out")]) == 1
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nnunet-xattnres: ")]
         assert len(lines) == 1
         assert message in lines[0]
+        assert (f": delete {folder}, run again" in lines[0]) == mended
 
 
 class TestReport:
+    @pytest.mark.parametrize(
+        "committed", sorted((ROOT / "results").glob("*/cases.csv")), ids=lambda path: path.parent.name
+    )
+    def test_committed_reports_follow_from_their_tables(self, committed):
+        """But for figures, whose bytes depend on what draws them."""
+        folder = committed.parent
+        tables = read_tables(folder)
+        results = results_of(tables)
+        figures = [
+            name.removesuffix(".png") for name in re.findall(r"!\[.*\]\((.*)\)", (folder / "report.md").read_text())
+        ]
+        assert markdown(tables, results, figures) == (folder / "report.md").read_text()
+        for name in ("summary", "comparisons", "spreads"):
+            rebuilt = pandas.DataFrame(getattr(results, name)).to_csv(index=False, float_format=FLOAT_FORMAT)
+            assert rebuilt == (folder / f"{name}.csv").read_text()
+
     def test_a_report_is_rebuilt_from_its_csv_files_byte_for_byte(self, tables, tmp_path):
         write_tables(tables, tmp_path)
         for source, output in ((tmp_path, "one"), (tmp_path / "one", "two")):

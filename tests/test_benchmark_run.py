@@ -243,6 +243,27 @@ def test_a_cell_records_on_what_it_was_trained(threads, device, commands, tmp_pa
     assert CELL.record(tmp_path)["device"] == device
 
 
+def test_a_training_that_is_continued_elsewhere_was_on_both(commands, tmp_path, monkeypatch):
+    """Its median time per epoch is neither's."""
+
+    def stop():
+        raise XAttnResError("out of time")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    commands.results["nnUNetv2_train"], train = stop, commands.results["nnUNetv2_train"]
+    for gpu in ("A100", "A100", "H100"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu=gpu: gpu)
+        run_cell(tmp_path, CELL, "cuda", num_gpus=2)
+    commands.results["nnUNetv2_train"] = train
+    commands.results["nnUNetv2_predict"], predict = stop, commands.results["nnUNetv2_predict"]
+    run_cell(tmp_path, CELL, "cuda", num_gpus=2)
+    # Where it predicts is of no importance.
+    commands.results["nnUNetv2_predict"] = predict
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    run_cell(tmp_path, CELL, "cuda", num_gpus=1)
+    assert CELL.record(tmp_path)["device"] == "2 x A100 and 2 x H100"
+
+
 def test_an_interrupted_training_is_continued(commands, tmp_path):
     (folder_of(tmp_path) / "checkpoint_latest.pth").touch()
     run_cell(tmp_path, CELL, "cuda", num_gpus=2)
@@ -362,6 +383,37 @@ def test_a_failed_cell_does_not_stop_the_others_and_is_tried_again_by_the_next_r
     assert again.submissions == cells[:1]
 
 
+def test_what_another_run_has_finished_meanwhile_is_not_given_up(tmp_path, monkeypatch):
+    run = _Run(tmp_path, [CELL], FakeMachine(tmp_path, lambda cell: None))
+    run.attempts[CELL] = ATTEMPTS
+    CELL.write_record(tmp_path, FINISHED, epochs=3)
+    run._start(CELL)
+    assert CELL.record(tmp_path)["epochs"] == 3
+
+
+def test_a_cell_gets_the_share_that_is_free(tmp_path, monkeypatch):
+    class Job:
+        def __init__(self, share):
+            self.share, self.ended = share, False
+
+        def done(self):
+            return self.ended
+
+    monkeypatch.setattr(running, "_shares", lambda executor: ["half", "other half"])
+    machine = make_machine(tmp_path, Executor())
+    monkeypatch.setattr(machine.submitit, "submit", lambda task, root, cell, num_gpus, share: Job(share))
+    cells = [replace(CELL, fold=fold) for fold in range(4)]
+    for cell in cells[:2]:
+        assert machine.has_room()
+        machine.submit(cell)
+    assert not machine.has_room()
+    machine.jobs[0][1].ended = True
+    assert [machine.has(cell) for cell in cells[:2]] == [False, True]
+    machine.submit(cells[2])
+    assert not machine.has_room()
+    assert [job.share for _, job in machine.jobs.values()] == ["other half", "half"]
+
+
 def test_a_process_that_always_dies_is_given_up(tmp_path):
     machine = FakeMachine(tmp_path, lambda cell: None)
     _Run(tmp_path, [CELL], machine).to_the_end()
@@ -462,13 +514,15 @@ def test_more_gpus_than_there_are(there, monkeypatch):
 RUN_WITH_A_JOB = """
 import os, signal, subprocess, sys
 from nnunet_xattnres.benchmark.running import _children_heed_interrupts
-before = signal.getsignal(signal.SIGINT)
-assert before == signal.SIG_IGN
-with _children_heed_interrupts():
-    job = subprocess.Popen(["sleep", "600"])
-assert signal.getsignal(signal.SIGINT) == before
-print(job.pid, os.getpgid(job.pid), flush=True)
-sys.exit(job.wait() != -signal.SIGINT)
+before = signal.getsignal(signal.SIGINT), os.getpgrp()
+assert before[0] == signal.SIG_IGN
+jobs = []
+for _ in range(2):
+    with _children_heed_interrupts():
+        jobs.append(subprocess.Popen(["sleep", "600"]))
+    assert (signal.getsignal(signal.SIGINT), os.getpgrp()) == before
+print(*(number for job in jobs for number in (job.pid, os.getpgid(job.pid))), flush=True)
+sys.exit(any(job.wait() != -signal.SIGINT for job in jobs))
 """
 
 
@@ -481,10 +535,11 @@ def test_a_job_of_a_run_in_the_background_ends_when_it_is_told_to_and_not_by_ctr
         text=True,
         start_new_session=True,
     )
-    job, group = map(int, script.stdout.readline().split())
-    # A terminal's Ctrl-C is for the script's group.
-    assert group != script.pid
-    os.kill(job, signal.SIGINT)
+    first, group, second, group_of_second = map(int, script.stdout.readline().split())
+    # A terminal's Ctrl-C is for the script's group, in which the run stays.
+    assert script.pid not in (group, group_of_second)
+    for job in (first, second):
+        os.kill(job, signal.SIGINT)
     assert script.wait(60) == 0
 
 

@@ -247,6 +247,8 @@ def test_a_report_to_continue_from_is_looked_at_before_anything_is_prepared(cont
     run = ["benchmark", "run", str(write(content, tmp_path)), "-o", str(tmp_path / "out")]
     assert main([*run, "--continue-from", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+    assert main([*run, "--continue-from", str(SPECS.parent / "results" / "cpu-evidence")]) == 1
+    assert "the report has no training of this spec's: give a report on the same spec" in capsys.readouterr().err
     assert not steps and not (tmp_path / "out").exists()
 
 
@@ -254,6 +256,7 @@ def test_what_a_report_has_finished_is_not_trained_again(content, tmp_path, monk
     """The report is taken over between preparation and training."""
     done = []
     monkeypatch.setattr(command, "read_tables", lambda report: report.name)
+    monkeypatch.setattr(command, "check_names", lambda tables, spec: None)
     monkeypatch.setattr(command, "prepare", lambda root, *given: done.append("prepared") or [])
     monkeypatch.setattr(command, "take_over", lambda tables, root: done.append((tables, root)))
     monkeypatch.setattr(command, "run_cells", lambda *given: done.append("trained"))

@@ -105,6 +105,9 @@ class TestFullDisk:
             (folder / "plans.json").write_text("{}")
             raise OSError("No space left on device")
         assert not list(tmp_path.iterdir())
+        # Of a process that was killed, whose number this one has.
+        (tmp_path / f".model.{os.getpid()}.tmp").mkdir()
+        (tmp_path / f".model.{os.getpid()}.tmp" / "half").touch()
         with folder_written_atomically(path) as folder:
             (folder / "plans.json").write_text("{}")
         assert [file.name for file in path.iterdir()] == ["plans.json"]

@@ -4,10 +4,12 @@ A report is all that is needed of trainings that were finished elsewhere. Its ta
 cells are finished there without files of a training.
 """
 
+import json
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pandas
 
@@ -21,14 +23,15 @@ from nnunet_xattnres.benchmark.matrix import (
     locked,
     read_cells,
 )
-from nnunet_xattnres.benchmark.metrics import cases_to_predict, measured_tables, planned_tables
+from nnunet_xattnres.benchmark.metrics import cases_to_predict, cell_key, measured_tables, planned_tables
+from nnunet_xattnres.benchmark.spec import Spec
 from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, Tables, as_written, read_tables, write_tables
-from nnunet_xattnres.errors import XAttnResError
+from nnunet_xattnres.errors import XAttnResError, differences
 from nnunet_xattnres.files import folder_written_atomically
 
 BY_CELL = ("cells", "cases", "curves")
-# What two trainings must share to count as the same, beside their cases.
 SETTINGS = ["plans", "patch_size", "batch_size", "features", "iterations", "epochs", "parameters"]
+REMEDY = "give a report on the same spec"
 
 
 def collect(root: Path) -> Tables:
@@ -51,65 +54,85 @@ def collect(root: Path) -> Tables:
     return _joined(cells, [here, *earlier, unfinished])
 
 
+def check_names(theirs: Tables, spec: Spec) -> None:
+    """Raises `XAttnResError` for a report that has finished nothing of a spec's, as far as names tell."""
+    arms = {(dataset.name, arm.name) for dataset in spec.datasets for arm in spec.arms_of(dataset)}
+    if arms.isdisjoint((dataset, trainer) for dataset, _, trainer, *_ in theirs.finished):
+        raise XAttnResError(f"--continue-from: the report has no training of this spec's: {REMEDY}")
+
+
 def take_over(theirs: Tables, root: Path) -> None:
     """Let the cells that a report has finished be finished in the benchmark's folder `root`, which is prepared.
 
     Those are taken that have the same settings, cases and metrics here, and that nobody has finished or trains here.
     Raises `XAttnResError` if the report has none with the same settings.
     """
-    finished = theirs.cells[theirs.cells.state == FINISHED]
-    same = _same_cells(theirs, root)
+    num_finished = len(theirs.finished)
+    differing = _differing(theirs, root)
+    same = [cell for cell, what in differing.items() if not what]
+    example = next((f", such as {cell.title}: {what}" for cell, what in differing.items() if what), "")
     if not same:
         raise XAttnResError(
-            "--continue-from: none of the report's finished trainings has settings, cases and metrics of this spec's: "
-            "give a report on the same spec"
+            f"--continue-from: none of the report's finished trainings is one of this matrix's{example}: {REMEDY}"
         )
     tables = _only(theirs, same)
     # The same tables have the same place: taking them over again, or twice at a time, changes nothing.
-    name = sha256("".join(getattr(tables, name).to_csv() for name in COLUMNS).encode()).hexdigest()[:12]
+    digest = sha256("".join(getattr(tables, name).to_csv() for name in COLUMNS).encode()).hexdigest()[:12]
     with locked(root / f"{EARLIER}.lock", patience=float("inf")):
-        if not (root / EARLIER / name).is_dir():
-            with folder_written_atomically(root / EARLIER / name) as folder:
+        if not (root / EARLIER / digest).is_dir():
+            with folder_written_atomically(root / EARLIER / digest) as folder:
                 write_tables(tables, folder)
     taken = 0
     for cell in same:
         with suppress(Busy), locked(cell.folder(root) / LOCK, SECONDS_FOR_A_LOOK):
             if cell.record(root).get("state") != FINISHED:
-                cell.write_record(root, FINISHED, earlier=name)
+                cell.write_record(root, FINISHED, earlier=digest)
                 taken += 1
     print(
-        f"The report has {len(finished)} finished trainings: {taken} taken over, {len(same) - taken} finished or "
-        f"running here, {len(finished) - len(same)} with other settings, cases or metrics",
+        f"The report has {num_finished} finished trainings: {taken} taken over, {len(same) - taken} finished or "
+        f"running here, {num_finished - len(same)} not of this matrix{example}",
         flush=True,
     )
 
 
 def _joined(cells: list[Cell], parts: list[Tables]) -> Tables:
     """All rows, in the order of the matrix. The first part has the datasets and trainers of all."""
-    order = pandas.DataFrame([_key(cell) for cell in cells], columns=CELL)
+    order = _keys(cells)
     together = {name: pandas.concat([getattr(part, name) for part in parts]) for name in BY_CELL}
     by_cell = {name: order.merge(table, on=CELL)[list(COLUMNS[name])] for name, table in together.items()}
     versions = pandas.concat([part.versions for part in parts]).drop_duplicates()
     return replace(parts[0], versions=versions, **by_cell)
 
 
-def _same_cells(theirs: Tables, root: Path) -> list[Cell]:
-    """The cells of a folder that other tables have finished with the same settings, cases and metrics."""
+def _differing(theirs: Tables, root: Path) -> dict[Cell, str]:
+    """Of every cell of a folder that other tables have finished: what is different there, nothing if it is the same."""
     expected = cases_to_predict(root)
     ours = planned_tables(root, dict.fromkeys(expected, FINISHED))
     ours.cells["epochs"] = pandas.array([cell.num_epochs for cell in expected], dtype=COLUMNS["cells"]["epochs"])
-    finished = theirs.cells[theirs.cells.state == FINISHED].merge(ours.cells[[*CELL, *SETTINGS]])
-    for name, key in (("datasets", "dataset"), ("trainers", "trainer")):
-        finished = finished.merge(as_written(getattr(ours, name)).merge(getattr(theirs, name))[[key]])
-    keys = set(finished[CELL].itertuples(index=False, name=None))
+    there, here = _settings(theirs), _settings(ours)
     cases = {key: set(zip(rows.set, rows.case, strict=True)) for key, rows in theirs.cases.groupby(CELL)}
-    return [cell for cell, of_cell in expected.items() if _key(cell) in keys and cases[_key(cell)] == of_cell]
+    found = {}
+    for cell, of_cell in expected.items():
+        key = tuple(cell_key(cell).values())
+        if key in cases:
+            found[cell] = differences(there[key], here[key]) or ("" if cases[key] == of_cell else "other cases")
+    return found
+
+
+def _settings(tables: Tables) -> dict[tuple[str | int, ...], dict[str, Any]]:
+    """What two trainings must share to count as the same, beside their cases; by cell."""
+    table = tables.cells[[*CELL, *SETTINGS]]
+    for name, key in (("datasets", "dataset"), ("trainers", "trainer")):
+        table = table.merge(as_written(getattr(tables, name)), on=key)
+    # Missing numbers become None, which is equal to itself.
+    rows = json.loads(table.to_json(orient="records"))
+    return {tuple(row.pop(name) for name in CELL): row for row in rows}
 
 
 def _only(tables: Tables, cells: list[Cell]) -> Tables:
-    wanted = pandas.DataFrame([_key(cell) for cell in cells], columns=CELL)
+    wanted = _keys(cells)
     return replace(tables, **{name: wanted.merge(getattr(tables, name), on=CELL) for name in BY_CELL})
 
 
-def _key(cell: Cell) -> tuple[str | int, ...]:
-    return tuple(getattr(cell, name) for name in CELL)
+def _keys(cells: list[Cell]) -> pandas.DataFrame:
+    return pandas.DataFrame([cell_key(cell) for cell in cells], columns=CELL)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nnunet_xattnres.benchmark.collecting import take_over
+from nnunet_xattnres.benchmark.collecting import check_names, take_over
 from nnunet_xattnres.benchmark.preparation import check_spec, prepare
 from nnunet_xattnres.benchmark.running import make_machine, run_cells
 from nnunet_xattnres.benchmark.spec import read_spec
@@ -19,11 +19,13 @@ def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> No
     """
     earlier = None if report is None else read_tables(report)
     spec, sources = check_spec(read_spec(spec_file))
+    if earlier is not None:
+        check_names(earlier, spec)
     make_writable_folder(root, "-o")
     root = root.resolve()
-    make_machine(root, spec.executor)
+    machine = make_machine(root, spec.executor)
     cells = prepare(root, spec, sources)
     if earlier is not None:
         take_over(earlier, root)
-    run_cells(root, cells, spec.executor)
+    run_cells(root, cells, machine)
     print(f"All {len(cells)} cells are finished: nnunet-xattnres benchmark report {root} -o REPORT")

@@ -107,6 +107,11 @@ def measured_tables(root: Path, finished: list[Cell]) -> Tables:
     )
 
 
+def cell_key(cell: Cell) -> dict[str, Any]:
+    """What tells the rows of a cell from those of others."""
+    return {name: getattr(cell, name) for name in CELL}
+
+
 def planned_tables(root: Path, states: dict[Cell, str]) -> Tables:
     """What is known of cells of a benchmark's folder, seen in these states, without measuring."""
     spec = read_spec(root / SPEC)
@@ -168,12 +173,12 @@ class _Dataset:
     def case(self, path: Path) -> str:
         return path.name.removesuffix(self.file_ending)
 
-    def read(self, path: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
+    def read(self, path: Path, remedy: str) -> tuple[NDArray[Any], tuple[float, ...]]:
         """A label map of two or three dimensions, and its spacing in mm."""
         try:
             label_map, properties = self.reader.read_seg(str(path))
         except Exception as error:
-            raise XAttnResError(f"cannot read {path} ({one_line(str(error))}): get or predict it again") from None
+            raise XAttnResError(f"cannot read {path} ({one_line(str(error))}): {remedy}") from None
         spacing = tuple(map(float, properties["spacing"]))
         return (label_map[0, 0], spacing[1:]) if label_map.shape[1] == 1 else (label_map[0], spacing)
 
@@ -191,14 +196,15 @@ class _Prediction:
     kind: str
     reference: Path
     path: Path
+    remedy: str
 
     def rows(self) -> list[dict[str, Any]]:
         """Of cases.csv: one per label."""
-        reference, spacing = self.dataset.read(self.reference)
-        prediction, _ = self.dataset.read(self.path)
+        reference, spacing = self.dataset.read(self.reference, "get it again")
+        prediction, _ = self.dataset.read(self.path, self.remedy)
         if prediction.shape != reference.shape:
             raise XAttnResError(
-                f"{self.path} has the shape {prediction.shape}, its reference {reference.shape}: predict it again"
+                f"{self.path} has the shape {prediction.shape}, its reference {reference.shape}: {self.remedy}"
             )
         counted = reference != self.dataset.ignored
         case = {
@@ -207,7 +213,7 @@ class _Prediction:
             "case": self.dataset.case(self.path),
         }
         return [
-            _key(self.cell)
+            cell_key(self.cell)
             | case
             | {"label": name}
             | asdict(
@@ -222,20 +228,19 @@ class _Prediction:
         ]
 
 
+def _remedy(root: Path, cell: Cell) -> str:
+    """A cell that is finished is not begun again as long as its folder says so."""
+    return f"delete {cell.folder(root)}, run again"
+
+
 def _predictions(root: Path, cell: Cell, dataset: _Dataset) -> list[_Prediction]:
-    found = []
+    found, remedy = [], _remedy(root, cell)
     for kind, reference in dataset.references(cell):
         path = cell.folder(root) / kind / reference.name
         if not path.is_file():
-            raise XAttnResError(
-                f"{cell.title} is finished, but {path} is missing: delete {cell.folder(root)}, run again"
-            )
-        found.append(_Prediction(cell, dataset, kind, reference, path))
+            raise XAttnResError(f"{cell.title} is finished, but {path} is missing: {remedy}")
+        found.append(_Prediction(cell, dataset, kind, reference, path, remedy))
     return found
-
-
-def _key(cell: Cell) -> dict[str, Any]:
-    return {name: getattr(cell, name) for name in CELL}
 
 
 def _cell_row(root: Path, cell: Cell, state: str) -> dict[str, Any]:
@@ -253,7 +258,7 @@ def _cell_row(root: Path, cell: Cell, state: str) -> dict[str, Any]:
         "parameters": cell.parameters,
         "versions": versions,
     }
-    return {"device": ""} | record | _key(cell) | more
+    return {"device": ""} | record | cell_key(cell) | more
 
 
 def _arm_row(arm: Arm) -> dict[str, Any]:
@@ -267,10 +272,11 @@ def _arm_row(arm: Arm) -> dict[str, Any]:
 
 
 def _curve_rows(root: Path, cell: Cell) -> list[dict[str, Any]]:
-    checkpoint = read_checkpoint(cell.folder(root) / FINAL_CHECKPOINT, "run the benchmark again")
+    checkpoint = read_checkpoint(cell.folder(root) / FINAL_CHECKPOINT, _remedy(root, cell))
     logged = checkpoint["logging"]
     series = zip(logged["train_losses"], logged["val_losses"], logged["mean_fg_dice"], strict=True)
     return [
-        _key(cell) | {"epoch": epoch, "train_loss": float(train), "val_loss": float(val), "pseudo_dice": float(dice)}
+        cell_key(cell)
+        | {"epoch": epoch, "train_loss": float(train), "val_loss": float(val), "pseudo_dice": float(dice)}
         for epoch, (train, val, dice) in enumerate(series)
     ]

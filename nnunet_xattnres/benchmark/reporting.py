@@ -66,6 +66,7 @@ def run_report(source: Path, output: Path) -> None:
     if (output / MATRIX).exists():
         raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
     tables = _read(source)
+    _check_nothing_is_lost(tables, output)
     make_writable_folder(output, "-o")
     write_tables(tables, output)
     # From the files, so that a report on them is the same.
@@ -77,6 +78,21 @@ def run_report(source: Path, output: Path) -> None:
     figures = _draw(tables, results, output)
     write_text_atomically(markdown(tables, results, figures), output / "report.md")
     print(f"Report: {output / 'report.md'}")
+
+
+def _check_nothing_is_lost(tables: Tables, output: Path) -> None:
+    """A report may be all that is left of trainings: it is replaced only by one that has them too."""
+    try:
+        there = read_tables(output).finished
+    except XAttnResError:
+        # No report, or one that was interrupted.
+        return
+    lost = there - tables.finished
+    if lost:
+        raise XAttnResError(
+            f"{output} is a report with {len(lost)} finished trainings that this one would lack: choose another -o, or "
+            "let `nnunet-xattnres benchmark run` continue from it first"
+        )
 
 
 def _read(source: Path) -> Tables:
@@ -115,7 +131,9 @@ def _versions(tables: Tables) -> list[str]:
     finished = tables.cells[tables.cells.state == FINISHED]
     trained = sorted({f"trained: {row.versions}; {row.device}" for row in finished.itertuples()})
     measured = "; ".join(f"{row.package} {row.version}" for row in tables.versions.itertuples())
-    return [*trained, f"measured: {measured}"]
+    several = ", ".join(tables.versions.package[tables.versions.package.duplicated()].unique())
+    mixed = [f"measured by several versions of {several}: trainings were taken over from another report"]
+    return [*trained, f"measured: {measured}", *(mixed if several else [])]
 
 
 def _draw(tables: Tables, results: Results, output: Path) -> list[str]:
@@ -155,7 +173,9 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         "## Every trainer",
         "Dice and NSD in %, HD95 in mm. Brackets: 95 % bootstrap interval of the mean over cases. HD95 is the median "
         "over cases; how many are infinite, because a prediction is empty, stands beside it. Costs are medians over "
-        "trainings.",
+        "trainings, of time and memory over those on the device under the table; «-»: none ran on that. On a GPU, "
+        "memory is what PyTorch has allocated. On a CPU it is how far the process grew, with what the allocator held "
+        "back: it says what a training needs, and does not rank networks.",
         *_trainers(tables, results.summary, figures),
         *_empty_references(results.summary),
         "## Which datasets can tell trainers apart",
@@ -231,7 +251,8 @@ def _explanation() -> str:
         "every pair by itself corrected over families with Holm's method; datasets of the same patients are one family "
         "and have one test, of each patient's mean difference. Better or worse is what the corrected test shows at "
         f"{SIGNIFICANCE:g}, if the mean points the same way; everything else is «{NO_DIFFERENCE}», which is no proof "
-        "of equality. Nothing is corrected for the number of pairs. Time, parameters, memory: first / second."
+        "of equality. Nothing is corrected for the number of pairs. Time, parameters, memory: first / second, the "
+        "median over these trainings; of time and memory over those that ran on one device for both."
     )
 
 
@@ -299,7 +320,7 @@ def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
             ]
             for row in rows
         ]
-        parts += [f"### {_set_name(rows[0])}", _table(header, lines)]
+        parts += [f"### {_set_name(rows[0])}", _table(header, lines), f"Time and memory: {rows[0]['cost_device']}."]
         if incomplete:
             parts.append(
                 "\\* Fewer folds or seeds than others, and so maybe other cases: not to be compared with the other "

@@ -65,17 +65,22 @@ class CellTask(Checkpointable):
 def run_cell(root: Path, cell: Cell, device: str, num_gpus: int) -> None:
     """Do what is left to do of a cell and record it; nothing, if another process does it already."""
     with suppress(Busy), locked(cell.folder(root) / LOCK, SECONDS_FOR_A_LOOK) as lock:
-        if cell.record(root).get("state") == FINISHED:
+        before = cell.record(root)
+        if before.get("state") == FINISHED:
             return
-        cell.write_record(root, RUNNING)
+        # Of every attempt at the training: it may have been continued elsewhere.
+        devices = before.get("devices", [])
+        if not cell.is_trained(root):
+            devices = list(dict.fromkeys([*devices, _device(num_gpus)]))
+        cell.write_record(root, RUNNING, devices=devices)
         try:
             steps = _Steps(root, cell, NnUNet(root, device, keep_open=(lock,)), num_gpus, lock)
             steps.train()
             if cell.test:
                 steps.predict()
-            cell.write_record(root, FINISHED, **_results(root, cell))
+            cell.write_record(root, FINISHED, device=" and ".join(devices), **_results(root, cell))
         except Exception as error:
-            cell.write_record(root, FAILED, reason=one_line(str(error) or repr(error)))
+            cell.write_record(root, FAILED, devices=devices, reason=one_line(str(error) or repr(error)))
 
 
 @dataclass(frozen=True)
@@ -134,24 +139,22 @@ def _results(root: Path, cell: Cell) -> dict[str, Any]:
         "seconds_per_epoch": statistics.median(seconds),
         "peak_memory_gb": recorded_memory(cell.folder(root)),
         "versions": {package: version(package) for package in RECORDED_VERSIONS} | {"python": sys.version.split()[0]},
-        "device": _device(),
     }
 
 
-def _device() -> str:
-    """On what the cell was trained: times and memory of different ones are not compared."""
+def _device(num_gpus: int) -> str:
+    """On what a cell is trained: times and memory of different ones are not compared."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return f"{num_gpus} x {torch.cuda.get_device_name()}" if num_gpus > 1 else torch.cuda.get_device_name()
     threads = os.environ.get("OMP_NUM_THREADS")
     return f"{cpu_name()}, OMP_NUM_THREADS={threads}" if threads else cpu_name()
 
 
-def run_cells(root: Path, cells: list[Cell], executor: Executor) -> None:
+def run_cells(root: Path, cells: list[Cell], machine: "Machine") -> None:
     """Run all cells that are not finished, and wait for those that other processes run.
 
-    Raises `XAttnResError` for an executor that cannot be used, and at the end if cells have failed.
+    Raises `XAttnResError` at the end if cells have failed.
     """
-    machine = make_machine(root, executor)
     with termination_as_exception():
         try:
             _Run(root, cells, machine).to_the_end()
@@ -291,8 +294,10 @@ def _children_heed_interrupts() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         yield
         return
-    # Ctrl-C in that script's terminal is still not meant for them.
-    if os.getpgrp() != os.getpid():
+    # Ctrl-C in that script's terminal is still not meant for them, so that they have a process group of their own. This
+    # process stays in the script's: whoever ends that group ends the run, and the run its children.
+    group = os.getpgrp()
+    if group != os.getpid():
         os.setpgrp()
     # Unlike SIG_IGN, a handler is not inherited.
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -300,6 +305,9 @@ def _children_heed_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # The script, and its group with it, may be gone.
+        with suppress(PermissionError):
+            os.setpgid(0, group)
 
 
 class _Run:
@@ -341,9 +349,13 @@ class _Run:
         if self.attempts[cell] < ATTEMPTS:
             self.attempts[cell] += 1
             self.machine.submit(cell)
-        else:
-            reason = f"its process has ended {ATTEMPTS} times without saying why, see {self.root / JOBS}"
-            cell.write_record(self.root, FAILED, reason=reason)
+            return
+        reason = f"its process has ended {ATTEMPTS} times without saying why, see {self.root / JOBS}"
+        # Another run may have begun or finished it since the last look.
+        with suppress(Busy), locked(cell.folder(self.root) / LOCK, SECONDS_FOR_A_LOOK):
+            before = cell.record(self.root)
+            if before.get("state") != FINISHED:
+                cell.write_record(self.root, FAILED, devices=before.get("devices", []), reason=reason)
 
     def _show(self) -> None:
         """Print what is new: of a running cell its line, of others their state."""

@@ -182,13 +182,20 @@ def _with_verdicts(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     return complete
 
 
-def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: str) -> dict[str, float | None]:
-    """Medians over the finished cells; None what is not known, or was measured on several devices."""
+def cost_device(cells: pandas.DataFrame, dataset: str, configuration: str) -> str:
+    """The device whose time and memory a set's trainers are shown with: that of most finished cells."""
+    finished = cells[(cells.dataset == dataset) & (cells.configuration == configuration) & (cells.state == FINISHED)]
+    return str(finished.device.value_counts(sort=False).idxmax())
+
+
+def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: str) -> dict[str, Any]:
+    """Medians over the finished cells, of time and memory over those on `cost_device`; None what is not known."""
+    device = cost_device(cells, dataset, configuration)
     own = _finished(cells, dataset, configuration, trainer)
-    medians = {cost: own[cost].median() for cost in COSTS}
-    if own.device.nunique() > 1:
-        medians |= dict.fromkeys(COSTS_OF_DEVICE, np.nan)
-    return {cost: None if pandas.isna(median) else float(median) for cost, median in medians.items()}
+    comparable = own[own.device == device]
+    medians = {cost: (comparable if cost in COSTS_OF_DEVICE else own)[cost].median() for cost in COSTS}
+    known = {cost: None if pandas.isna(median) else float(median) for cost, median in medians.items()}
+    return known | {"cost_device": device}
 
 
 def _cost_ratios(

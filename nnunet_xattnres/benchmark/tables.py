@@ -91,6 +91,11 @@ class Tables:
     trainers: pandas.DataFrame
     versions: pandas.DataFrame
 
+    @property
+    def finished(self) -> set[tuple[str | int, ...]]:
+        """Of every finished training, its `CELL`."""
+        return set(self.cells[self.cells.state == FINISHED][CELL].itertuples(index=False, name=None))
+
 
 def has_tables(folder: Path) -> bool:
     return (folder / "cases.csv").is_file()
@@ -140,11 +145,10 @@ def _read(path: Path, columns: dict[str, str]) -> pandas.DataFrame:
 
 
 def _check_consistency(tables: Tables, folder: Path) -> None:
-    finished = tables.cells[tables.cells.state == FINISHED]
-    if finished.empty:
+    of_cells = tables.finished
+    if not of_cells:
         raise XAttnResError(f"{folder}: no cell is finished, there is nothing to report yet")
     with_cases = set(tables.cases[CELL].itertuples(index=False, name=None))
-    of_cells = set(finished[CELL].itertuples(index=False, name=None))
     for cell in sorted(with_cases ^ of_cells):
         has, lacks = ("cases.csv", "cells.csv") if cell in with_cases else ("cells.csv", "cases.csv")
         name = "{}, {}, {}, fold {}, seed {}".format(*cell)
