@@ -240,12 +240,10 @@ class TestStatistics:
     def test_costs_are_those_on_the_device_of_most_trainings(self, tables):
         cells = tables.cells
         cells.loc[cells.fold == 1, ["device", "seconds_per_epoch", "parameters"]] = ["another", 1000.0, 9]
-        # Of the first dataset, one training more is on the first device, of the others one more on the second.
-        first = cells[cells.trainer == PLANNED].groupby("dataset").head(1).index[0]
+        # Of the first dataset, one training more is on the first device, of the others all on the second.
         cells.loc[cells[(cells.trainer == OURS) & (cells.fold == 1)].index[0], "device"] = "cpu"
         for dataset in list(DATASETS)[1:]:
             cells.loc[cells[(cells.dataset == dataset) & (cells.fold == 0)].index, "device"] = "another"
-        assert first == 0
         rows = [row for row in summarise(replace(tables, cells=cells)) if row["label"] == "mean"]
         shown = [(row["trainer"], row["cost_device"], row["seconds_per_epoch"]) for row in rows]
         assert shown[:2] == [(PLANNED, "cpu", 10.0), (OURS, "cpu", 15.0)]
@@ -459,6 +457,13 @@ def write_image(array: np.ndarray, path: Path) -> None:
     sitk.WriteImage(image, str(path))
 
 
+def measured(benchmark: Path) -> Tables:
+    return collect(benchmark, lambda tables: None)
+
+
+PREDICT_AGAIN = "delete {folder}/validation and {folder}/cell.json, run again"
+
+
 class TestFolder:
     def test_tables_of_a_benchmark(self, benchmark, tmp_path):
         assert main(["benchmark", "report", str(benchmark), "-o", str(tmp_path / "out")]) == 0
@@ -508,6 +513,23 @@ class TestFolder:
         run_report(benchmark, tmp_path / "out")
         assert list(read_tables(tmp_path / "out").cells.state) == ["finished", "failed"]
 
+    def test_nothing_is_measured_for_a_report_that_cannot_be_kept(self, benchmark, tmp_path, monkeypatch):
+        write_tables(tables_of([case_row("Dataset001_A", OURS, 0, 0, "1", 0.5)]), tmp_path / "other")
+        monkeypatch.delattr(metrics, "measure")
+        with pytest.raises(XAttnResError, match="would lack"):
+            run_report(benchmark, tmp_path / "other")
+
+    def test_damaged_tables_of_an_earlier_report(self, benchmark, tmp_path):
+        write_tables(measured(benchmark), tmp_path / "report")
+        new = without_trainings(benchmark, tmp_path / "new")
+        take_over(read_tables(tmp_path / "report"), new)
+        (folder,) = (new / "earlier").iterdir()
+        (folder / "cases.csv").write_text("")
+        with pytest.raises(
+            XAttnResError, match=rf"damaged \(.*\): delete {folder}, and run again with --continue-from"
+        ):
+            run_report(new, tmp_path / "again")
+
     def test_what_another_machine_has_finished_is_taken_over_from_its_report(
         self, benchmark, tmp_path, monkeypatch, capsys
     ):
@@ -538,7 +560,7 @@ class TestFolder:
     def test_trainings_of_three_machines_make_one_report(self, benchmark, tmp_path):
         """The report has the matrix's order, whatever was finished where and first."""
         write_cells(benchmark, [*read_cells(benchmark), replace(read_cells(benchmark)[1], seed=6)])
-        write_tables(collect(benchmark), tmp_path / "report")
+        write_tables(measured(benchmark), tmp_path / "report")
         for name, seed, dice in (("second", "5", "0.25"), ("third", "6", "0.75")):
             # What the first cell has, as another one's.
             shutil.copytree(tmp_path / "report", tmp_path / name)
@@ -559,11 +581,11 @@ class TestFolder:
         for name in ("third", "second"):
             take_over(read_tables(tmp_path / name), benchmark)
         # A report may tell of what has been taken over from another one.
-        write_tables(collect(benchmark), tmp_path / "two_of_them")
+        write_tables(measured(benchmark), tmp_path / "two_of_them")
         shutil.rmtree(third := read_cells(benchmark)[2].folder(benchmark))
         take_over(read_tables(tmp_path / "two_of_them"), benchmark)
         assert third.is_dir()
-        write_tables(collect(benchmark), tmp_path / "all")
+        write_tables(measured(benchmark), tmp_path / "all")
         cases = read_tables(tmp_path / "all").cases
         assert list(cases.trainer) == 6 * [PLANNED] + 12 * ["wide"]
         assert list(cases.seed) == 12 * [5] + 6 * [6]
@@ -574,7 +596,7 @@ class TestFolder:
         assert set(versions[versions.package == "monai"].version) == {"0.0.1", metrics.version("monai")}
 
     def test_a_cell_that_is_trained_here_is_not_taken_over(self, benchmark, tmp_path):
-        write_tables(collect(benchmark), tmp_path / "report")
+        write_tables(measured(benchmark), tmp_path / "report")
         new = without_trainings(benchmark, tmp_path / "new")
         first, _ = read_cells(new)
         with locked(first.folder(new) / LOCK, 0):
@@ -602,7 +624,7 @@ class TestFolder:
     def test_other_trainings_are_not_taken_over(self, file, old, new, told, benchmark, tmp_path):
         # A tolerance that a CSV file does not hold to the last digit.
         edit(benchmark / "spec.yaml", "nsd_tolerance_mm: 2.0", f"nsd_tolerance_mm: {1 / 3}")
-        write_tables(collect(benchmark), tmp_path / "report")
+        write_tables(measured(benchmark), tmp_path / "report")
         other = shutil.copytree(tmp_path / "report", tmp_path / "other")
         edit(other / file, old, new)
         here = without_trainings(benchmark, tmp_path / "new")
@@ -614,18 +636,28 @@ class TestFolder:
         assert read_cells(here)[0].state(here) == "finished"
 
     def test_a_report_of_trainings_that_are_gone_is_not_overwritten(self, benchmark, tmp_path, capsys):
-        write_tables(collect(benchmark), tmp_path / "one")
+        write_tables(measured(benchmark), tmp_path / "one")
         new = without_trainings(benchmark, tmp_path / "new")
         _, second = read_cells(new)
         shutil.copytree(read_cells(benchmark)[0].folder(benchmark), second.folder(new))
         second.write_record(new, "finished", epochs=2)
         before = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
         assert main(["benchmark", "report", str(new), "-o", str(tmp_path / "one")]) == 1
-        assert "1 finished trainings that this one would lack: choose another -o" in capsys.readouterr().err
+        lacking = "is a report with trainings that this one would lack (1 of 1): choose another -o"
+        assert lacking in capsys.readouterr().err
+        # The same names are not the same trainings.
+        edit(tmp_path / "one" / "cells.csv", ",30,2,", ",30,20,")
+        assert main(["benchmark", "report", str(benchmark), "-o", str(tmp_path / "one")]) == 1
+        assert lacking in capsys.readouterr().err
+        edit(tmp_path / "one" / "cells.csv", ",30,20,", ",30,2,")
         assert {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()} == before
         take_over(read_tables(tmp_path / "one"), new)
         assert main(["benchmark", "report", str(new), "-o", str(tmp_path / "one")]) == 0
         assert len(read_tables(tmp_path / "one").finished) == 2
+        # One that is damaged may be mended.
+        edit(tmp_path / "one" / "cells.csv", ",state,", ",is,")
+        assert main(["benchmark", "report", str(new), "-o", str(tmp_path / "one")]) == 1
+        assert "holds a damaged report, which may be mended: choose another -o" in capsys.readouterr().err
         # One that was interrupted is made again.
         (tmp_path / "one" / "curves.csv").unlink()
         assert main(["benchmark", "report", str(benchmark), "-o", str(tmp_path / "one")]) == 0
@@ -646,37 +678,44 @@ class TestFolder:
             return metrics.Metrics(1.0, 1.0, 0.0, 1, 1)
 
         monkeypatch.setattr(metrics, "measure", note)
-        collect(benchmark)
+        measured(benchmark)
         assert len(threads) == 1
 
     @pytest.mark.parametrize(
         "damage, message, mended",
         [
-            (lambda folder: (folder / "validation" / "2.nii.gz").unlink(), "is finished, but", True),
-            (lambda folder: (folder / "validation" / "2.nii.gz").write_bytes(b"no image"), "cannot read", True),
+            (lambda folder: (folder / "validation" / "2.nii.gz").unlink(), "is finished, but", PREDICT_AGAIN),
+            (
+                lambda folder: (folder / "validation" / "2.nii.gz").write_bytes(b"no image"),
+                "cannot read",
+                PREDICT_AGAIN,
+            ),
             (
                 lambda folder: write_image(np.zeros((3, 3, 3), np.uint8), folder / "test" / "9.nii.gz"),
                 "the shape (3, 3, 3)",
-                True,
+                PREDICT_AGAIN.replace("validation", "test"),
             ),
-            (lambda folder: (folder / "checkpoint_final.pth").unlink(), "checkpoint_final.pth does not exist", True),
+            (
+                lambda folder: (folder / "checkpoint_final.pth").unlink(),
+                "checkpoint_final.pth does not exist",
+                "delete {folder}, run again",
+            ),
             (
                 lambda folder: torch.save({"extra": Path("here")}, folder / "checkpoint_final.pth"),
                 "when it is read: let its trainer store numbers and tensors only",
-                False,
+                "numbers and tensors only",
             ),
-            (lambda folder: edit(folder / "cell.json", "finished", "failed"), "none of 2 cells is finished", False),
+            (lambda folder: edit(folder / "cell.json", "finished", "failed"), "none of 2 cells is finished", "status`"),
         ],
     )
     def test_a_damaged_cell_is_said_in_one_line(self, benchmark, tmp_path, capsys, damage, message, mended):
-        """mended: by training again, which a finished cell is only without its folder."""
         (folder,) = benchmark.glob("seed_5/*/*/*__small/fold_0")
         damage(folder)
         assert main(["benchmark", "report", str(benchmark), "-o", str(tmp_path / "out")]) == 1
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nnunet-xattnres: ")]
         assert len(lines) == 1
         assert message in lines[0]
-        assert (f": delete {folder}, run again" in lines[0]) == mended
+        assert lines[0].endswith(mended.format(folder=folder))
 
 
 class TestReport:

@@ -1,6 +1,7 @@
 """Running a matrix: cells that are interrupted, fail, or are wanted by two; what is shown; seeds; downloads."""
 
 import fcntl
+import json
 import multiprocessing
 import os
 import pickle
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -24,7 +26,7 @@ import torch
 from nnunetv2.run import run_training
 
 from nnunet_xattnres.benchmark import fetch, launch, running
-from nnunet_xattnres.benchmark.launch import recorded_memory, set_seeds
+from nnunet_xattnres.benchmark.launch import recorded_costs, set_seeds
 from nnunet_xattnres.benchmark.matrix import (
     FAILED,
     FINISHED,
@@ -105,8 +107,8 @@ def test_states_of_a_cell(tmp_path):
 def test_a_record_that_a_crash_has_emptied_is_that_of_an_interrupted_cell(tmp_path):
     (folder_of(tmp_path) / "cell.json").touch()
     assert CELL.state(tmp_path) == INTERRUPTED
-    (folder_of(tmp_path) / "memory.json").touch()
-    assert recorded_memory(folder_of(tmp_path)) is None
+    (folder_of(tmp_path) / "costs.json").touch()
+    assert recorded_costs(folder_of(tmp_path)) == recorded_costs(tmp_path) == {"peak_memory_gb": None, "devices": []}
 
 
 def test_cells_are_read_as_they_were_written(tmp_path):
@@ -232,36 +234,13 @@ def test_a_cell_is_trained_predicted_and_recorded_once(commands, tmp_path):
     assert len(commands) == 2
 
 
-@pytest.mark.parametrize(("threads", "device"), [("3", "Fast CPU, OMP_NUM_THREADS=3"), (None, "Fast CPU")])
-def test_a_cell_records_on_what_it_was_trained(threads, device, commands, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(running, "cpu_name", lambda: "Fast CPU")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if threads:
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    run_cell(tmp_path, CELL, "cpu", num_gpus=1)
-    assert CELL.record(tmp_path)["device"] == device
-
-
-def test_a_training_that_is_continued_elsewhere_was_on_both(commands, tmp_path, monkeypatch):
-    """Its median time per epoch is neither's."""
-
-    def stop():
-        raise XAttnResError("out of time")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    commands.results["nnUNetv2_train"], train = stop, commands.results["nnUNetv2_train"]
-    for gpu in ("A100", "A100", "H100"):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu=gpu: gpu)
-        run_cell(tmp_path, CELL, "cuda", num_gpus=2)
-    commands.results["nnUNetv2_train"] = train
-    commands.results["nnUNetv2_predict"], predict = stop, commands.results["nnUNetv2_predict"]
+def test_a_cell_records_what_its_training_has_recorded(commands, tmp_path):
+    costs = {"peak_memory_gb": 1.5, "devices": ["2 x A100", "2 x H100"]}
+    (folder_of(tmp_path) / "costs.json").write_text(json.dumps(costs))
     run_cell(tmp_path, CELL, "cuda", num_gpus=2)
-    # Where it predicts is of no importance.
-    commands.results["nnUNetv2_predict"] = predict
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
-    run_cell(tmp_path, CELL, "cuda", num_gpus=1)
-    assert CELL.record(tmp_path)["device"] == "2 x A100 and 2 x H100"
+    record = CELL.record(tmp_path)
+    # Its median time per epoch is neither's.
+    assert (record["peak_memory_gb"], record["device"]) == (1.5, "2 x A100 and 2 x H100")
 
 
 def test_an_interrupted_training_is_continued(commands, tmp_path):
@@ -383,12 +362,22 @@ def test_a_failed_cell_does_not_stop_the_others_and_is_tried_again_by_the_next_r
     assert again.submissions == cells[:1]
 
 
-def test_what_another_run_has_finished_meanwhile_is_not_given_up(tmp_path, monkeypatch):
+@pytest.mark.parametrize("state", [FINISHED, FAILED])
+def test_what_another_run_has_settled_meanwhile_is_not_given_up(state, tmp_path):
     run = _Run(tmp_path, [CELL], FakeMachine(tmp_path, lambda cell: None))
     run.attempts[CELL] = ATTEMPTS
-    CELL.write_record(tmp_path, FINISHED, epochs=3)
+    CELL.write_record(tmp_path, state, reason="another's")
     run._start(CELL)
-    assert CELL.record(tmp_path)["epochs"] == 3
+    assert CELL.record(tmp_path)["reason"] == "another's"
+
+
+def test_what_another_run_does_is_not_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "SECONDS_FOR_A_LOOK", 0.2)
+    run = _Run(tmp_path, [CELL], FakeMachine(tmp_path, lambda cell: None))
+    run.attempts[CELL] = ATTEMPTS
+    with locked(folder_of(tmp_path) / LOCK, 0):
+        run._start(CELL)
+    assert CELL.record(tmp_path) == {}
 
 
 def test_a_cell_gets_the_share_that_is_free(tmp_path, monkeypatch):
@@ -500,7 +489,6 @@ def test_a_job_gets_its_share_of_the_machine(commands, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     CellTask()(tmp_path, CELL, 1, {"OMP_NUM_THREADS": "7"})
     assert os.environ["OMP_NUM_THREADS"] == "7"
-    assert CELL.record(tmp_path)["device"].endswith("=7")
 
 
 @pytest.mark.parametrize("there", [0, 1])
@@ -669,7 +657,9 @@ def test_with_several_gpus_every_process_is_seeded(tmp_path, monkeypatch):
         drawn[rank, arguments] = torch.rand(()).item()
 
     monkeypatch.setattr(run_training, "run_ddp", run_training.run_ddp)
-    launch._reach_every_gpu(3, tmp_path)
+    recorded = []
+    monkeypatch.setattr(launch, "record_costs", lambda *given: recorded.append(given))
+    launch._reach_every_gpu(3, tmp_path, 2)
     # nnU-Net sends it to processes of their own.
     seeded = pickle.loads(pickle.dumps(run_training.run_ddp))
     monkeypatch.setattr(run_training, "run_ddp", note)
@@ -678,17 +668,43 @@ def test_with_several_gpus_every_process_is_seeded(tmp_path, monkeypatch):
     set_seeds(3)
     assert drawn[0, ("004", "2d")] == torch.rand(()).item()
     assert drawn[1, ("004", "2d")] != drawn[0, ("004", "2d")]
+    # Once for all of them.
+    assert recorded == [(tmp_path, 2)]
 
 
 def test_memory_is_recorded_until_the_training_has_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "SAMPLING_SECONDS", 0.01)
-    launch.record_memory(tmp_path, on_gpu=False)
+    launch.record_costs(tmp_path, num_gpus=0)
     held = np.ones(100_000_000 // 8)
-    assert eventually(lambda: recorded_memory(tmp_path))
+    assert eventually((tmp_path / "costs.json").exists)
     time.sleep(0.1)
     (tmp_path / "checkpoint_final.pth").touch()
-    assert eventually(lambda: (recorded_memory(tmp_path) or 0) >= held.nbytes / 1e9)
-    assert recorded_memory(tmp_path / "nowhere") is None
+    assert eventually(lambda: recorded_costs(tmp_path)["peak_memory_gb"] >= held.nbytes / 1e9)
+
+
+def test_every_device_of_a_training_is_recorded_once_and_none_of_its_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "SAMPLING_SECONDS", 0.01)
+    final = tmp_path / "checkpoint_final.pth"
+    for cpu, cores in (("Slow", 2), ("Slow", 2), ("Slow", 3), ("Fast", 3)):
+        monkeypatch.setattr(launch, "cpu_name", lambda cpu=cpu: cpu)
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        launch.record_costs(tmp_path, num_gpus=0)
+        final.touch()
+        assert eventually(lambda: not any(thread.name == launch.COSTS for thread in threading.enumerate()))
+        final.unlink()
+    devices = ["Slow, 2 threads", "Slow, 3 threads", "Fast, 3 threads"]
+    assert recorded_costs(tmp_path)["devices"] == devices
+    final.touch()
+    monkeypatch.setattr(launch, "cpu_name", lambda: "Another")
+    launch.record_costs(tmp_path, num_gpus=0)
+    time.sleep(0.1)
+    assert recorded_costs(tmp_path)["devices"] == devices
+
+
+@pytest.mark.parametrize(("num_gpus", "device"), [(1, "A100"), (4, "4 x A100")])
+def test_gpus_are_named_with_their_number(num_gpus, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
+    assert launch._device(num_gpus) == device
 
 
 # Downloads

@@ -109,6 +109,7 @@ def check_finished(folder):
         assert record["seconds_per_epoch"] > 0
         assert record["parameters"] > 0
         assert record["peak_memory_gb"] > 0
+        assert record["device"].endswith("threads")
         assert (cell.folder(out) / "validation" / "summary.json").is_file()
         image = sitk.ReadImage(cell.folder(out) / "test" / "phantom_005.nii.gz")
         reference = sitk.ReadImage(out / "nnUNet_raw" / DATASET / "labelsTs" / "phantom_005.nii.gz")
@@ -201,7 +202,7 @@ def test_a_run_that_is_ended_ends_its_training(in_background, folder):
     out = folder / "out"
     first, _ = read_cells(out)
     run = start(folder, in_background=in_background)
-    eventually((first.folder(out) / "memory.json").exists)
+    eventually((first.folder(out) / "costs.json").exists)
     run.terminate()
     run.communicate(timeout=60)
     assert run.returncode

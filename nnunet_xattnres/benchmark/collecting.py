@@ -4,12 +4,11 @@ A report is all that is needed of trainings that were finished elsewhere. Its ta
 cells are finished there without files of a training.
 """
 
-import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pandas
 
@@ -25,17 +24,19 @@ from nnunet_xattnres.benchmark.matrix import (
 )
 from nnunet_xattnres.benchmark.metrics import cases_to_predict, cell_key, measured_tables, planned_tables
 from nnunet_xattnres.benchmark.spec import Spec
-from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, Tables, as_written, read_tables, write_tables
+from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, Tables, read_tables, write_tables
+from nnunet_xattnres.benchmark.tables import REMEDY as TABLES_REMEDY
 from nnunet_xattnres.errors import XAttnResError, differences
 from nnunet_xattnres.files import folder_written_atomically
 
 BY_CELL = ("cells", "cases", "curves")
-SETTINGS = ["plans", "patch_size", "batch_size", "features", "iterations", "epochs", "parameters"]
 REMEDY = "give a report on the same spec"
 
 
-def collect(root: Path) -> Tables:
+def collect(root: Path, check: Callable[[Tables], None]) -> Tables:
     """Measure all predictions of the finished cells of a benchmark's folder, and add those of earlier reports.
+
+    check: is given what is finished, before it is measured.
 
     Raises `XAttnResError` if it is no such folder, if no cell is finished, or if a finished one's files are not whole.
     """
@@ -44,20 +45,36 @@ def collect(root: Path) -> Tables:
     states = {cell: cell.state(root) for cell in cells}
     if FINISHED not in states.values():
         raise XAttnResError(f"{root}: none of {len(cells)} cells is finished, see `nnunet-xattnres benchmark status`")
+    check(_planned(root, [cell for cell in cells if states[cell] == FINISHED]))
     by_source: dict[Path | None, list[Cell]] = {}
     for cell in cells:
         if states[cell] == FINISHED:
             by_source.setdefault(cell.earlier_tables(root), []).append(cell)
     here = measured_tables(root, by_source.pop(None, []))
-    earlier = [_only(read_tables(folder), of_folder) for folder, of_folder in by_source.items() if folder]
+    earlier = [_only(_read_earlier(folder), of_folder) for folder, of_folder in by_source.items() if folder]
     unfinished = planned_tables(root, {cell: state for cell, state in states.items() if state != FINISHED})
     return _joined(cells, [here, *earlier, unfinished])
 
 
+def _read_earlier(folder: Path) -> Tables:
+    try:
+        return read_tables(folder)
+    except XAttnResError as error:
+        problem = str(error).removesuffix(f": {TABLES_REMEDY}")
+        raise XAttnResError(f"{problem}: delete {folder}, and run again with --continue-from its report") from None
+
+
 def check_names(theirs: Tables, spec: Spec) -> None:
     """Raises `XAttnResError` for a report that has finished nothing of a spec's, as far as names tell."""
-    arms = {(dataset.name, arm.name) for dataset in spec.datasets for arm in spec.arms_of(dataset)}
-    if arms.isdisjoint((dataset, trainer) for dataset, _, trainer, *_ in theirs.finished):
+    names = (
+        (dataset.name, configuration.name, arm.name, fold, seed)
+        for dataset in spec.datasets
+        for configuration in spec.configurations_of(dataset)
+        for arm in spec.arms_of(dataset)
+        for fold in spec.folds
+        for seed in spec.seeds
+    )
+    if theirs.finished.keys().isdisjoint(names):
         raise XAttnResError(f"--continue-from: the report has no training of this spec's: {REMEDY}")
 
 
@@ -107,26 +124,21 @@ def _joined(cells: list[Cell], parts: list[Tables]) -> Tables:
 def _differing(theirs: Tables, root: Path) -> dict[Cell, str]:
     """Of every cell of a folder that other tables have finished: what is different there, nothing if it is the same."""
     expected = cases_to_predict(root)
-    ours = planned_tables(root, dict.fromkeys(expected, FINISHED))
-    ours.cells["epochs"] = pandas.array([cell.num_epochs for cell in expected], dtype=COLUMNS["cells"]["epochs"])
-    there, here = _settings(theirs), _settings(ours)
+    there, here = theirs.finished, _planned(root, list(expected)).finished
     cases = {key: set(zip(rows.set, rows.case, strict=True)) for key, rows in theirs.cases.groupby(CELL)}
     found = {}
     for cell, of_cell in expected.items():
         key = tuple(cell_key(cell).values())
-        if key in cases:
+        if key in there:
             found[cell] = differences(there[key], here[key]) or ("" if cases[key] == of_cell else "other cases")
     return found
 
 
-def _settings(tables: Tables) -> dict[tuple[str | int, ...], dict[str, Any]]:
-    """What two trainings must share to count as the same, beside their cases; by cell."""
-    table = tables.cells[[*CELL, *SETTINGS]]
-    for name, key in (("datasets", "dataset"), ("trainers", "trainer")):
-        table = table.merge(as_written(getattr(tables, name)), on=key)
-    # Missing numbers become None, which is equal to itself.
-    rows = json.loads(table.to_json(orient="records"))
-    return {tuple(row.pop(name) for name in CELL): row for row in rows}
+def _planned(root: Path, cells: list[Cell]) -> Tables:
+    """What cells will be known by once they are finished."""
+    tables = planned_tables(root, dict.fromkeys(cells, FINISHED))
+    tables.cells["epochs"] = pandas.array([cell.num_epochs for cell in cells], dtype=COLUMNS["cells"]["epochs"])
+    return tables
 
 
 def _only(tables: Tables, cells: list[Cell]) -> Tables:

@@ -32,7 +32,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nnunet_xattnres.benchmark.matrix import FINISHED, SPEC, Cell, read_cells
+from nnunet_xattnres.benchmark.matrix import FINISHED, RECORD, SPEC, Cell, read_cells
 from nnunet_xattnres.benchmark.spec import Arm, Dataset, read_spec
 from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, Tables
 from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT, read_checkpoint
@@ -228,15 +228,12 @@ class _Prediction:
         ]
 
 
-def _remedy(root: Path, cell: Cell) -> str:
-    """A cell that is finished is not begun again as long as its folder says so."""
-    return f"delete {cell.folder(root)}, run again"
-
-
 def _predictions(root: Path, cell: Cell, dataset: _Dataset) -> list[_Prediction]:
-    found, remedy = [], _remedy(root, cell)
+    found = []
     for kind, reference in dataset.references(cell):
         path = cell.folder(root) / kind / reference.name
+        # A finished cell is not begun again as long as its record says so.
+        remedy = f"delete {path.parent} and {cell.folder(root) / RECORD}, run again"
         if not path.is_file():
             raise XAttnResError(f"{cell.title} is finished, but {path} is missing: {remedy}")
         found.append(_Prediction(cell, dataset, kind, reference, path, remedy))
@@ -272,7 +269,7 @@ def _arm_row(arm: Arm) -> dict[str, Any]:
 
 
 def _curve_rows(root: Path, cell: Cell) -> list[dict[str, Any]]:
-    checkpoint = read_checkpoint(cell.folder(root) / FINAL_CHECKPOINT, _remedy(root, cell))
+    checkpoint = read_checkpoint(cell.folder(root) / FINAL_CHECKPOINT, f"delete {cell.folder(root)}, run again")
     logged = checkpoint["logging"]
     series = zip(logged["train_losses"], logged["val_losses"], logged["mean_fg_dice"], strict=True)
     return [

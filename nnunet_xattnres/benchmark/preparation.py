@@ -153,7 +153,7 @@ def _filled(dataset: Dataset, source: Source) -> Dataset:
 
 
 def _has_test_set(dataset: Dataset, data: Path) -> bool:
-    """Raises `XAttnResError` for a test set of which a label is missing."""
+    """Raises `XAttnResError` for a test set of which a label or an image is missing."""
     is_raw = data.is_dir() and "channel_names" in read_dataset_json(data)
     if not is_raw and dataset.test:
         raise XAttnResError(f"{data}: the test sets of MSD tasks have no labels: remove test from the dataset")
@@ -168,6 +168,14 @@ def _has_test_set(dataset: Dataset, data: Path) -> bool:
     if unlabelled:
         raise XAttnResError(
             f"{data}: the test set has no label for {unlabelled[0]}: add it to labelsTs, or say test: false"
+        )
+    labelled = (
+        {path.name.removesuffix(ending) for path in (data / "labelsTs").glob(f"*{ending}")} if len(cases) else set()
+    )
+    without_image = sorted(labelled - set(cases))
+    if without_image:
+        raise XAttnResError(
+            f"{data}: the test set has no image for {without_image[0]}: remove it from labelsTs, or say test: false"
         )
     return bool(len(cases))
 

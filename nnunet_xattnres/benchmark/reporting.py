@@ -28,7 +28,7 @@ from nnunet_xattnres.benchmark.statistics import (
     summarise,
     unrelated_datasets,
 )
-from nnunet_xattnres.benchmark.tables import Tables, has_tables, read_tables, write_csv, write_tables
+from nnunet_xattnres.benchmark.tables import COLUMNS, Tables, has_tables, read_tables, write_csv, write_tables
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.files import make_writable_folder, write_text_atomically
 from nnunet_xattnres.installation import check_installed
@@ -61,12 +61,12 @@ class Results:
 def run_report(source: Path, output: Path) -> None:
     """Report on a benchmark's folder, or again on the CSV files of a report.
 
-    Raises `XAttnResError` if there is nothing to report on, if it is damaged, and if `output` cannot be written.
+    Raises `XAttnResError` if there is nothing to report on, if it is damaged, if `output` cannot be written, and if it
+    holds a report on trainings that this one lacks.
     """
     if (output / MATRIX).exists():
         raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
-    tables = _read(source)
-    _check_nothing_is_lost(tables, output)
+    tables = _read(source, partial(_check_nothing_is_lost, output))
     make_writable_folder(output, "-o")
     write_tables(tables, output)
     # From the files, so that a report on them is the same.
@@ -80,29 +80,35 @@ def run_report(source: Path, output: Path) -> None:
     print(f"Report: {output / 'report.md'}")
 
 
-def _check_nothing_is_lost(tables: Tables, output: Path) -> None:
+def _check_nothing_is_lost(output: Path, tables: Tables) -> None:
     """A report may be all that is left of trainings: it is replaced only by one that has them too."""
+    if not all((output / f"{name}.csv").is_file() for name in COLUMNS):
+        # No report, or one that was interrupted.
+        return
     try:
         there = read_tables(output).finished
     except XAttnResError:
-        # No report, or one that was interrupted.
-        return
-    lost = there - tables.finished
+        raise XAttnResError(f"{output} holds a damaged report, which may be mended: choose another -o") from None
+    here = tables.finished
+    lost = [key for key, settings in there.items() if here.get(key) != settings]
     if lost:
         raise XAttnResError(
-            f"{output} is a report with {len(lost)} finished trainings that this one would lack: choose another -o, or "
-            "let `nnunet-xattnres benchmark run` continue from it first"
+            f"{output} is a report with trainings that this one would lack ({len(lost)} of {len(there)}): choose "
+            "another -o, or let `nnunet-xattnres benchmark run` continue from it first"
         )
 
 
-def _read(source: Path) -> Tables:
+def _read(source: Path, check: Callable[[Tables], None]) -> Tables:
+    """check: is given what the report will be on, before anything is measured."""
     if has_tables(source) and not (source / MATRIX).exists():
-        return read_tables(source)
+        tables = read_tables(source)
+        check(tables)
+        return tables
     # What a report on CSV files can do without.
     check_installed("monai", "yaml")
     from nnunet_xattnres.benchmark.collecting import collect
 
-    return collect(source)
+    return collect(source, check)
 
 
 def _record(tables: Tables, results: Results) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         "## Every trainer",
         "Dice and NSD in %, HD95 in mm. Brackets: 95 % bootstrap interval of the mean over cases. HD95 is the median "
         "over cases; how many are infinite, because a prediction is empty, stands beside it. Costs are medians over "
-        "trainings, of time and memory over those on the device under the table; «-»: none ran on that. On a GPU, "
+        "trainings, of time and memory over those on the device under the table; «-»: not known there. On a GPU, "
         "memory is what PyTorch has allocated. On a CPU it is how far the process grew, with what the allocator held "
         "back: it says what a training needs, and does not rank networks.",
         *_trainers(tables, results.summary, figures),
@@ -320,7 +326,11 @@ def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
             ]
             for row in rows
         ]
-        parts += [f"### {_set_name(rows[0])}", _table(header, lines), f"Time and memory: {rows[0]['cost_device']}."]
+        parts += [
+            f"### {_set_name(rows[0])}",
+            _table(header, lines),
+            f"Time and memory: {rows[0]['cost_device'] or 'unknown device'}.",
+        ]
         if incomplete:
             parts.append(
                 "\\* Fewer folds or seeds than others, and so maybe other cases: not to be compared with the other "

@@ -20,7 +20,7 @@ import submitit
 import torch
 from submitit.helpers import Checkpointable
 
-from nnunet_xattnres.benchmark.launch import recorded_memory
+from nnunet_xattnres.benchmark.launch import recorded_costs
 from nnunet_xattnres.benchmark.matrix import (
     FAILED,
     FINISHED,
@@ -37,7 +37,7 @@ from nnunet_xattnres.benchmark.spec import SLURM, Executor
 from nnunet_xattnres.benchmark.status import failure_lines, progress
 from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT, read_checkpoint
 from nnunet_xattnres.commands import NnUNet, termination_as_exception
-from nnunet_xattnres.device import available_cores, choose_device, cpu_name
+from nnunet_xattnres.device import available_cores, choose_device
 from nnunet_xattnres.errors import XAttnResError, one_line
 
 LAUNCH = ("-m", "nnunet_xattnres.benchmark.launch")
@@ -65,22 +65,17 @@ class CellTask(Checkpointable):
 def run_cell(root: Path, cell: Cell, device: str, num_gpus: int) -> None:
     """Do what is left to do of a cell and record it; nothing, if another process does it already."""
     with suppress(Busy), locked(cell.folder(root) / LOCK, SECONDS_FOR_A_LOOK) as lock:
-        before = cell.record(root)
-        if before.get("state") == FINISHED:
+        if cell.record(root).get("state") == FINISHED:
             return
-        # Of every attempt at the training: it may have been continued elsewhere.
-        devices = before.get("devices", [])
-        if not cell.is_trained(root):
-            devices = list(dict.fromkeys([*devices, _device(num_gpus)]))
-        cell.write_record(root, RUNNING, devices=devices)
+        cell.write_record(root, RUNNING)
         try:
             steps = _Steps(root, cell, NnUNet(root, device, keep_open=(lock,)), num_gpus, lock)
             steps.train()
             if cell.test:
                 steps.predict()
-            cell.write_record(root, FINISHED, device=" and ".join(devices), **_results(root, cell))
+            cell.write_record(root, FINISHED, **_results(root, cell))
         except Exception as error:
-            cell.write_record(root, FAILED, devices=devices, reason=one_line(str(error) or repr(error)))
+            cell.write_record(root, FAILED, reason=one_line(str(error) or repr(error)))
 
 
 @dataclass(frozen=True)
@@ -134,20 +129,15 @@ def _results(root: Path, cell: Cell) -> dict[str, Any]:
     logged = read_checkpoint(checkpoint, "delete it to train again")["logging"]
     times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
     seconds = [end - start for start, end in times]
+    costs = recorded_costs(cell.folder(root))
     return {
         "epochs": len(seconds),
         "seconds_per_epoch": statistics.median(seconds),
-        "peak_memory_gb": recorded_memory(cell.folder(root)),
+        "peak_memory_gb": costs["peak_memory_gb"],
+        # A training may have been continued elsewhere.
+        "device": " and ".join(costs["devices"]),
         "versions": {package: version(package) for package in RECORDED_VERSIONS} | {"python": sys.version.split()[0]},
     }
-
-
-def _device(num_gpus: int) -> str:
-    """On what a cell is trained: times and memory of different ones are not compared."""
-    if torch.cuda.is_available():
-        return f"{num_gpus} x {torch.cuda.get_device_name()}" if num_gpus > 1 else torch.cuda.get_device_name()
-    threads = os.environ.get("OMP_NUM_THREADS")
-    return f"{cpu_name()}, OMP_NUM_THREADS={threads}" if threads else cpu_name()
 
 
 def run_cells(root: Path, cells: list[Cell], machine: "Machine") -> None:
@@ -351,11 +341,10 @@ class _Run:
             self.machine.submit(cell)
             return
         reason = f"its process has ended {ATTEMPTS} times without saying why, see {self.root / JOBS}"
-        # Another run may have begun or finished it since the last look.
+        # Another run may have begun or settled it since the last look.
         with suppress(Busy), locked(cell.folder(self.root) / LOCK, SECONDS_FOR_A_LOOK):
-            before = cell.record(self.root)
-            if before.get("state") != FINISHED:
-                cell.write_record(self.root, FAILED, devices=before.get("devices", []), reason=reason)
+            if not self._is_settled(cell):
+                cell.write_record(self.root, FAILED, reason=reason)
 
     def _show(self) -> None:
         """Print what is new: of a running cell its line, of others their state."""

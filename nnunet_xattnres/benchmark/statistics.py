@@ -204,7 +204,7 @@ def _cost_ratios(
     """Medians over folds and seeds, those of time and memory over the ones that both have trained on one device."""
     ours, theirs = (_finished(cells, dataset, configuration, trainer) for trainer in (first, second))
     both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
-    on_one_device = both[both.device == both.device_of_second]
+    on_one_device = both[(both.device == both.device_of_second) & (both.device != "")]
     ratios = {}
     for cost in COSTS:
         pairs = on_one_device if cost in COSTS_OF_DEVICE else both
@@ -229,7 +229,7 @@ def summarise(tables: Tables) -> list[dict[str, Any]]:
     averaged over folds and seeds. hd95 is the median over cases, for an infinite distance has no mean; hd95_infinite
     counts the cases in which a prediction is empty. Of predictions whose reference is empty: empty_references counts
     them, both_empty those that are rightly empty, false_positives the others, and false_positive_voxels is the mean
-    volume of these.
+    volume of these. What was spent is that of `costs`.
     """
     rows = []
     for key, of_set in tables.cases.groupby(SET, sort=False):

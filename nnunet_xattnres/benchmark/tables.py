@@ -1,7 +1,9 @@
 """The tables that a report starts from, as CSV files."""
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pandas
 
@@ -68,6 +70,7 @@ COLUMNS = {
     },
     "versions": {"package": "str", "version": "str"},
 }
+SETTINGS = ["plans", "patch_size", "batch_size", "features", "iterations", "epochs", "parameters"]
 FLOAT_FORMAT = "%.6g"
 REMEDY = "make it with `nnunet-xattnres benchmark report` from the benchmark's folder"
 
@@ -92,9 +95,14 @@ class Tables:
     versions: pandas.DataFrame
 
     @property
-    def finished(self) -> set[tuple[str | int, ...]]:
-        """Of every finished training, its `CELL`."""
-        return set(self.cells[self.cells.state == FINISHED][CELL].itertuples(index=False, name=None))
+    def finished(self) -> dict[tuple[str | int, ...], dict[str, Any]]:
+        """By `CELL`, for every finished training: what it shares with another one that counts as the same."""
+        table = self.cells[self.cells.state == FINISHED][[*CELL, *SETTINGS]]
+        for name, key in (("datasets", "dataset"), ("trainers", "trainer")):
+            table = table.merge(as_written(getattr(self, name)), on=key, how="left")
+        # Missing numbers become None, which is equal to itself.
+        rows = json.loads(table.to_json(orient="records"))
+        return {tuple(row.pop(name) for name in CELL): row for row in rows}
 
 
 def has_tables(folder: Path) -> bool:
@@ -145,7 +153,7 @@ def _read(path: Path, columns: dict[str, str]) -> pandas.DataFrame:
 
 
 def _check_consistency(tables: Tables, folder: Path) -> None:
-    of_cells = tables.finished
+    of_cells = set(tables.finished)
     if not of_cells:
         raise XAttnResError(f"{folder}: no cell is finished, there is nothing to report yet")
     with_cases = set(tables.cases[CELL].itertuples(index=False, name=None))
