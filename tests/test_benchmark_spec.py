@@ -160,6 +160,9 @@ def test_a_test_set_without_labels(content, raw, tmp_path, capsys):
     write_image(raw / "labelsTs" / "test_0.nii.gz", np.ones(SHAPE, np.uint8))
     spec, _ = check_spec(read_spec(write(content, tmp_path)))
     assert spec.datasets[0].test is True
+    # It would be measured, and never be predicted.
+    write_image(raw / "labelsTs" / "test_1.nii.gz", np.ones(SHAPE, np.uint8))
+    assert "no image for test_1: remove it from labelsTs" in refusal(content, tmp_path, capsys)
 
 
 def test_a_key_without_a_value_is_not_given(content, tmp_path):

@@ -24,13 +24,12 @@ from nnunet_xattnres.benchmark.matrix import (
 )
 from nnunet_xattnres.benchmark.metrics import cases_to_predict, cell_key, measured_tables, planned_tables
 from nnunet_xattnres.benchmark.spec import Spec
-from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, Tables, read_tables, write_tables
-from nnunet_xattnres.benchmark.tables import REMEDY as TABLES_REMEDY
+from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, REMEDY, Tables, read_tables, write_tables
 from nnunet_xattnres.errors import XAttnResError, differences
 from nnunet_xattnres.files import folder_written_atomically
 
 BY_CELL = ("cells", "cases", "curves")
-REMEDY = "give a report on the same spec"
+GIVE_ANOTHER = "give a report on the same spec"
 
 
 def collect(root: Path, check: Callable[[Tables], None]) -> Tables:
@@ -60,7 +59,7 @@ def _read_earlier(folder: Path) -> Tables:
     try:
         return read_tables(folder)
     except XAttnResError as error:
-        problem = str(error).removesuffix(f": {TABLES_REMEDY}")
+        problem = str(error).removesuffix(f": {REMEDY}")
         raise XAttnResError(f"{problem}: delete {folder}, and run again with --continue-from its report") from None
 
 
@@ -75,7 +74,7 @@ def check_names(theirs: Tables, spec: Spec) -> None:
         for seed in spec.seeds
     )
     if theirs.finished.keys().isdisjoint(names):
-        raise XAttnResError(f"--continue-from: the report has no training of this spec's: {REMEDY}")
+        raise XAttnResError(f"--continue-from: the report has no training of this spec's: {GIVE_ANOTHER}")
 
 
 def take_over(theirs: Tables, root: Path) -> None:
@@ -90,7 +89,7 @@ def take_over(theirs: Tables, root: Path) -> None:
     example = next((f", such as {cell.title}: {what}" for cell, what in differing.items() if what), "")
     if not same:
         raise XAttnResError(
-            f"--continue-from: none of the report's finished trainings is one of this matrix's{example}: {REMEDY}"
+            f"--continue-from: none of the report's finished trainings is one of this matrix's{example}: {GIVE_ANOTHER}"
         )
     tables = _only(theirs, same)
     # The same tables have the same place: taking them over again, or twice at a time, changes nothing.

@@ -162,22 +162,22 @@ def _has_test_set(dataset: Dataset, data: Path) -> bool:
     ending = read_dataset_json(data)["file_ending"]
     images = data / "imagesTs"
     cases = get_identifiers_from_splitted_dataset_folder(str(images), ending) if images.is_dir() else []
-    if dataset.test and not len(cases):
-        raise XAttnResError(f"{data} has no test images in imagesTs: remove test from the dataset")
+    if not len(cases):
+        if dataset.test:
+            raise XAttnResError(f"{data} has no test images in imagesTs: remove test from the dataset")
+        return False
     unlabelled = [case for case in cases if not (data / "labelsTs" / f"{case}{ending}").is_file()]
     if unlabelled:
         raise XAttnResError(
             f"{data}: the test set has no label for {unlabelled[0]}: add it to labelsTs, or say test: false"
         )
-    labelled = (
-        {path.name.removesuffix(ending) for path in (data / "labelsTs").glob(f"*{ending}")} if len(cases) else set()
-    )
+    labelled = {path.name.removesuffix(ending) for path in (data / "labelsTs").glob(f"*{ending}")}
     without_image = sorted(labelled - set(cases))
     if without_image:
         raise XAttnResError(
             f"{data}: the test set has no image for {without_image[0]}: remove it from labelsTs, or say test: false"
         )
-    return bool(len(cases))
+    return True
 
 
 class _Preparation:
