@@ -182,16 +182,14 @@ def _with_verdicts(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     return complete
 
 
-def cost_device(cells: pandas.DataFrame, dataset: str, configuration: str) -> str:
-    """The device whose time and memory a set's trainers are shown with: that of most finished cells."""
-    finished = cells[(cells.dataset == dataset) & (cells.configuration == configuration) & (cells.state == FINISHED)]
-    return str(finished.device.value_counts(sort=False).idxmax())
-
-
 def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: str) -> dict[str, Any]:
-    """Medians over the finished cells, of time and memory over those on `cost_device`; None what is not known."""
-    device = cost_device(cells, dataset, configuration)
-    own = _finished(cells, dataset, configuration, trainer)
+    """Medians over the finished cells; None what is not known.
+
+    Time and memory are those on one device, cost_device: that of most finished cells of all trainers.
+    """
+    finished = _finished(cells, dataset, configuration)
+    device = str(finished.device.value_counts(sort=False).idxmax())
+    own = finished[finished.trainer == trainer]
     comparable = own[own.device == device]
     medians = {cost: (comparable if cost in COSTS_OF_DEVICE else own)[cost].median() for cost in COSTS}
     known = {cost: None if pandas.isna(median) else float(median) for cost, median in medians.items()}
@@ -202,7 +200,8 @@ def _cost_ratios(
     cells: pandas.DataFrame, dataset: str, configuration: str, first: str, second: str
 ) -> dict[str, float | None]:
     """Medians over folds and seeds, those of time and memory over the ones that both have trained on one device."""
-    ours, theirs = (_finished(cells, dataset, configuration, trainer) for trainer in (first, second))
+    finished = _finished(cells, dataset, configuration)
+    ours, theirs = (finished[finished.trainer == trainer] for trainer in (first, second))
     both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
     on_one_device = both[(both.device == both.device_of_second) & (both.device != "")]
     ratios = {}
@@ -213,13 +212,8 @@ def _cost_ratios(
     return ratios
 
 
-def _finished(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: str) -> pandas.DataFrame:
-    return cells[
-        (cells.dataset == dataset)
-        & (cells.configuration == configuration)
-        & (cells.trainer == trainer)
-        & (cells.state == FINISHED)
-    ]
+def _finished(cells: pandas.DataFrame, dataset: str, configuration: str) -> pandas.DataFrame:
+    return cells[(cells.dataset == dataset) & (cells.configuration == configuration) & (cells.state == FINISHED)]
 
 
 def summarise(tables: Tables) -> list[dict[str, Any]]:

@@ -70,6 +70,7 @@ COLUMNS = {
     },
     "versions": {"package": "str", "version": "str"},
 }
+# What two trainings must share to count as the same, beside dataset, trainer and cases.
 SETTINGS = ["plans", "patch_size", "batch_size", "features", "iterations", "epochs", "parameters"]
 FLOAT_FORMAT = "%.6g"
 REMEDY = "make it with `nnunet-xattnres benchmark report` from the benchmark's folder"
@@ -153,10 +154,11 @@ def _read(path: Path, columns: dict[str, str]) -> pandas.DataFrame:
 
 
 def _check_consistency(tables: Tables, folder: Path) -> None:
-    of_cells = set(tables.finished)
-    if not of_cells:
+    finished = tables.cells[tables.cells.state == FINISHED]
+    if finished.empty:
         raise XAttnResError(f"{folder}: no cell is finished, there is nothing to report yet")
     with_cases = set(tables.cases[CELL].itertuples(index=False, name=None))
+    of_cells = set(finished[CELL].itertuples(index=False, name=None))
     for cell in sorted(with_cases ^ of_cells):
         has, lacks = ("cases.csv", "cells.csv") if cell in with_cases else ("cells.csv", "cases.csv")
         name = "{}, {}, {}, fold {}, seed {}".format(*cell)
