@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_process import InProcess
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from PIL import Image
@@ -28,15 +29,16 @@ ONE_SHORT_EPOCH = TrainingBudget(num_epochs=1, num_iterations_per_epoch=2, num_v
 
 @pytest.fixture(scope="session")
 def nnunet(tmp_path_factory: pytest.TempPathFactory) -> NnUNet:
-    """A working directory with a phantom dataset, planned and preprocessed by nnU-Net's own commands.
+    """A working directory with a phantom dataset, planned and preprocessed by nnU-Net's own entry points.
 
     Plans: nnUNetPlans and nnUNetResEncUNetMPlans with 2d and 3d_fullres; nnUNetPlans also with 2d_small and 3d_small,
     which train for one short epoch.
     """
     nnunet = NnUNet(tmp_path_factory.mktemp("nnunet"), "cpu")
     write_phantom_dataset(nnunet.raw / PHANTOM, num_cases=6, seed=0)
-    nnunet.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "3d_fullres", "-npfp", "2", log="plan")
-    nnunet.run("nnUNetv2_plan_experiment", "-d", "901", "-pl", "nnUNetPlannerResEncM", log="plan_resenc")
+    here = InProcess(nnunet.workdir, "cpu")
+    here.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "3d_fullres", "-npfp", "2", log="plan")
+    here.run("nnUNetv2_plan_experiment", "-d", "901", "-pl", "nnUNetPlannerResEncM", log="plan_resenc")
     plans = read_plans(nnunet)
     for name, base in (("2d_small", "2d"), ("3d_small", "3d_fullres")):
         add_small_configuration(
@@ -49,7 +51,7 @@ def nnunet(tmp_path_factory: pytest.TempPathFactory) -> NnUNet:
 @pytest.fixture(scope="session")
 def large_2d_plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nnU-Net's plans for 512 x 512 images, whose network has many stages."""
-    nnunet = NnUNet(tmp_path_factory.mktemp("large_2d"), "cpu")
+    nnunet = InProcess(tmp_path_factory.mktemp("large_2d"), "cpu")
     folder = nnunet.raw / LARGE_2D
     rng = np.random.default_rng(0)
     for kind in ("imagesTr", "labelsTr"):

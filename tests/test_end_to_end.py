@@ -8,6 +8,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import PHANTOM, plans_file, read_plans
+from in_process import InProcess
 
 from nnunet_xattnres.commands import NnUNet
 from nnunet_xattnres.plans import write_json_atomically
@@ -16,26 +17,21 @@ from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 pytestmark = pytest.mark.feature("Train, continue, validate, predict, export, install")
 
 
-@pytest.fixture
-def workdir(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> NnUNet:
-    """A copy of the planned and preprocessed dataset whose plans and results are the test's own."""
-    copy = NnUNet(tmp_path_factory.mktemp("end_to_end"), "cpu")
-    shutil.copytree(nnunet.raw, copy.raw)
-    shutil.copytree(nnunet.preprocessed, copy.preprocessed)
-    return copy
-
-
 def read_segmentations(folder: Path) -> dict[str, np.ndarray]:
     return {file.name: sitk.GetArrayFromImage(sitk.ReadImage(file)) for file in sorted(folder.glob("*.nii.gz"))}
 
 
 @pytest.mark.parametrize(
-    "trainer, configuration",
-    [("nnUNetTrainerXAttnRes", "2d_small"), ("nnUNetTrainerXAttnResBlockInput", "3d_small")],
+    "run_by, trainer, configuration",
+    [(NnUNet, "nnUNetTrainerXAttnRes", "2d_small"), (InProcess, "nnUNetTrainerXAttnResBlockInput", "3d_small")],
 )
 def test_train_continue_validate_predict_export_install(
-    workdir: NnUNet, tmp_path: Path, trainer: str, configuration: str
+    nnunet: NnUNet, tmp_path: Path, run_by: type[NnUNet], trainer: str, configuration: str
 ):
+    workdir = run_by(tmp_path / "workdir", "cpu")
+    shutil.copytree(nnunet.raw, workdir.raw)
+    shutil.copytree(nnunet.preprocessed, workdir.preprocessed)
+
     train = ("nnUNetv2_train", "901", configuration, "0", "-tr", trainer, "-device", "cpu")
     model = workdir.results / PHANTOM / f"{trainer}__nnUNetPlans__{configuration}"
     checkpoint = model / "fold_0" / "checkpoint_final.pth"
@@ -76,19 +72,21 @@ def test_train_continue_validate_predict_export_install(
         shutil.copy(source, images / source.name)
     folders = ("-i", str(images), "-f", "0", "-device", "cpu")
     predicted = tmp_path / "predicted"
-    workdir.run("nnUNetv2_predict_from_modelfolder", *folders, "-m", str(model), "-o", str(predicted), log="predict")
+    by_name = ("nnUNetv2_predict", "-d", PHANTOM, "-c", configuration, "-tr", trainer)
+    # This command cannot do without processes.
+    by_folder = ("nnUNetv2_predict_from_modelfolder", "-m", str(model))
+    workdir.run(*(by_name if run_by is InProcess else by_folder), *folders, "-o", str(predicted), log="predict")
     segmentations = read_segmentations(predicted)
     assert segmentations.keys() == validated.keys()
 
     archive = tmp_path / "model.zip"
     which = ("-d", "901", "-c", configuration, "-f", "0", "-tr", trainer)
     workdir.run("nnUNetv2_export_model_to_zip", *which, "-o", str(archive), log="export")
-    elsewhere = NnUNet(tmp_path / "elsewhere", "cpu")
+    elsewhere = run_by(tmp_path / "elsewhere", "cpu")
     elsewhere.results.mkdir(parents=True)
     elsewhere.run("nnUNetv2_install_pretrained_model_from_zip", str(archive), log="install")
     installed = tmp_path / "installed"
-    predict = ("nnUNetv2_predict", "-d", PHANTOM, "-c", configuration, "-tr", trainer)
-    elsewhere.run(*predict, *folders, "-o", str(installed), log="predict")
+    elsewhere.run(*by_name, *folders, "-o", str(installed), log="predict")
     reproduced = read_segmentations(installed)
     assert reproduced.keys() == segmentations.keys()
     assert all(np.array_equal(reproduced[name], segmentations[name]) for name in segmentations)

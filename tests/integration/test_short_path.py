@@ -1,16 +1,14 @@
 """A path through every feature of the matrix, in this process, two steps a training. The longest part of it, with
 every kind of command, is in the normal suite."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from in_process import InProcess
 
 from integration.checks import check_checkpoint, check_model, check_predictions, check_probabilities
 from integration.conftest import HIPPOCAMPUS_DATASET, PNG, SCENARIOS, TWO_CHANNELS
-from integration.in_process import InProcess
 from integration.pipeline import (
     RESENC_PLANS,
     Experiment,
@@ -26,12 +24,8 @@ STEPS = Size(base_features=8, num_epochs=1, num_iterations=dict.fromkeys(("2d", 
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InProcess]:
-    nnunet = InProcess(tmp_path, "cpu")
-    nnunet.settings(monkeypatch)
-    threads = torch.get_num_threads()
-    yield nnunet
-    torch.set_num_threads(threads)
+def here(tmp_path: Path) -> InProcess:
+    return InProcess(tmp_path, "cpu")
 
 
 def test_regions_ignore_label_cascade_and_ensemble(here: InProcess):

@@ -6,28 +6,28 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 import pytest
+import torch
 from training import run_in_threads
 
 from nnunet_xattnres.commands import NnUNet
 
 
 class InProcess(NnUNet):
-    """Runs commands where the test runs; `settings` must hold around it."""
+    """Runs commands where the test runs. nnU-Net's pools of workers are threads, for prediction there are none."""
 
     def run(self, *command: str, log: str, environment: Mapping[str, str] | None = None) -> None:
+        threads = torch.get_num_threads()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", list(command))
+            run_in_threads(self, patch)
+            for name in ("nnUNet_npp", "nnUNet_nps"):
+                patch.setenv(name, "0")
             # The planner makes it a number of threads and cannot have none.
             patch.setenv("nnUNet_n_proc_DA", "1" if "plan" in command[0] else "0")
             if command[0] == sys.executable:
                 patch.setattr(sys, "argv", list(command[2:]))
                 runpy.run_module(command[2], run_name="__main__")
             else:
+                patch.setattr(sys, "argv", list(command))
                 (script,) = entry_points(group="console_scripts", name=command[0])
                 script.load()()
-
-    def settings(self, patch: pytest.MonkeyPatch) -> None:
-        """Until `patch` is undone: nnU-Net's folders, threads for its pools of workers, none of them for prediction."""
-        run_in_threads(self, patch)
-        for name in ("nnUNet_npp", "nnUNet_nps"):
-            patch.setenv(name, "0")
+        torch.set_num_threads(threads)
