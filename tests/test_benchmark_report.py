@@ -253,6 +253,13 @@ class TestStatistics:
         text = markdown(replace(tables, cells=cells), results_of(replace(tables, cells=cells)), [])
         assert text.count("Time and memory: cpu.") == 1 and text.count("Time and memory: another.") == 2
 
+    @pytest.mark.parametrize("known, shown", [(1, ("cpu", 10.0)), (0, ("", 1000.0))])
+    def test_an_unknown_device_does_not_count_beside_a_known_one(self, tables, known, shown):
+        cells = tables.cells
+        cells.loc[cells.index[known:], ["device", "seconds_per_epoch"]] = ["", 1000.0]
+        row = summarise(replace(tables, cells=cells))[0]
+        assert (row["trainer"], row["cost_device"], row["seconds_per_epoch"]) == (PLANNED, *shown)
+
     def test_nothing_is_warned_of(self, tables):
         # Validation comes before test: names that are not sorted.
         cases = pandas.concat([tables.cases, tables.cases.assign(set="test")])
