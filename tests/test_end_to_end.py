@@ -1,4 +1,5 @@
-"""A life of a model through nnU-Net's own console commands: train, continue, validate, predict, export, install."""
+"""A life of a model through nnU-Net's own console commands, once as commands and once in this process: train, continue,
+validate, predict, export, install."""
 
 import shutil
 from pathlib import Path
@@ -73,9 +74,10 @@ def test_train_continue_validate_predict_export_install(
     folders = ("-i", str(images), "-f", "0", "-device", "cpu")
     predicted = tmp_path / "predicted"
     by_name = ("nnUNetv2_predict", "-d", PHANTOM, "-c", configuration, "-tr", trainer)
-    # This command cannot do without processes.
+    # Has no mode without worker processes.
     by_folder = ("nnUNetv2_predict_from_modelfolder", "-m", str(model))
-    workdir.run(*(by_name if run_by is InProcess else by_folder), *folders, "-o", str(predicted), log="predict")
+    predict = by_folder if run_by is NnUNet else by_name
+    workdir.run(*predict, *folders, "-o", str(predicted), log="predict")
     segmentations = read_segmentations(predicted)
     assert segmentations.keys() == validated.keys()
 

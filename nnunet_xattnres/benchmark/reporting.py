@@ -36,6 +36,7 @@ from nnunet_xattnres.overhead.results import PREFIX
 from nnunet_xattnres.report import figure_style, write_figure
 
 NOTHING = "-"
+UNKNOWN_DEVICE = "unknown device"
 FORMATS = ("png", "pdf")
 Rows = list[dict[str, Any]]
 
@@ -135,7 +136,7 @@ def _without_nan(content: Any) -> Any:
 
 def _versions(tables: Tables) -> list[str]:
     finished = tables.cells[tables.cells.state == FINISHED]
-    trained = sorted({f"trained: {row.versions}; {row.device}" for row in finished.itertuples()})
+    trained = sorted({f"trained: {row.versions}; {row.device or UNKNOWN_DEVICE}" for row in finished.itertuples()})
     measured = "; ".join(f"{row.package} {row.version}" for row in tables.versions.itertuples())
     several = ", ".join(tables.versions.package[tables.versions.package.duplicated()].unique())
     mixed = [f"measured by several versions of {several}: trainings were taken over from another report"]
@@ -329,7 +330,7 @@ def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
         parts += [
             f"### {_set_name(rows[0])}",
             _table(header, lines),
-            f"Time and memory: {rows[0]['cost_device'] or 'unknown device'}.",
+            f"Time and memory: {rows[0]['cost_device'] or UNKNOWN_DEVICE}.",
         ]
         if incomplete:
             parts.append(

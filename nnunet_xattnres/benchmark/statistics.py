@@ -185,12 +185,12 @@ def _with_verdicts(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: str) -> dict[str, Any]:
     """Medians over the finished cells; None what is not known.
 
-    Time and memory are those on one device, cost_device: that of most finished cells of all trainers, "" if none is
-    known of any.
+    Time and memory are those on one device, cost_device: of those known, that of most finished cells of all trainers.
+    If none is known it is "", and they are those of all cells.
     """
     finished = _finished(cells, dataset, configuration)
-    known_devices = finished.device[finished.device != ""].value_counts(sort=False)
-    device = "" if known_devices.empty else str(known_devices.idxmax())
+    devices = [device for device in finished.device if device]
+    device = max(devices, key=devices.count, default="")
     own = finished[finished.trainer == trainer]
     comparable = own[own.device == device]
     medians = {cost: (comparable if cost in COSTS_OF_DEVICE else own)[cost].median() for cost in COSTS}
