@@ -27,6 +27,11 @@ LARGE_2D = "Dataset902_Large2d"
 ONE_SHORT_EPOCH = TrainingBudget(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long tests begin first: of several workers, all but one would be idle beside a long test that begins last."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session")
 def nnunet(tmp_path_factory: pytest.TempPathFactory) -> NnUNet:
     """A working directory with a phantom dataset, planned and preprocessed by nnU-Net's own entry points.

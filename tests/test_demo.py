@@ -570,6 +570,7 @@ def test_phantoms_are_the_source_without_data():
     assert phantom_source().dataset == "Dataset900_Phantom"
 
 
+@pytest.mark.long
 def test_the_demo_ends_with_a_table_and_a_picture_and_does_nothing_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nnunet_xattnres.datasets.PHANTOM_CASES", 5)
     monkeypatch.setattr("nnunet_xattnres.demo.BUDGET", TrainingBudget(1, 5, 1))

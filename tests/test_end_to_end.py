@@ -24,7 +24,10 @@ def read_segmentations(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     "run_by, trainer, configuration",
-    [(NnUNet, "nnUNetTrainerXAttnRes", "2d_small"), (InProcess, "nnUNetTrainerXAttnResBlockInput", "3d_small")],
+    [
+        pytest.param(NnUNet, "nnUNetTrainerXAttnRes", "2d_small", marks=pytest.mark.long),
+        (InProcess, "nnUNetTrainerXAttnResBlockInput", "3d_small"),
+    ],
 )
 def test_train_continue_validate_predict_export_install(
     nnunet: NnUNet, tmp_path: Path, run_by: type[NnUNet], trainer: str, configuration: str

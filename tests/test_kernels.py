@@ -14,6 +14,7 @@ from nnunet_xattnres.errors import XAttnResError
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.long
 def test_under_the_interpreter():
     """What `triton_cases.py` tests, in a process of its own: Triton is interpreted as a whole or not at all."""
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -28,6 +28,7 @@ def here(tmp_path: Path) -> InProcess:
     return InProcess(tmp_path, "cpu")
 
 
+@pytest.mark.long
 def test_regions_ignore_label_cascade_and_ensemble(here: InProcess):
     write_hippocampus(here.raw / HIPPOCAMPUS_DATASET, num_training=4, num_test=1)
     dataset = SCENARIOS["regions_ignore"]
