@@ -317,11 +317,12 @@ def _sources(candidates: Sequence[Candidate], size: Sequence[int]) -> list[Tenso
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Views in place of repeated tensors: torch.compile does not trace a function that is given one twice."""
-    seen: set[int] = set()
     distinct: list[Tensor | None] = []
-    for tensor in tensors:
-        distinct.append(tensor.view_as(tensor) if tensor is not None and id(tensor) in seen else tensor)
-        seen.add(id(tensor))
+    for number, tensor in enumerate(tensors):
+        # PyTorch 2.11 traces no `id` of a tensor that is computed.
+        if tensor is not None and any(tensor is earlier for earlier in tensors[:number]):
+            tensor = tensor.view_as(tensor)
+        distinct.append(tensor)
     return distinct
 
 
