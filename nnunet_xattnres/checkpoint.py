@@ -70,6 +70,16 @@ def read_checkpoint_as_nnunet(path: Path, remedy: str) -> dict[str, Any]:
     return _checked(load, path, remedy)
 
 
+def why_unrestricted_only() -> str | None:
+    """What keeps this PyTorch from reading any checkpoint with restrictions; None where nothing does."""
+    if Version(torch.__version__) >= NAMES_IN_ALLOW_LIST:
+        return None
+    return (
+        f"PyTorch {torch.__version__} cannot read checkpoints without letting them run code: "
+        f"pip install 'torch>={NAMES_IN_ALLOW_LIST}'"
+    )
+
+
 class _NeedsTrust(Exception):
     """One line: why a file cannot be read with restrictions, and what to do."""
 
@@ -112,11 +122,8 @@ def _is_unreadable_now(error: Exception) -> bool:
 
 
 def _load_restricted(path: Path) -> Any:
-    if Version(torch.__version__) < NAMES_IN_ALLOW_LIST:
-        raise _NeedsTrust(
-            f"PyTorch {torch.__version__} cannot read {path} without letting it run code: "
-            f"pip install 'torch>={NAMES_IN_ALLOW_LIST}'"
-        )
+    if problem := why_unrestricted_only():
+        raise _NeedsTrust(f"{path}: {problem}")
     try:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
             return _load(path, weights_only=True)

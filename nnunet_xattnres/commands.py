@@ -131,6 +131,9 @@ def termination_as_exception() -> Iterator[None]:
     """Let SIGTERM and a closed terminal end the running command too, as Ctrl-C does."""
 
     def leave(number: int, frame: object) -> None:
+        # A second one, `timeout` sends two, would interrupt what ends the command.
+        for heeded_number in heeded:
+            signal.signal(heeded_number, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     # Python handles signals in the main thread only.

@@ -23,7 +23,11 @@ from nnunetv2.experiment_planning.verify_dataset_integrity import (
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from nnunetv2.utilities.utils import (
+    create_lists_from_splitted_dataset_folder,
+    get_filenames_of_train_images_and_targets,
+    get_identifiers_from_splitted_dataset_folder,
+)
 
 from nnunet_xattnres.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.errors import XAttnResError, one_line
@@ -36,6 +40,7 @@ NUM_FOLDS = 5
 
 MSD_KEYS = ("labels", "modality", "numTraining", "training", "test")
 RAW_KEYS = ("labels", "channel_names", "numTraining", "file_ending")
+MSD_NAME = r"Task(\d\d)_([^_]+)"
 LAYOUTS = "an MSD task (TaskNN_Name) or an nnU-Net raw dataset (DatasetNNN_Name)"
 
 # nnU-Net's cases: identifier -> {"images": one path per channel, "label": path}
@@ -70,12 +75,11 @@ def read_source(data: Path) -> Source:
     Raises `XAttnResError` if it is none of these.
     """
     if data.is_file() and data.suffix == ".tar":
-        return _archive_source(data.resolve())
+        return _archive_source(data)
     if not data.is_dir():
         problem = "is not a folder (any archive but an MSD task's .tar must be unpacked)"
         problem = problem if data.exists() else "does not exist"
         raise XAttnResError(f"{data} {problem}: give the folder of {LAYOUTS}")
-    data = data.resolve()
     dataset_json = read_dataset_json(data)
     is_msd = "modality" in dataset_json and "channel_names" not in dataset_json
     missing = [key for key in (MSD_KEYS if is_msd else RAW_KEYS) if key not in dataset_json]
@@ -103,10 +107,19 @@ def read_dataset_json(data: Path) -> dict[str, Any]:
     return content
 
 
+def _named(data: Path, pattern: str) -> tuple[Path, re.Match[str]] | None:
+    """The absolute path of the data, or of what it is a link to: the first that is named like that."""
+    for path in (Path(os.path.abspath(data)), data.resolve()):
+        if name := re.fullmatch(pattern, path.name):
+            return path, name
+    return None
+
+
 def _msd_source(data: Path) -> Source:
-    name = re.fullmatch(r"Task(\d\d)_([^_]+)", data.name)
-    if name is None:
+    named = _named(data, MSD_NAME)
+    if named is None:
         raise XAttnResError(f"nnU-Net converts MSD tasks in folders named TaskNN_Name: rename {data} accordingly")
+    data, name = named
     if not (data / "imagesTs").is_dir():
         raise XAttnResError(f"nnU-Net's MSD converter needs a folder imagesTs in {data}: create it, empty if need be")
 
@@ -121,13 +134,14 @@ def _msd_source(data: Path) -> Source:
         print(f"$ {shlex.join(command)}", flush=True)
         nnunet.run(*command, log=f"{dataset}_convert", environment=elsewhere)
 
-    return Source(str(data), dataset, convert)
+    return Source(str(data.resolve()), dataset, convert)
 
 
 def _archive_source(archive: Path) -> Source:
-    name = re.fullmatch(r"Task(\d\d)_([^_]+)", archive.stem)
-    if name is None:
+    named = _named(archive, rf"{MSD_NAME}\.tar")
+    if named is None:
         raise XAttnResError(f"{archive} is not named TaskNN_Name.tar, as archives of MSD tasks are: rename it")
+    archive, name = named
 
     def unpack_and_convert(nnunet: NnUNet, folder: Path) -> None:
         unpacked = folder / "unpacked"
@@ -139,23 +153,25 @@ def _archive_source(archive: Path) -> Source:
         read_source(unpacked / archive.stem).make_dataset(nnunet, folder)
         shutil.rmtree(unpacked)
 
-    return Source(str(archive), f"Dataset0{name[1]}_{name[2]}", unpack_and_convert)
+    return Source(str(archive.resolve()), f"Dataset0{name[1]}_{name[2]}", unpack_and_convert)
 
 
 def _raw_source(data: Path) -> Source:
-    if not re.fullmatch(r"Dataset\d{3}_.+", data.name):
+    named = _named(data, r"Dataset\d{3}_.+")
+    if named is None:
         raise XAttnResError(f"nnU-Net takes raw datasets in folders named DatasetNNN_Name: rename {data} accordingly")
+    dataset = named[0].name
 
     def link(nnunet: NnUNet, folder: Path) -> None:
-        (folder / data.name).symlink_to(data)
+        (folder / dataset).symlink_to(data.resolve())
 
-    return Source(str(data), data.name, link)
+    return Source(str(data.resolve()), dataset, link)
 
 
-def place_raw_dataset(source: Source, nnunet: NnUNet, elsewhere: str) -> bool:
+def place_raw_dataset(source: Source, nnunet: NnUNet, elsewhere: str, with_test_set: bool = False) -> bool:
     """Put the dataset, checked, into nnUNet_raw: whole or not at all. False if it is there already.
 
-    elsewhere: how to say another working directory, for messages.
+    elsewhere: how to say another working directory, for messages. with_test_set: check imagesTs and labelsTs, too.
 
     Raises `XAttnResError` for data that cannot be used, and if something else has the dataset's name or number.
     """
@@ -169,6 +185,8 @@ def place_raw_dataset(source: Source, nnunet: NnUNet, elsewhere: str) -> bool:
         source.make_dataset(nnunet, staging)
         try:
             check_raw_dataset(staged)
+            if with_test_set:
+                check_test_set(staged)
         except XAttnResError as error:
             # The staging folder is about to go, so files are named relative to the dataset.
             message = str(error).replace(f"{staged}{os.sep}", "")
@@ -228,7 +246,7 @@ def check_raw_dataset(folder: Path) -> Cases:
     for name, case in cases.items():
         if not Path(case["label"]).is_file():
             raise XAttnResError(f"training case {name} has no label: add {case['label']} or remove the case")
-    check_nifti_files(Path(file) for case in cases.values() for file in [*case["images"], case["label"]])
+    check_nifti_files(_files(cases))
     try:
         # A file that cannot be opened makes nnU-Net print a traceback.
         with redirect_stderr(io.StringIO()):
@@ -239,6 +257,26 @@ def check_raw_dataset(folder: Path) -> Cases:
         complaint = _first_complaint(cases, dataset_json) or str(error)
         raise XAttnResError(f"mend the dataset: {one_line(complaint)}") from None
     return cases
+
+
+def check_test_set(folder: Path) -> None:
+    """Raises `XAttnResError` for the first case of imagesTs and labelsTs that does not fit dataset.json."""
+    dataset_json = read_dataset_json(folder)
+    ending, images = dataset_json["file_ending"], str(folder / "imagesTs")
+    names = get_identifiers_from_splitted_dataset_folder(images, ending)
+    files = create_lists_from_splitted_dataset_folder(images, ending, names, int(NUM_WORKERS))
+    cases: Cases = {
+        name: {"images": of_case, "label": str(folder / "labelsTs" / f"{name}{ending}")}
+        for name, of_case in zip(names, files, strict=True)
+    }
+    check_nifti_files(_files(cases))
+    complaint = _first_complaint(cases, dataset_json)
+    if complaint:
+        raise XAttnResError(f"mend the test set, or say test: false: {one_line(complaint)}")
+
+
+def _files(cases: Cases) -> Iterator[Path]:
+    return (Path(file) for case in cases.values() for file in [*case["images"], case["label"]])
 
 
 def check_nifti_files(files: Iterable[Path]) -> None:

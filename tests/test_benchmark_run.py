@@ -1,5 +1,6 @@
 """Running a matrix: cells that are interrupted, fail, or are wanted by two; what is shown; seeds; downloads."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ from hashlib import md5
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -32,6 +34,7 @@ from nnunet_xattnres.benchmark.matrix import (
     FINISHED,
     INTERRUPTED,
     LOCK,
+    PREPARATION_LOCK,
     RUNNING,
     WAITING,
     Busy,
@@ -123,6 +126,15 @@ def test_a_lock_is_for_one(tmp_path):
         assert is_locked(tmp_path / "lock")
     assert not is_locked(tmp_path / "lock")
     assert not is_locked(tmp_path / "nowhere")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(descriptor, kind):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(XAttnResError, match="choose another -o"), locked(tmp_path / "lock", 0):
+        pass
 
 
 def test_a_look_at_a_lock_does_not_keep_it_from_anybody(tmp_path):
@@ -259,6 +271,13 @@ def test_an_interrupted_validation_is_repeated_without_training(commands, tmp_pa
     assert CELL.state(tmp_path) == FINISHED
 
 
+def test_the_validation_of_another_training_is_not_taken_for_its_own(commands, tmp_path):
+    write_validation(tmp_path)
+    commands.results["nnUNetv2_train"] = lambda: write_final_checkpoint(tmp_path)
+    run_cell(tmp_path, CELL, "cpu", num_gpus=1)
+    assert not CELL.is_validated(tmp_path)
+
+
 def test_an_interrupted_prediction_is_repeated_alone(commands, tmp_path):
     write_final_checkpoint(tmp_path)
     write_validation(tmp_path)
@@ -319,6 +338,7 @@ class FakeMachine:
     def submit(self, cell):
         self.submissions.append(cell)
         self.do(cell)
+        return True
 
     def stop(self):
         pass
@@ -341,6 +361,7 @@ class SlowMachine(FakeMachine):
     def submit(self, cell):
         self.submissions.append(cell)
         self.live.append(cell)
+        return True
 
 
 @pytest.fixture(autouse=True)
@@ -544,6 +565,22 @@ def test_a_run_under_nohup_outlives_its_terminal():
     assert still_here
 
 
+def test_a_second_signal_does_not_interrupt_the_end_of_a_run():
+    """`timeout` sends one to the process and one to its group."""
+    cleared = False
+    with pytest.raises(SystemExit) as exit_status, termination_as_exception():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            cleared = True
+    assert cleared
+    assert exit_status.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+
+
 def test_slurm_where_there_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(XAttnResError, match="no Slurm here"):
@@ -555,6 +592,60 @@ def test_a_parameter_that_slurm_does_not_have(tmp_path, monkeypatch):
     with pytest.raises(XAttnResError, match="partitoin") as error:
         make_machine(tmp_path, Executor("slurm", parameters={"partitoin": "gpu"}))
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    """The names of the jobs of a Slurm whose user may have two."""
+
+    def submit(self, *given):
+        if len(queue) >= 2:
+            raise RuntimeError("sbatch: error: QOSMaxSubmitJobPerUserLimit\nsubmission failed")
+        queue.append(self.parameters["job_name"])
+
+    queue: list[str] = []
+    monkeypatch.setattr("submitit.SlurmExecutor.affinity", classmethod(lambda cls: 2))
+    monkeypatch.setattr("submitit.SlurmExecutor.submit", submit)
+    monkeypatch.setattr(subprocess, "run", lambda *given, **options: SimpleNamespace(stdout="\n".join(queue)))
+    monkeypatch.setattr(running, "QUEUE_SECONDS", 0.2)
+    return queue
+
+
+def test_what_slurm_does_not_take_now_it_is_given_again(queue, tmp_path, capsys):
+    cells = [replace(CELL, seed=seed) for seed in range(3)]
+    machine = make_machine(tmp_path, Executor("slurm"))
+    assert [machine.submit(cell) for cell in cells] == [True, True, False]
+    assert not machine.has_room()
+    assert eventually(machine.has_room)
+    assert not machine.submit(cells[2])
+    assert capsys.readouterr().err == (
+        "Slurm takes no job: sbatch: error: QOSMaxSubmitJobPerUserLimit submission failed; trying again until it does\n"
+    )
+    # A later run finds the jobs of this one.
+    machine = make_machine(tmp_path, Executor("slurm"))
+    assert [machine.has(cell) for cell in cells] == [True, True, False]
+    assert not machine.submit(cells[2])
+    queue.pop()
+    assert machine.submit(cells[2])
+
+
+def test_slurm_that_takes_no_job_at_all(queue, tmp_path):
+    queue += ["something", "else"]
+    with pytest.raises(XAttnResError, match="Slurm takes no job: sbatch: error: QOSMaxSubmitJobPerUserLimit"):
+        running.run_cells(tmp_path, [CELL], make_machine(tmp_path, Executor("slurm")))
+
+
+def test_what_a_machine_does_not_take_is_not_given_up(tmp_path):
+    class Reluctant(FakeMachine):
+        refusals = 2 * ATTEMPTS
+
+        def submit(self, cell):
+            self.refusals -= 1
+            return self.refusals < 0 and super().submit(cell)
+
+    machine = Reluctant(tmp_path, lambda cell: cell.write_record(tmp_path, FINISHED))
+    running.run_cells(tmp_path, [CELL], machine)
+    assert CELL.state(tmp_path) == FINISHED
 
 
 # What is shown
@@ -615,6 +706,18 @@ def test_status_of_a_matrix(tmp_path, capsys):
 def test_status_of_something_else(tmp_path, capsys):
     assert main(["benchmark", "status", str(tmp_path / "nowhere")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "matrix.json").write_text("")
+    assert main(["benchmark", "status", str(tmp_path)]) == 1
+    assert "is damaged: `nnunet-xattnres benchmark run` writes it again" in capsys.readouterr().err
+
+
+def test_status_while_data_is_prepared(tmp_path, capsys):
+    with locked(tmp_path / PREPARATION_LOCK, 0):
+        assert main(["benchmark", "status", str(tmp_path)]) == 0
+        assert "being prepared" in capsys.readouterr().out
+        write_cells(tmp_path, [CELL])
+        assert main(["benchmark", "status", str(tmp_path)]) == 0
+    assert "1 cells" in capsys.readouterr().out
 
 
 # What a launched training gets
@@ -770,6 +873,15 @@ def test_a_download_with_another_checksum_is_thrown_away(mirror, tmp_path, capsy
     assert main(["benchmark", "fetch", "4", "-o", str(tmp_path)]) == 1
     assert "MD5" in capsys.readouterr().err
     assert not list(tmp_path.glob("Task04*"))
+
+
+def test_a_download_is_for_one(mirror, tmp_path, capsys):
+    with locked(tmp_path / "Task04_Hippocampus.tar.part", 0):
+        assert main(["benchmark", "fetch", "4", "-o", str(tmp_path)]) == 1
+    assert "by another process" in capsys.readouterr().err
+    assert main(["benchmark", "fetch", "4", "-o", "/dev/null"]) == 1
+    assert "choose another -o" in capsys.readouterr().err
+    assert RangeHandler.requests == []
 
 
 def test_an_unknown_task_and_a_mirror_that_is_away(tmp_path, monkeypatch, capsys):

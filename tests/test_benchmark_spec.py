@@ -21,6 +21,7 @@ from nnunet_xattnres.benchmark.preparation import _Preparation, check_spec
 from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, read_spec, without_executor, write_spec
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.commands import NnUNet
+from nnunet_xattnres.datasets import check_test_set, read_source
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.plans import add_wide_configuration
 
@@ -94,6 +95,7 @@ def refusal(content, tmp_path, capsys):
         ({"datasets": ["data/Nowhere"]}, "does not exist"),
         ({"datasets": [777]}, "dataset 777"),
         ({"datasets": [{"path": "data/Dataset123_Tiny", "name": "Dataset007_Bond"}]}, "not Dataset007_Bond"),
+        ({"datasets": [{"path": "x", "trainers": 2 * ["nnUNetTrainerPlanned"]}]}, "nnUNetTrainerPlanned twice"),
         ({"datasets": 2 * ["data/Dataset123_Tiny"]}, "both have the id 123"),
         ({"datasets": [{"path": "data/Dataset123_Tiny", "test": True}]}, "no test images"),
         ({"configurations": {"small": {"base": "3d_fullres", "feature": 4}}}, "did you mean features"),
@@ -107,6 +109,8 @@ def refusal(content, tmp_path, capsys):
             },
             "small_wide twice",
         ),
+        ({"configurations": ["2d", "2d"]}, "configurations has 2d twice"),
+        ({"configurations": {"a": {"base": "3d_fullress", "features": 4}}}, "did you mean 3d_fullres"),
         ({"configurations": {"a__b": {"base": "2d", "features": 4}}}, "single underscores"),
         ({"configurations": {"a": {"base": "2d"}}}, "the same as its base"),
         ({"configurations": {"a": {"base": "2d", "iterations": 4}}}, "no epochs"),
@@ -130,6 +134,12 @@ def refusal(content, tmp_path, capsys):
         ),
         ({"executor": "slrm"}, "there is no executor slrm: did you mean slurm"),
         ({"executor": {"kind": "local", "job": 2}}, "unknown key job: did you mean jobs"),
+        ({"executor": []}, "executor must hold kind"),
+        (
+            {"executor": {"kind": "slurm", "num_gpus": 4, "parameters": {"gpus_per_node": 1}}},
+            "num_gpus 4 and gpus_per_node 1",
+        ),
+        ({"seeds": 0}, "seeds must be a list"),
         ({"executor": {"kind": "local", "parameters": {"partition": "gpu"}}}, "Slurm"),
     ],
 )
@@ -138,11 +148,26 @@ def test_a_mistake_in_the_spec_is_one_line(change, complaint, content, tmp_path,
     assert complaint in refusal(content | change, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("text", ["datasets: [", "- a\n- b\n", ""])
-def test_a_file_that_is_no_spec(text, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("datasets: [", "not valid YAML"),
+        ("- a\n- b\n", "must hold datasets"),
+        ("", "must hold datasets"),
+        ("folds: [0]\nseeds: [0]\nfolds: [1]\n", "folds is there twice"),
+    ],
+)
+def test_a_file_that_is_no_spec(text, complaint, tmp_path, capsys):
     (tmp_path / "spec.yaml").write_text(text)
     assert main(["benchmark", "run", str(tmp_path / "spec.yaml"), "-o", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_without_what_reads_checkpoints_nothing_is_begun(content, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.5.1")
+    assert "pip install 'torch>=2.6'" in refusal(content, tmp_path, capsys)
 
 
 def test_a_missing_spec(tmp_path, capsys):
@@ -163,6 +188,36 @@ def test_a_test_set_without_labels(content, raw, tmp_path, capsys):
     # It would be measured, and never be predicted.
     write_image(raw / "labelsTs" / "test_1.nii.gz", np.ones(SHAPE, np.uint8))
     assert "no image for test_1: remove it from labelsTs" in refusal(content, tmp_path, capsys)
+
+
+def test_a_test_set_that_nnunet_could_not_predict_or_measure(raw, tmp_path):
+    image, label = raw / "imagesTs" / "test_0_0000.nii.gz", raw / "labelsTs" / "test_0.nii.gz"
+    write_image(image, np.zeros(SHAPE, np.float32))
+    write_image(label, np.ones(SHAPE, np.uint8))
+    check_test_set(raw)
+    write_image(label, np.full(SHAPE, 7, np.uint8))
+    with pytest.raises(XAttnResError, match=r"or say test: false: .*7"):
+        check_test_set(raw)
+    write_image(label, np.ones(SHAPE, np.uint8))
+    image.write_bytes(image.read_bytes()[:40])
+    with pytest.raises(XAttnResError, match=r"test_0_0000\.nii\.gz is truncated or damaged"):
+        check_test_set(raw)
+
+
+@pytest.mark.parametrize("in_nnunet_raw", [True, False])
+def test_a_dataset_may_be_a_link(in_nnunet_raw, content, raw, tmp_path, monkeypatch):
+    link = tmp_path / "linked" / "Dataset027_Other"
+    link.parent.mkdir()
+    link.symlink_to(raw.rename(tmp_path / "tiny"))
+    monkeypatch.setenv("nnUNet_raw", str(link.parent))
+    content["datasets"] = [27 if in_nnunet_raw else str(link)]
+    spec, (source,) = check_spec(read_spec(write(content, tmp_path)))
+    assert spec.datasets[0].name == source.dataset == "Dataset027_Other"
+    source.make_dataset(None, tmp_path)
+    assert (tmp_path / "Dataset027_Other" / "dataset.json").is_file()
+    # A link of any name to a dataset is that dataset.
+    (tmp_path / "any").symlink_to((tmp_path / "tiny").rename(tmp_path / "Dataset123_Tiny"))
+    assert read_source(tmp_path / "any").dataset == "Dataset123_Tiny"
 
 
 def test_a_key_without_a_value_is_not_given(content, tmp_path):
@@ -196,7 +251,7 @@ def steps(monkeypatch):
     steps = Steps()
     for name in ("plan", "variants", "write_plans", "preprocess"):
         monkeypatch.setattr(_Preparation, name, note(name))
-    monkeypatch.setattr(preparation, "place_raw_dataset", lambda *given: None)
+    monkeypatch.setattr(preparation, "place_raw_dataset", lambda *given, **options: None)
     return steps
 
 
@@ -222,12 +277,12 @@ def test_a_command_that_outlives_the_preparation_keeps_others_from_it(content, t
     command.write_text(f"#!/bin/sh\n{outlives}\nuntil [ -s {tmp_path}/pid ]; do sleep 0.1; done\nexit 1\n")
     command.chmod(0o755)
     monkeypatch.setattr(commands, "find_command", lambda name: str(command))
-    monkeypatch.setattr(preparation, "place_raw_dataset", lambda *given: None)
+    monkeypatch.setattr(preparation, "place_raw_dataset", lambda *given, **options: None)
     out = tmp_path / "out"
     with pytest.raises(XAttnResError, match="extract_fingerprint"):
         run_benchmark(write(content, tmp_path), out)
     try:
-        assert is_locked(out / preparation.LOCK)
+        assert is_locked(out / preparation.PREPARATION_LOCK)
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 

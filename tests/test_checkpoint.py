@@ -115,7 +115,7 @@ class TestWhatNeedsTrust:
     def test_an_old_pytorch_can_be_renewed(self, path, monkeypatch):
         torch.save(CONTENT, path)
         monkeypatch.setattr(checkpoint.torch, "__version__", "2.5.1")
-        assert complaint(path).endswith("without letting it run code: pip install 'torch>=2.6'")
+        assert complaint(path).endswith("without letting them run code: pip install 'torch>=2.6'")
         assert complaint(path, trusted=False).endswith("2.6', or add --trust-checkpoint if you trust its origin")
         assert read_checkpoint_as_nnunet(path, "")["init_args"] == {"fold": 0}
 

@@ -7,6 +7,8 @@ from nnunet_xattnres.benchmark.preparation import check_spec, prepare
 from nnunet_xattnres.benchmark.running import make_machine, run_cells
 from nnunet_xattnres.benchmark.spec import read_spec
 from nnunet_xattnres.benchmark.tables import read_tables
+from nnunet_xattnres.checkpoint import why_unrestricted_only
+from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.files import make_writable_folder
 
 
@@ -17,6 +19,9 @@ def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> No
 
     Raises `XAttnResError` for a spec that cannot be run, before anything is trained, and if cells have failed.
     """
+    # Every cell ends with its checkpoint being read.
+    if problem := why_unrestricted_only():
+        raise XAttnResError(problem)
     earlier = None if report is None else read_tables(report)
     spec, sources = check_spec(read_spec(spec_file))
     if earlier is not None:

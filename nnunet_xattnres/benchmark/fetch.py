@@ -9,7 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nnunet_xattnres.benchmark.matrix import Busy, locked
 from nnunet_xattnres.errors import XAttnResError, suggestion
+from nnunet_xattnres.files import make_writable_folder
 
 MIRROR = "https://msd-for-monai.s3-us-west-2.amazonaws.com"
 # The MD5 sums that MONAI's DecathlonDataset (monai/apps/datasets.py) checks the same files with.
@@ -33,25 +35,22 @@ NOTHING_LEFT = 416
 def fetch(task: str, folder: Path) -> None:
     """Download `task`.tar to `folder`; what an interrupted download has left is continued.
 
-    Raises `XAttnResError` for an unknown task, where the mirror cannot be reached, and for a file that is not the one
-    that its MD5 sum is of.
+    Raises `XAttnResError` for an unknown task, where the mirror cannot be reached or `folder` cannot be written to, and
+    for a file that is not the one that its MD5 sum is of.
     """
     name = _name(task)
     archive = folder / f"{name}.tar"
     if archive.is_file():
         print(f"Already there: {archive}")
         return
+    make_writable_folder(folder, "-o")
     partial = archive.with_suffix(".tar.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _download(f"{MIRROR}/{name}.tar", partial)
-    except OSError as error:
-        reason = getattr(error, "reason", None) or error.strerror or error
-        raise XAttnResError(f"cannot download {MIRROR}/{name}.tar ({reason}): try again, it continues") from None
-    if _md5(partial) != MD5[name]:
-        partial.unlink()
-        raise XAttnResError(f"{name}.tar is not what MONAI has got from the mirror, by its MD5 sum: fetch it again")
-    os.replace(partial, archive)
+        with locked(partial, patience=0):
+            _download_checked(name, partial)
+            os.replace(partial, archive)
+    except Busy:
+        raise XAttnResError(f"{partial} is being downloaded by another process: wait for it") from None
     print(f"{archive}: a dataset's path in a spec may name it")
 
 
@@ -62,6 +61,17 @@ def _name(task: str) -> str:
         near = suggestion(task, MD5) or f"there are {', '.join(MD5)}"
         raise XAttnResError(f"the Decathlon has no task {task}: {near}")
     return known[0]
+
+
+def _download_checked(name: str, partial: Path) -> None:
+    try:
+        _download(f"{MIRROR}/{name}.tar", partial)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror or error
+        raise XAttnResError(f"cannot download {MIRROR}/{name}.tar ({reason}): try again, it continues") from None
+    if _md5(partial) != MD5[name]:
+        partial.unlink()
+        raise XAttnResError(f"{name}.tar is not what MONAI has got from the mirror, by its MD5 sum: fetch it again")
 
 
 def _download(url: str, partial: Path) -> None:

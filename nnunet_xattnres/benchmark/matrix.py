@@ -19,6 +19,7 @@ SPEC = "spec.yaml"
 MATRIX = "matrix.json"
 RECORD = "cell.json"
 LOCK = "cell.lock"
+PREPARATION_LOCK = "preparation.lock"
 EARLIER = "earlier"
 FINISHED, FAILED, RUNNING, INTERRUPTED, WAITING = STATES = ("finished", "failed", "running", "interrupted", "waiting")
 # A look at a lock holds it for an instant.
@@ -69,9 +70,12 @@ class Cell:
     def is_trained(self, root: Path) -> bool:
         return (self.folder(root) / FINAL_CHECKPOINT).is_file()
 
+    def validation_summary(self, root: Path) -> Path:
+        """What nnU-Net writes when all cases are predicted."""
+        return self.folder(root) / "validation" / "summary.json"
+
     def is_validated(self, root: Path) -> bool:
-        # nnU-Net writes it when all cases are predicted.
-        return (self.folder(root) / "validation" / "summary.json").is_file()
+        return self.validation_summary(root).is_file()
 
     def record(self, root: Path) -> dict[str, Any]:
         """cell.json; empty where the cell was never begun, running where the file is damaged."""
@@ -117,6 +121,10 @@ def read_cells(root: Path) -> list[Cell]:
         raise XAttnResError(
             f"{root} has no {MATRIX}: give the folder of `nnunet-xattnres benchmark run`, once it has prepared the data"
         ) from None
+    except (ValueError, TypeError):
+        raise XAttnResError(
+            f"{root / MATRIX} is damaged: `nnunet-xattnres benchmark run` writes it again, and trains nothing twice"
+        ) from None
 
 
 @contextmanager
@@ -154,4 +162,6 @@ def _try(descriptor: int, kind: int) -> bool:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise XAttnResError(f"this file system has no locks ({error.strerror}): choose another -o") from None
     return True

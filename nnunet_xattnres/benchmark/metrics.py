@@ -94,7 +94,7 @@ def measured_tables(root: Path, finished: list[Cell]) -> Tables:
     """
     # What MONAI's own functions hand to each other; no user can mend it.
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-    datasets = {dataset.name: _Dataset(root, dataset) for dataset in read_spec(root / SPEC).datasets}
+    datasets = {dataset.name: _References(root, dataset) for dataset in read_spec(root / SPEC).datasets}
     predictions = [prediction for cell in finished for prediction in _predictions(root, cell, datasets[cell.dataset])]
     with ThreadPoolExecutor(int(NUM_WORKERS)) as pool:
         rows = pool.map(lambda prediction: prediction.rows(), predictions)
@@ -119,7 +119,7 @@ def planned_tables(root: Path, states: dict[Cell, str]) -> Tables:
         cases=_table("cases", ()),
         cells=_table("cells", (_cell_row(root, cell, state) for cell, state in states.items())),
         curves=_table("curves", ()),
-        datasets=_table("datasets", (_Dataset(root, dataset).row() for dataset in spec.datasets)),
+        datasets=_table("datasets", (_References(root, dataset).row() for dataset in spec.datasets)),
         trainers=_table("trainers", (_arm_row(arm) for arm in spec.trainers)),
         versions=_table("versions", ()),
     )
@@ -127,7 +127,7 @@ def planned_tables(root: Path, states: dict[Cell, str]) -> Tables:
 
 def cases_to_predict(root: Path) -> dict[Cell, set[tuple[str, str]]]:
     """Which cases every cell of a benchmark's folder predicts, each with its set."""
-    datasets = {dataset.name: _Dataset(root, dataset) for dataset in read_spec(root / SPEC).datasets}
+    datasets = {dataset.name: _References(root, dataset) for dataset in read_spec(root / SPEC).datasets}
     return {
         cell: {(kind, datasets[cell.dataset].case(path)) for kind, path in datasets[cell.dataset].references(cell)}
         for cell in read_cells(root)
@@ -138,7 +138,7 @@ def _table(name: str, rows: Iterable[dict[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame(list(rows), columns=list(COLUMNS[name])).astype(COLUMNS[name])
 
 
-class _Dataset:
+class _References:
     """The references of a dataset, and what is compared in them."""
 
     def __init__(self, root: Path, dataset: Dataset) -> None:
@@ -192,7 +192,7 @@ def labels_or_regions(labels: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 @dataclass(frozen=True)
 class _Prediction:
     cell: Cell
-    dataset: _Dataset
+    dataset: _References
     kind: str
     reference: Path
     path: Path
@@ -228,7 +228,7 @@ class _Prediction:
         ]
 
 
-def _predictions(root: Path, cell: Cell, dataset: _Dataset) -> list[_Prediction]:
+def _predictions(root: Path, cell: Cell, dataset: _References) -> list[_Prediction]:
     found = []
     for kind, reference in dataset.references(cell):
         path = cell.folder(root) / kind / reference.name

@@ -24,7 +24,7 @@ from nnunetv2.utilities.utils import (
     get_identifiers_from_splitted_dataset_folder,
 )
 
-from nnunet_xattnres.benchmark.matrix import SPEC, Cell, is_locked, locked, write_cells
+from nnunet_xattnres.benchmark.matrix import PREPARATION_LOCK, SPEC, Cell, is_locked, locked, write_cells
 from nnunet_xattnres.benchmark.spec import (
     PLANNER,
     WIDTHS,
@@ -44,7 +44,6 @@ from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, add_w
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 from nnunet_xattnres.trainer_lookup import find_trainer
 
-LOCK = "preparation.lock"
 SPLITS = "splits_final.json"
 # nnU-Net's own.
 NUM_ITERATIONS, NUM_VAL_ITERATIONS = 250, 50
@@ -72,15 +71,15 @@ def prepare(root: Path, spec: Spec, sources: list[Source]) -> list[Cell]:
 
     Raises `XAttnResError` if the folder belongs to another spec, and where nnU-Net's plans do not fit this one.
     """
-    if is_locked(root / LOCK):
+    if is_locked(root / PREPARATION_LOCK):
         print("Another process prepares the data: waiting for it", flush=True)
-    with locked(root / LOCK, patience=float("inf")) as lock:
+    with locked(root / PREPARATION_LOCK, patience=float("inf")) as lock:
         _check_owner(root, spec)
         # A command that outlives this process keeps the lock: nobody begins it beside itself.
         nnunet = NnUNet(root, "cpu", keep_open=(lock,))
         preparations = [_Preparation(nnunet, spec, dataset) for dataset in spec.datasets]
         for preparation, source in zip(preparations, sources, strict=True):
-            place_raw_dataset(source, nnunet, "-o")
+            place_raw_dataset(source, nnunet, "-o", with_test_set=bool(preparation.dataset.test))
             preparation.plan()
         variants = [(preparation.dataset, preparation.variants()) for preparation in preparations]
         # What is wrong with a spec has shown by now. Until here, another one may take the folder.
@@ -107,14 +106,14 @@ def _check_owner(root: Path, spec: Spec) -> None:
 
 def _check_arm(arm: Arm, configurations: tuple[Configuration, ...]) -> None:
     _plans_name(arm.planner)
-    for name in filter(None, (arm.trainer, arm.parameters_of)):
-        trainer = find_trainer(name)
-        budgets = [configuration.name for configuration in configurations if configuration.epochs]
-        if budgets and not issubclass(trainer, XAttnResTrainerMixin):
-            raise XAttnResError(
-                f"{name} ignores the budget of the configuration {budgets[0]}: take a trainer of this plugin, "
-                "nnUNetTrainerPlanned for the planned network"
-            )
+    if arm.parameters_of is not None:
+        find_trainer(arm.parameters_of)
+    budgets = [configuration.name for configuration in configurations if configuration.epochs]
+    if not issubclass(find_trainer(arm.trainer), XAttnResTrainerMixin) and budgets:
+        raise XAttnResError(
+            f"{arm.trainer} ignores the budget of the configuration {budgets[0]}: take a trainer of this plugin, "
+            "nnUNetTrainerPlanned for the planned network"
+        )
 
 
 def _plans_name(planner: str) -> str:

@@ -172,7 +172,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         _arms(tables),
         _trainings(tables),
         "## Differences",
-        _explanation(),
+        _explanation(results),
         _verdicts(results.with_first),
         *_differences("### Paired differences in Dice", results.with_first, "dice"),
         *_differences("### Paired differences in NSD", results.with_first, "nsd"),
@@ -247,9 +247,10 @@ def _trainings(tables: Tables) -> str:
     return _table([*header, "iterations per epoch", "epochs"], lines)
 
 
-def _explanation() -> str:
+def _explanation(results: Results) -> str:
+    baseline = short_name(results.comparisons[0]["second"]) if results.comparisons else "the first"
     return (
-        "Here every trainer is compared with the first one. The other pairs have a table further down, and all pairs "
+        f"Here every trainer is compared with {baseline}. The other pairs have a table further down, and all pairs "
         "and metrics are in comparisons.csv. Differences are paired: cases in the folds and seeds that both trainers "
         "have finished, values averaged over these first, a case's value being its mean over the labels that its "
         f"reference contains. Brackets: 95 % bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p "

@@ -97,8 +97,11 @@ class _Steps:
             command += ["-num_gpus", str(self.num_gpus)]
         if cell.is_trained(self.root):
             command.append("--val")
-        elif any(folder.glob("checkpoint_*.pth")):
-            command.append("--c")
+        else:
+            # Of another training, it would pass for this one's.
+            cell.validation_summary(self.root).unlink(missing_ok=True)
+            if any(folder.glob("checkpoint_*.pth")):
+                command.append("--c")
         self._run("train", *command)
 
     def predict(self) -> None:
@@ -126,7 +129,7 @@ class _Steps:
 
 def _results(root: Path, cell: Cell) -> dict[str, Any]:
     checkpoint = cell.folder(root) / FINAL_CHECKPOINT
-    logged = read_checkpoint(checkpoint, "delete it to train again")["logging"]
+    logged = read_checkpoint(checkpoint, "delete its folder to train again")["logging"]
     times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
     seconds = [end - start for start, end in times]
     costs = recorded_costs(cell.folder(root))
@@ -162,7 +165,8 @@ class Machine(Protocol):
 
     def has_room(self) -> bool: ...
 
-    def submit(self, cell: Cell) -> None: ...
+    def submit(self, cell: Cell) -> bool:
+        """Whether the cell was taken; else it is to be tried again later."""
 
     def has(self, cell: Cell) -> bool:
         """Whether a cell has a process here, or waits for one."""
@@ -190,11 +194,12 @@ class LocalMachine:
     def has_room(self) -> bool:
         return len(self._live()) < len(self.shares)
 
-    def submit(self, cell: Cell) -> None:
+    def submit(self, cell: Cell) -> bool:
         slot = next(slot for slot in range(len(self.shares)) if slot not in self._live())
         with _children_heed_interrupts():
             job = self.submitit.submit(CellTask(), self.root, cell, self.executor.num_gpus, self.shares[slot])
         self.jobs[slot] = (cell, job)
+        return True
 
     def has(self, cell: Cell) -> bool:
         return any(cell == live for live, _ in self._live().values())
@@ -218,6 +223,7 @@ class SlurmCluster:
         self.root = root
         self.executor = executor
         self._looked, self._queue = -QUEUE_SECONDS, set[str]()
+        self._has_taken, self._refused, self._refusal = False, -QUEUE_SECONDS, ""
         parameters = {"time": A_DAY_IN_MINUTES, **executor.parameters}
         if executor.num_gpus > 1:
             parameters.setdefault("gpus_per_node", executor.num_gpus)
@@ -230,15 +236,24 @@ class SlurmCluster:
             raise XAttnResError(f"parameters of executor: {one_line(str(error))}") from None
 
     def has_room(self) -> bool:
-        return True
+        return time.monotonic() > self._refused + QUEUE_SECONDS
 
-    def submit(self, cell: Cell) -> None:
+    def submit(self, cell: Cell) -> bool:
         self.submitit.update_parameters(job_name=self._job_name(cell))
         try:
             self.submitit.submit(CellTask(), self.root, cell, self.executor.num_gpus, {})
         except Exception as error:
-            raise XAttnResError(f"Slurm takes no job: {one_line(str(error))}") from None
+            refusal = f"Slurm takes no job: {one_line(str(error))}"
+            if not self._has_taken:
+                raise XAttnResError(refusal) from None
+            # It takes jobs like this one. A limit on how many are queued, say, ends with one of them.
+            if refusal != self._refusal:
+                print(f"{refusal}; trying again until it does", file=sys.stderr)
+            self._refused, self._refusal = time.monotonic(), refusal
+            return False
+        self._has_taken, self._refusal = True, ""
         self._queue.add(self._job_name(cell))
+        return True
 
     def has(self, cell: Cell) -> bool:
         if time.monotonic() > self._looked + QUEUE_SECONDS:
@@ -249,7 +264,9 @@ class SlurmCluster:
                 # The controller may be away for a while; what it has queued does not change by that.
                 print(f"squeue: {one_line(error.stderr)}", file=sys.stderr)
             self._looked = time.monotonic()
-        return self._job_name(cell) in self._queue
+        is_queued = self._job_name(cell) in self._queue
+        self._has_taken |= is_queued
+        return is_queued
 
     def stop(self) -> None:
         """Jobs stay in the queue."""
@@ -313,13 +330,17 @@ class _Run:
         self.announced = dict.fromkeys(cells, "")
 
     def to_the_end(self) -> None:
-        while open_cells := [cell for cell in self.cells if not self._is_settled(cell)]:
+        open_cells = self.cells
+        while open_cells:
+            settled = {cell for cell in open_cells if self._is_settled(cell)}
             for cell in open_cells:
-                if self._is_idle(cell) and self.machine.has_room():
+                if cell not in settled and self._is_idle(cell) and self.machine.has_room():
                     self._start(cell)
-            self._show()
-            time.sleep(POLL_SECONDS)
-        self._show()
+            self._show(open_cells)
+            # Not looked at again: a matrix is large, and may lie on a file system that many use.
+            open_cells = [cell for cell in open_cells if cell not in settled]
+            if open_cells:
+                time.sleep(POLL_SECONDS)
 
     def _is_settled(self, cell: Cell) -> bool:
         """Finished, or failed in this run or in another one that goes on beside it."""
@@ -337,8 +358,7 @@ class _Run:
 
     def _start(self, cell: Cell) -> None:
         if self.attempts[cell] < ATTEMPTS:
-            self.attempts[cell] += 1
-            self.machine.submit(cell)
+            self.attempts[cell] += self.machine.submit(cell)
             return
         reason = f"its process has ended {ATTEMPTS} times without saying why, see {self.root / JOBS}"
         # Another run may have begun or settled it since the last look.
@@ -346,9 +366,9 @@ class _Run:
             if not self._is_settled(cell):
                 cell.write_record(self.root, FAILED, reason=reason)
 
-    def _show(self) -> None:
+    def _show(self, cells: list[Cell]) -> None:
         """Print what is new: of a running cell its line, of others their state."""
-        for cell in self.cells:
+        for cell in cells:
             state = cell.state(self.root)
             line = progress(self.root, cell).line if state == RUNNING else state
             if state != WAITING and line != self.announced[cell]:

@@ -124,7 +124,7 @@ def read_spec(path: Path) -> Spec:
     Raises `XAttnResError` for whatever is wrong in it that can be told without looking at datasets and trainers.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         raise XAttnResError(f"cannot read {path} ({error.strerror}): give the YAML file of a benchmark") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -133,6 +133,19 @@ def read_spec(path: Path) -> Spec:
         return _spec(content, path.parent)
     except XAttnResError as error:
         raise XAttnResError(f"{path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return node
 
 
 def write_spec(spec: Spec, path: Path) -> None:
@@ -166,7 +179,7 @@ def _spec(content: Any, folder: Path) -> Spec:
         raise XAttnResError(f"must hold {', '.join(f.name for f in fields(Spec))}, key by key")
     _check_keys(content, Spec, "the spec")
     for key in ("datasets", "configurations", "trainers", "folds", "seeds"):
-        if not content.get(key):
+        if content.get(key) in (None, [], {}):
             raise XAttnResError(f"{key} is missing: say at least one")
     spec = Spec(
         datasets=tuple(_dataset(entry, folder) for entry in _list(content, "datasets")),
@@ -174,7 +187,7 @@ def _spec(content: Any, folder: Path) -> Spec:
         trainers=tuple(_arm(entry) for entry in _list(content, "trainers")),
         folds=tuple(_whole(fold, "folds", 0, NUM_FOLDS - 1) for fold in _list(content, "folds")),
         seeds=tuple(_whole(seed, "seeds", 0, 2**31 - 1) for seed in _list(content, "seeds")),
-        executor=_executor(content.get("executor") or {}),
+        executor=_executor({} if content.get("executor") is None else content["executor"]),
     )
     _check_unique("trainers", [arm.name for arm in spec.trainers])
     _check_different(spec.trainers)
@@ -219,6 +232,7 @@ def _dataset(entry: Any, folder: Path) -> Dataset:
     for key in ("configurations", "trainers"):
         if key in values:
             values[key] = tuple(_text(name, f"{key} of {where}") for name in _list(values, key))
+            _check_unique(f"{key} of {where}", values[key])
     return Dataset(**values)
 
 
@@ -232,10 +246,18 @@ def _absolute(path: str, folder: Path) -> str:
 
 def _configurations(content: Any) -> tuple[Configuration, ...]:
     if isinstance(content, list):
-        content = dict.fromkeys(_text(name, "configurations") for name in content)
+        names = [_text(name, "configurations") for name in content]
+        _check_unique("configurations", names)
+        content = dict.fromkeys(names)
     if not isinstance(content, dict):
         raise XAttnResError("configurations must be names, each with what it changes")
-    return tuple(_configuration(name, entry) for name, entry in content.items())
+    configurations = tuple(_configuration(name, entry) for name, entry in content.items())
+    for number, configuration in enumerate(configurations):
+        # Another planner may know more of them; a slip shows before anything is planned.
+        known = [*PLANNED, *(earlier.name for earlier in configurations[:number])]
+        if configuration.base not in known and (near := suggestion(configuration.base, known)):
+            raise XAttnResError(f"configuration {configuration.name}: nnU-Net plans no {configuration.base}: {near}")
+    return configurations
 
 
 def _configuration(name: Any, entry: Any) -> Configuration:
@@ -296,6 +318,9 @@ def _executor(entry: Any) -> Executor:
     parameters = values.get("parameters", {})
     if not isinstance(parameters, dict) or (parameters and kind == LOCAL):
         raise XAttnResError("parameters of executor are those of submitit's Slurm executor, name by name")
+    gpus = parameters.get("gpus_per_node")
+    if values.get("num_gpus", 1) > 1 and gpus not in (None, values["num_gpus"]):
+        raise XAttnResError(f"executor has num_gpus {values['num_gpus']} and gpus_per_node {gpus}: say num_gpus alone")
     return Executor(**values)
 
 

@@ -115,12 +115,18 @@ def compare(tables: Tables) -> list[dict[str, Any]]:
 
 
 def unrelated_datasets(cases: pandas.DataFrame) -> list[tuple[str, str, str]]:
-    """Family and names of every two datasets that are said to be the same patients and share no validation case."""
+    """Family and names of every two datasets that are said to be the same patients and share no validation case.
+
+    Two that have no fold in common are not judged: other folds are other patients.
+    """
     validation = cases[cases.set == "validation"]
     found = []
     for family, of_family in validation.groupby("family", sort=False):
-        names = of_family.groupby("dataset", sort=False)["case"].agg(set)
-        found += [(family, one, other) for one, other in combinations(names.index, 2) if not names[one] & names[other]]
+        names = of_family.groupby(["dataset", "fold"], sort=False)["case"].agg(set)
+        for one, other in combinations(of_family.dataset.unique(), 2):
+            common = names[one].index.intersection(names[other].index)
+            if len(common) and not any(names[one][fold] & names[other][fold] for fold in common):
+                found.append((family, one, other))
     return found
 
 

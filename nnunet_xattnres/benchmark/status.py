@@ -6,7 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_xattnres.benchmark.matrix import FAILED, INTERRUPTED, RUNNING, STATES, Cell, read_cells
+from nnunet_xattnres.benchmark.matrix import (
+    FAILED,
+    INTERRUPTED,
+    MATRIX,
+    PREPARATION_LOCK,
+    RUNNING,
+    STATES,
+    Cell,
+    is_locked,
+    read_cells,
+)
 from nnunet_xattnres.report import align_columns
 
 # Lines of nnU-Net's training log, which begin with a time stamp.
@@ -14,7 +24,6 @@ EPOCH = re.compile(r": Epoch (\d+) ?$", re.MULTILINE)
 EPOCH_TIME = re.compile(r": Epoch time: ([\d.]+) s", re.MULTILINE)
 PSEUDO_DICE = re.compile(r": Pseudo dice (\[.*\])")
 NUMBER = re.compile(r"(?<=[\[( ])\d(?:\.\d+)?(?:e-\d+)?(?=[\]),])")
-TRAINED = ": Training done."
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,9 @@ def progress(root: Path, cell: Cell) -> Progress:
 
 def run_status(root: Path) -> None:
     """Print the matrix. Raises `XAttnResError` if `root` is no benchmark's folder."""
+    if is_locked(root / PREPARATION_LOCK) and not (root / MATRIX).exists():
+        print("The data is being prepared: which cells there are is known after that")
+        return
     cells = read_cells(root)
     print(matrix_table(root, cells))
     for line in running_lines(root, cells):
