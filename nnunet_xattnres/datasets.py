@@ -108,10 +108,10 @@ def read_dataset_json(data: Path) -> dict[str, Any]:
 
 
 def _named(data: Path, pattern: str) -> tuple[Path, re.Match[str]] | None:
-    """The absolute path of the data, or of what it is a link to: the first that is named like that."""
+    """The path of the data or of what it links to, the first that is named like that; no folder in it is a link."""
     for path in (Path(os.path.abspath(data)), data.resolve()):
         if name := re.fullmatch(pattern, path.name):
-            return path, name
+            return path.parent.resolve() / path.name, name
     return None
 
 
@@ -134,11 +134,12 @@ def _msd_source(data: Path) -> Source:
         print(f"$ {shlex.join(command)}", flush=True)
         nnunet.run(*command, log=f"{dataset}_convert", environment=elsewhere)
 
-    return Source(str(data.resolve()), dataset, convert)
+    return Source(str(data), dataset, convert)
 
 
 def _archive_source(archive: Path) -> Source:
-    named = _named(archive, rf"{MSD_NAME}\.tar")
+    # In an archive a task is named as it was when it was made: rather what a link leads to.
+    named = _named(archive.resolve(), rf"{MSD_NAME}\.tar") or _named(archive, rf"{MSD_NAME}\.tar")
     if named is None:
         raise XAttnResError(f"{archive} is not named TaskNN_Name.tar, as archives of MSD tasks are: rename it")
     archive, name = named
@@ -153,19 +154,19 @@ def _archive_source(archive: Path) -> Source:
         read_source(unpacked / archive.stem).make_dataset(nnunet, folder)
         shutil.rmtree(unpacked)
 
-    return Source(str(archive.resolve()), f"Dataset0{name[1]}_{name[2]}", unpack_and_convert)
+    return Source(str(archive), f"Dataset0{name[1]}_{name[2]}", unpack_and_convert)
 
 
 def _raw_source(data: Path) -> Source:
     named = _named(data, r"Dataset\d{3}_.+")
     if named is None:
         raise XAttnResError(f"nnU-Net takes raw datasets in folders named DatasetNNN_Name: rename {data} accordingly")
-    dataset = named[0].name
+    data, _ = named
 
     def link(nnunet: NnUNet, folder: Path) -> None:
-        (folder / dataset).symlink_to(data.resolve())
+        (folder / data.name).symlink_to(data.resolve())
 
-    return Source(str(data.resolve()), dataset, link)
+    return Source(str(data), data.name, link)
 
 
 def place_raw_dataset(source: Source, nnunet: NnUNet, elsewhere: str, with_test_set: bool = False) -> bool:
@@ -200,11 +201,12 @@ def place_raw_dataset(source: Source, nnunet: NnUNet, elsewhere: str, with_test_
 
 def _check_origin(source: Source, dataset: Path, elsewhere: str) -> None:
     record = dataset / "origin.txt"
+    expected = source.origin
     if dataset.is_symlink():
-        origin = str(dataset.resolve())
+        origin, expected = str(dataset.resolve()), str(Path(source.origin).resolve())
     else:
         origin = record.read_text() if record.is_file() else "something else"
-    if origin != source.origin:
+    if origin != expected:
         raise XAttnResError(f"{dataset} was made from {origin}, not from {source.origin}: choose another {elsewhere}")
 
 

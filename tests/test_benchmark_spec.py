@@ -21,7 +21,7 @@ from nnunet_xattnres.benchmark.preparation import _Preparation, check_spec
 from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, read_spec, without_executor, write_spec
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.commands import NnUNet
-from nnunet_xattnres.datasets import check_test_set, read_source
+from nnunet_xattnres.datasets import check_test_set, place_raw_dataset, read_source
 from nnunet_xattnres.errors import XAttnResError
 from nnunet_xattnres.plans import add_wide_configuration
 
@@ -196,8 +196,11 @@ def test_a_test_set_that_nnunet_could_not_predict_or_measure(raw, tmp_path):
     write_image(label, np.ones(SHAPE, np.uint8))
     check_test_set(raw)
     write_image(label, np.full(SHAPE, 7, np.uint8))
+    (tmp_path / "out").mkdir()
+    nnunet = NnUNet(tmp_path / "out", "cpu")
     with pytest.raises(XAttnResError, match=r"or say test: false: .*7"):
-        check_test_set(raw)
+        place_raw_dataset(read_source(raw), nnunet, "-o", with_test_set=True)
+    assert not (nnunet.raw / raw.name).exists()
     write_image(label, np.ones(SHAPE, np.uint8))
     image.write_bytes(image.read_bytes()[:40])
     with pytest.raises(XAttnResError, match=r"test_0_0000\.nii\.gz is truncated or damaged"):
@@ -213,11 +216,26 @@ def test_a_dataset_may_be_a_link(in_nnunet_raw, content, raw, tmp_path, monkeypa
     content["datasets"] = [27 if in_nnunet_raw else str(link)]
     spec, (source,) = check_spec(read_spec(write(content, tmp_path)))
     assert spec.datasets[0].name == source.dataset == "Dataset027_Other"
-    source.make_dataset(None, tmp_path)
-    assert (tmp_path / "Dataset027_Other" / "dataset.json").is_file()
+    (tmp_path / "out").mkdir()
+    nnunet = NnUNet(tmp_path / "out", "cpu")
+    for first in (True, False):
+        assert place_raw_dataset(source, nnunet, "-o") is first
+    assert (tmp_path / "out" / "nnUNet_raw" / "Dataset027_Other" / "dataset.json").is_file()
+    # What is recorded is read as the same.
+    write_spec(spec, tmp_path / "out" / "spec.yaml")
+    assert check_spec(read_spec(tmp_path / "out" / "spec.yaml"))[0] == spec
     # A link of any name to a dataset is that dataset.
     (tmp_path / "any").symlink_to((tmp_path / "tiny").rename(tmp_path / "Dataset123_Tiny"))
     assert read_source(tmp_path / "any").dataset == "Dataset123_Tiny"
+
+
+def test_an_archive_may_be_a_link(tmp_path):
+    (tmp_path / "Task04_Hippocampus.tar").touch()
+    (tmp_path / "Task05_Mine.tar").symlink_to("Task04_Hippocampus.tar")
+    assert read_source(tmp_path / "Task05_Mine.tar").dataset == "Dataset004_Hippocampus"
+    (tmp_path / "blob").touch()
+    (tmp_path / "Task06_Lung.tar").symlink_to("blob")
+    assert read_source(tmp_path / "Task06_Lung.tar").dataset == "Dataset006_Lung"
 
 
 def test_a_key_without_a_value_is_not_given(content, tmp_path):
@@ -331,6 +349,11 @@ def test_a_dataset_by_its_number_in_nnunet_raw(content, raw, tmp_path, monkeypat
     assert spec.datasets[0].family == "Dataset123_Tiny"
     # Once found, it is known by its path.
     assert (spec.datasets[0].id, spec.datasets[0].path) == (None, str(raw))
+
+
+def test_a_configuration_that_only_another_planner_plans(content, tmp_path):
+    spec = read_spec(write(content | {"configurations": ["3d_fullres_bs40"]}, tmp_path))
+    assert spec.configurations == (Configuration("3d_fullres_bs40", "3d_fullres_bs40"),)
 
 
 def test_a_spec_is_written_as_it_was_read(content, tmp_path):

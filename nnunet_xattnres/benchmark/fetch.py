@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nnunet_xattnres.benchmark.matrix import Busy, locked
 from nnunet_xattnres.errors import XAttnResError, suggestion
 from nnunet_xattnres.files import make_writable_folder
 
@@ -46,11 +45,14 @@ def fetch(task: str, folder: Path) -> None:
     make_writable_folder(folder, "-o")
     partial = archive.with_suffix(".tar.part")
     try:
-        with locked(partial, patience=0):
-            _download_checked(name, partial)
-            os.replace(partial, archive)
-    except Busy:
-        raise XAttnResError(f"{partial} is being downloaded by another process: wait for it") from None
+        _download(f"{MIRROR}/{name}.tar", partial)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror or error
+        raise XAttnResError(f"cannot download {MIRROR}/{name}.tar ({reason}): try again, it continues") from None
+    if _md5(partial) != MD5[name]:
+        partial.unlink()
+        raise XAttnResError(f"{name}.tar is not what MONAI has got from the mirror, by its MD5 sum: fetch it again")
+    os.replace(partial, archive)
     print(f"{archive}: a dataset's path in a spec may name it")
 
 
@@ -61,17 +63,6 @@ def _name(task: str) -> str:
         near = suggestion(task, MD5) or f"there are {', '.join(MD5)}"
         raise XAttnResError(f"the Decathlon has no task {task}: {near}")
     return known[0]
-
-
-def _download_checked(name: str, partial: Path) -> None:
-    try:
-        _download(f"{MIRROR}/{name}.tar", partial)
-    except OSError as error:
-        reason = getattr(error, "reason", None) or error.strerror or error
-        raise XAttnResError(f"cannot download {MIRROR}/{name}.tar ({reason}): try again, it continues") from None
-    if _md5(partial) != MD5[name]:
-        partial.unlink()
-        raise XAttnResError(f"{name}.tar is not what MONAI has got from the mirror, by its MD5 sum: fetch it again")
 
 
 def _download(url: str, partial: Path) -> None:

@@ -260,7 +260,8 @@ def _explanation(results: Results) -> str:
         "and have one test, of each patient's mean difference. Better or worse is what the corrected test shows at "
         f"{SIGNIFICANCE:g}, if the mean points the same way; everything else is «{NO_DIFFERENCE}», which is no proof "
         "of equality. Nothing is corrected for the number of pairs. Time, parameters, memory: first / second, the "
-        "median over these trainings; of time and memory over those that ran on one device for both."
+        "median over these trainings; of time and memory over those of both on the device that is named under the "
+        "dataset's next table."
     )
 
 

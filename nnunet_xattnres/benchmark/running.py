@@ -336,7 +336,7 @@ class _Run:
             for cell in open_cells:
                 if cell not in settled and self._is_idle(cell) and self.machine.has_room():
                     self._start(cell)
-            self._show(open_cells)
+            self._show(open_cells, settled)
             # Not looked at again: a matrix is large, and may lie on a file system that many use.
             open_cells = [cell for cell in open_cells if cell not in settled]
             if open_cells:
@@ -366,10 +366,11 @@ class _Run:
             if not self._is_settled(cell):
                 cell.write_record(self.root, FAILED, reason=reason)
 
-    def _show(self, cells: list[Cell]) -> None:
+    def _show(self, cells: list[Cell], settled: set[Cell]) -> None:
         """Print what is new: of a running cell its line, of others their state."""
         for cell in cells:
-            state = cell.state(self.root)
+            # The process that has settled a cell holds its lock an instant longer.
+            state = cell.record(self.root)["state"] if cell in settled else cell.state(self.root)
             line = progress(self.root, cell).line if state == RUNNING else state
             if state != WAITING and line != self.announced[cell]:
                 self.announced[cell] = line

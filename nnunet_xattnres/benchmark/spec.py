@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ PLANNED = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
 # What is tried at most, to tell a slip from an intention.
 WIDTHS = (0.25, 8.0)
 LARGEST_BATCH = 10_000
+LIKENESS_OF_A_SLIP = 0.9
 LOCAL, SLURM = EXECUTORS = ("local", "slurm")
 # It becomes part of folder names, in which nnU-Net separates by two underscores.
 NAME = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -253,10 +255,13 @@ def _configurations(content: Any) -> tuple[Configuration, ...]:
         raise XAttnResError("configurations must be names, each with what it changes")
     configurations = tuple(_configuration(name, entry) for name, entry in content.items())
     for number, configuration in enumerate(configurations):
-        # Another planner may know more of them; a slip shows before anything is planned.
+        # A slip shows before anything is planned; but another planner may know more of them.
         known = [*PLANNED, *(earlier.name for earlier in configurations[:number])]
-        if configuration.base not in known and (near := suggestion(configuration.base, known)):
-            raise XAttnResError(f"configuration {configuration.name}: nnU-Net plans no {configuration.base}: {near}")
+        near = get_close_matches(configuration.base, known, n=1, cutoff=LIKENESS_OF_A_SLIP)
+        if near and configuration.base not in known:
+            raise XAttnResError(
+                f"configuration {configuration.name}: nnU-Net plans no {configuration.base}: did you mean {near[0]}?"
+            )
     return configurations
 
 

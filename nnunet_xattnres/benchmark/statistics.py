@@ -195,8 +195,7 @@ def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: st
     If none is known it is "", and they are those of all cells.
     """
     finished = _finished(cells, dataset, configuration)
-    devices = [device for device in finished.device if device]
-    device = max(devices, key=devices.count, default="")
+    device = _cost_device(finished)
     own = finished[finished.trainer == trainer]
     comparable = own[own.device == device]
     medians = {cost: (comparable if cost in COSTS_OF_DEVICE else own)[cost].median() for cost in COSTS}
@@ -207,17 +206,24 @@ def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: st
 def _cost_ratios(
     cells: pandas.DataFrame, dataset: str, configuration: str, first: str, second: str
 ) -> dict[str, float | None]:
-    """Medians over folds and seeds, those of time and memory over the ones that both have trained on one device."""
+    """Medians over folds and seeds, those of time and memory over the ones that both have trained on `cost_device`."""
     finished = _finished(cells, dataset, configuration)
     ours, theirs = (finished[finished.trainer == trainer] for trainer in (first, second))
     both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
-    on_one_device = both[(both.device == both.device_of_second) & (both.device != "")]
+    device = _cost_device(finished)
+    comparable = both[(both.device == device) & (both.device_of_second == device) & (device != "")]
     ratios = {}
     for cost in COSTS:
-        pairs = on_one_device if cost in COSTS_OF_DEVICE else both
+        pairs = comparable if cost in COSTS_OF_DEVICE else both
         median = (pairs[cost] / pairs[f"{cost}_of_second"]).median()
         ratios[f"{cost}_ratio"] = None if pandas.isna(median) else _rounded(median)
     return ratios
+
+
+def _cost_device(finished: pandas.DataFrame) -> str:
+    """Of the devices known, that of most of these cells; "" where none is."""
+    devices = [device for device in finished.device if device]
+    return max(devices, key=devices.count, default="")
 
 
 def _finished(cells: pandas.DataFrame, dataset: str, configuration: str) -> pandas.DataFrame:
