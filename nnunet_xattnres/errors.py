@@ -26,9 +26,9 @@ def type_and_message(error: BaseException) -> str:
     return shorten(format_exception_only(error)[-1], width=240, placeholder=" ...")
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """A question that names what `name` may have been meant to be; empty where nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+def suggestion(name: str, known: Iterable[str], likeness: float = 0.4) -> str:
+    """A question that names what `name` may have been meant to be; empty where nothing is as near as `likeness`."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=likeness)
     return f"did you mean {', '.join(near)}?" if near else ""
 
 

@@ -50,13 +50,17 @@ class Results:
     spreads: Rows
 
     @property
+    def first(self) -> str | None:
+        """The first trainer that there are comparisons with; None where there are none."""
+        return self.comparisons[0]["second"] if self.comparisons else None
+
+    @property
     def with_first(self) -> Rows:
-        """The comparisons with the first trainer that there are any with."""
-        return [row for row in self.comparisons if row["second"] == self.comparisons[0]["second"]]
+        return [row for row in self.comparisons if row["second"] == self.first]
 
     @property
     def without_first(self) -> Rows:
-        return [row for row in self.comparisons if row["second"] != self.comparisons[0]["second"]]
+        return [row for row in self.comparisons if row["second"] != self.first]
 
 
 def run_report(source: Path, output: Path) -> None:
@@ -248,10 +252,10 @@ def _trainings(tables: Tables) -> str:
 
 
 def _explanation(results: Results) -> str:
-    baseline = short_name(results.comparisons[0]["second"]) if results.comparisons else "the first"
     return (
-        f"Here every trainer is compared with {baseline}. The other pairs have a table further down, and all pairs "
-        "and metrics are in comparisons.csv. Differences are paired: cases in the folds and seeds that both trainers "
+        f"Here every trainer is compared with {short_name(results.first or 'the first')}. The other pairs have a table "
+        "further down, and all pairs and metrics are in comparisons.csv. Differences are paired: "
+        "cases in the folds and seeds that both trainers "
         "have finished, values averaged over these first, a case's value being its mean over the labels that its "
         f"reference contains. Brackets: 95 % bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p "
         "says how far another training would differ: «ahead in» says in how many of the trainings first had the higher "

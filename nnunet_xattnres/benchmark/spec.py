@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -257,11 +256,9 @@ def _configurations(content: Any) -> tuple[Configuration, ...]:
     for number, configuration in enumerate(configurations):
         # A slip shows before anything is planned; but another planner may know more of them.
         known = [*PLANNED, *(earlier.name for earlier in configurations[:number])]
-        near = get_close_matches(configuration.base, known, n=1, cutoff=LIKENESS_OF_A_SLIP)
+        near = suggestion(configuration.base, known, LIKENESS_OF_A_SLIP)
         if near and configuration.base not in known:
-            raise XAttnResError(
-                f"configuration {configuration.name}: nnU-Net plans no {configuration.base}: did you mean {near[0]}?"
-            )
+            raise XAttnResError(f"configuration {configuration.name}: nnU-Net plans no {configuration.base}: {near}")
     return configurations
 
 
