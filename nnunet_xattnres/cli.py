@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from nnunet_xattnres import __version__
-from nnunet_xattnres.config import BACKENDS
-from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.installation import check_installed, check_nnunet_version, list_trainers, trainers_folder
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.model.config import BACKENDS
+from nnunet_xattnres.nnunet.installation import check_installed, check_nnunet_version, list_trainers, trainers_folder
 
 Options = TypeVar("Options")
 
@@ -309,7 +309,7 @@ def _trainers(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from nnunet_xattnres.demo import run_demo
+    from nnunet_xattnres.tools.demo import run_demo
 
     run_demo(arguments.data, arguments.workdir, arguments.trainer, arguments.baseline)
 
@@ -321,19 +321,19 @@ def _overhead(arguments: argparse.Namespace) -> None:
 
 
 def _warm_start(arguments: argparse.Namespace) -> None:
-    from nnunet_xattnres.warm_start import Options, run_warm_start
+    from nnunet_xattnres.tools.warm_start import Options, run_warm_start
 
     run_warm_start(_chosen(Options, arguments))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from nnunet_xattnres.doctor import run_doctor
+    from nnunet_xattnres.tools.doctor import run_doctor
 
     run_doctor()
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from nnunet_xattnres.routing.inspection import Options, run_inspect
+    from nnunet_xattnres.tools.inspection.command import Options, run_inspect
 
     run_inspect(_chosen(Options, arguments))
 

@@ -1,30 +1,25 @@
-import json
-import resource
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from in_process import InProcess
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from PIL import Image
 from torch import Tensor
-from training import train
 
-from nnunet_xattnres import alignment, block_level
-from nnunet_xattnres.commands import NnUNet, environment_with
-from nnunet_xattnres.phantom import write_phantom_dataset
-from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write_json_atomically
+from helpers.in_process import InProcess
+from helpers.phantom_dataset import ONE_SHORT_EPOCH, PHANTOM, plans_file, read_plans
+from helpers.training import train
+from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.common.processes import environment_with
+from nnunet_xattnres.model import block_level
+from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.nnunet.phantom import write_phantom_dataset
+from nnunet_xattnres.nnunet.plans import add_small_configuration
+from nnunet_xattnres.ops import alignment
 
 pytest_plugins = ["integration.table"]
 
-PHANTOM = "Dataset901_Phantom"
 LARGE_2D = "Dataset902_Large2d"
-ONE_SHORT_EPOCH = TrainingBudget(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -104,47 +99,3 @@ def projected_numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     for module in (alignment, block_level):
         monkeypatch.setattr(module, "project", counting_project)
     return numbers
-
-
-def saved_bytes(compute: Callable[[], object], given: Iterable[Tensor]) -> int:
-    """What a computation keeps for its backward pass, apart from what it was given."""
-    pointers = {tensor.data_ptr() for tensor in given}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in pointers:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        compute()
-    return sum(saved.values())
-
-
-@contextmanager
-def limited(kind: int, limit: int) -> Iterator[None]:
-    """This process with a limit of the operating system's. kind: one of `resource.RLIMIT_*`."""
-    soft, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, (soft, hard))
-
-
-def plans_file(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> Path:
-    return nnunet.preprocessed / PHANTOM / f"{identifier}.json"
-
-
-def read_plans(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> dict:
-    return json.loads(plans_file(nnunet, identifier).read_text())
-
-
-def make_trainer(
-    nnunet: NnUNet, trainer_class: type[nnUNetTrainer], configuration: str = "3d_small", **budget: Any
-) -> Any:
-    plans = read_plans(nnunet) | {"continue_training": False}
-    plans["configurations"][configuration].setdefault("training", {}).update(budget)
-    dataset_json = json.loads((nnunet.raw / PHANTOM / "dataset.json").read_text())
-    return trainer_class(plans, configuration, 0, dataset_json, torch.device("cpu"))

@@ -1,4 +1,4 @@
-from nnunet_xattnres.config import BlockXAttnResConfig
+from nnunet_xattnres import BlockXAttnResConfig
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 

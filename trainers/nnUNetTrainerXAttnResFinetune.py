@@ -1,7 +1,7 @@
 import torch
 from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler, PolyLRScheduler_offset
 
-from nnunet_xattnres.config import XAttnResConfig
+from nnunet_xattnres import XAttnResConfig
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 

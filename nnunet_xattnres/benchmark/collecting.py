@@ -25,8 +25,8 @@ from nnunet_xattnres.benchmark.matrix import (
 from nnunet_xattnres.benchmark.metrics import cases_to_predict, cell_key, measured_tables, planned_tables
 from nnunet_xattnres.benchmark.spec import Spec
 from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, REMEDY, Tables, read_tables, write_tables
-from nnunet_xattnres.errors import XAttnResError, differences
-from nnunet_xattnres.files import folder_written_atomically
+from nnunet_xattnres.common.errors import XAttnResError, differences
+from nnunet_xattnres.common.files import folder_written_atomically
 
 BY_CELL = ("cells", "cases", "curves")
 GIVE_ANOTHER = "give a report on the same spec"

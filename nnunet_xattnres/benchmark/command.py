@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from nnunet_xattnres.benchmark.collecting import check_names, take_over
+from nnunet_xattnres.benchmark.machines import make_machine
 from nnunet_xattnres.benchmark.preparation import check_spec, prepare
-from nnunet_xattnres.benchmark.running import make_machine, run_cells
+from nnunet_xattnres.benchmark.running import run_cells
 from nnunet_xattnres.benchmark.spec import read_spec
 from nnunet_xattnres.benchmark.tables import read_tables
-from nnunet_xattnres.checkpoint import why_unrestricted_only
-from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import make_writable_folder
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.files import make_writable_folder
+from nnunet_xattnres.training.checkpoint import why_unrestricted_only
 
 
 def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> None:

@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
+from nnunet_xattnres.common.figures import COLOURS
 from nnunet_xattnres.overhead.results import PREFIX
-from nnunet_xattnres.report import COLOURS
 
 # Without yellow, which is too light for lines and points on white.
 LINE_COLOURS = ("black", *(colour for colour in COLOURS if colour != "#F0E442"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nnunet_xattnres.errors import XAttnResError, suggestion
-from nnunet_xattnres.files import make_writable_folder
+from nnunet_xattnres.common.errors import XAttnResError, suggestion
+from nnunet_xattnres.common.files import make_writable_folder
 
 MIRROR = "https://msd-for-monai.s3-us-west-2.amazonaws.com"
 # The MD5 sums that MONAI's DecathlonDataset (monai/apps/datasets.py) checks the same files with.

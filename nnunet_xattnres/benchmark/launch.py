@@ -28,9 +28,9 @@ import numpy as np
 import psutil
 import torch
 
-from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT
-from nnunet_xattnres.device import cpu_name
-from nnunet_xattnres.plans import write_json_atomically
+from nnunet_xattnres.common.device import cpu_name
+from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 
 COSTS = "costs.json"
 SAMPLING_SECONDS = 0.2

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT
-from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import write_text_atomically
-from nnunet_xattnres.plans import write_json_atomically
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.files import write_json_atomically, write_text_atomically
+from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 
 SPEC = "spec.yaml"
 MATRIX = "matrix.json"

@@ -35,10 +35,10 @@ from tqdm import tqdm
 from nnunet_xattnres.benchmark.matrix import FINISHED, RECORD, SPEC, Cell, read_cells
 from nnunet_xattnres.benchmark.spec import Arm, Dataset, read_spec
 from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, Tables
-from nnunet_xattnres.checkpoint import FINAL_CHECKPOINT, read_checkpoint
-from nnunet_xattnres.commands import NUM_WORKERS
-from nnunet_xattnres.datasets import read_dataset_json, reader_for
-from nnunet_xattnres.errors import XAttnResError, one_line
+from nnunet_xattnres.common.errors import XAttnResError, one_line
+from nnunet_xattnres.nnunet.commands import NUM_WORKERS
+from nnunet_xattnres.nnunet.datasets import read_dataset_json, reader_for
+from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
 
 # What measures, and what else decides about the bytes of a report.
 MEASURING = ("nnunet-xattnres", "monai", "SimpleITK", "numpy", "torch", "scipy", "pandas", "matplotlib")

@@ -17,7 +17,6 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import (
     get_filenames_of_train_images_and_targets,
@@ -37,12 +36,15 @@ from nnunet_xattnres.benchmark.spec import (
     without_executor,
     write_spec,
 )
-from nnunet_xattnres.commands import NUM_WORKERS, NnUNet, environment_with
-from nnunet_xattnres.datasets import Source, place_raw_dataset, read_dataset_json, read_source
-from nnunet_xattnres.errors import XAttnResError, suggestion
-from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, add_wide_configuration, write_json_atomically
-from nnunet_xattnres.trainer import XAttnResTrainerMixin
-from nnunet_xattnres.trainer_lookup import find_trainer
+from nnunet_xattnres.common.errors import XAttnResError, suggestion
+from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.common.processes import environment_with
+from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
+from nnunet_xattnres.nnunet.datasets import Source, place_raw_dataset, read_dataset_json, read_source
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
+from nnunet_xattnres.nnunet.plans import TrainingBudget, add_small_configuration, add_wide_configuration
+from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 
 SPLITS = "splits_final.json"
 # nnU-Net's own.
@@ -225,17 +227,18 @@ class _Preparation:
         for configuration in self.configurations:
             for arm in self.arms:
                 plans = self.plans[arm.planner]
-                planned = planned_name(configuration, arm)
-                trainer = _trainer(plans, planned, dataset_json, arm.trainer)
+                name = planned_name(configuration, arm)
+                planned = PlannedNetwork(self.dataset.name, plans, name, dataset_json)
+                trainer = find_trainer(arm.trainer)
                 variants.append(
                     {
                         "configuration": configuration.name,
                         "trainer": arm.name,
                         "trainer_class": arm.trainer,
                         "plans": plans["plans_name"],
-                        "planned_configuration": planned,
-                        "num_epochs": trainer.num_epochs,
-                        "parameters": _count_parameters(trainer),
+                        "planned_configuration": name,
+                        "num_epochs": _num_epochs(planned, trainer),
+                        "parameters": _count_parameters(planned, trainer),
                     }
                 )
         return variants
@@ -284,7 +287,9 @@ class _Preparation:
         def parameters(trainer: str, width: float) -> int:
             changed = json.loads(json.dumps(plans))
             add_wide_configuration(changed, "wide", configuration.name, width)
-            return _count_parameters(_trainer(changed, "wide", dataset_json, trainer))
+            return _count_parameters(
+                PlannedNetwork(self.dataset.name, changed, "wide", dataset_json), find_trainer(trainer)
+            )
 
         wanted = parameters(arm.parameters_of or "", 1.0)
         low, high = WIDTHS
@@ -333,23 +338,15 @@ def _read_splits(path: Path, cases: list[str], folds: tuple[int, ...]) -> list[d
     return splits
 
 
-def _trainer(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], name: str) -> nnUNetTrainer:
-    """A trainer to ask; what it writes when it begins is thrown away."""
-    trainer_class = find_trainer(name)
+def _num_epochs(planned: PlannedNetwork, trainer: type[nnUNetTrainer]) -> int:
+    """As a trainer reports them. What the trainer writes when it begins is thrown away."""
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         folders = dict.fromkeys(("nnUNet_results", "nnUNet_preprocessed"), folder)
         with environment_with(**folders, nnUNet_wandb_enabled="0"):
-            # The trainer takes the additional key out again.
-            return trainer_class(
-                plans | {"continue_training": False}, configuration, 0, dataset_json, torch.device("cpu")
-            )
+            return planned.make_trainer(trainer, fold=0, device="cpu").num_epochs
 
 
-def _count_parameters(trainer: nnUNetTrainer) -> int:
-    plans, configuration = trainer.plans_manager, trainer.configuration_manager
-    channels = determine_num_input_channels(plans, configuration, trainer.dataset_json)
+def _count_parameters(planned: PlannedNetwork, trainer: type[nnUNetTrainer]) -> int:
     with torch.device("meta"):
-        network = trainer.build_network_architecture(
-            plans, configuration, channels, trainer.label_manager.num_segmentation_heads, True
-        )
+        network = planned.build(trainer)
     return sum(parameter.numel() for parameter in network.parameters())

@@ -29,11 +29,11 @@ from nnunet_xattnres.benchmark.statistics import (
     unrelated_datasets,
 )
 from nnunet_xattnres.benchmark.tables import COLUMNS, Tables, has_tables, read_tables, write_csv, write_tables
-from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import make_writable_folder, write_text_atomically
-from nnunet_xattnres.installation import check_installed
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.figures import figure_style, write_figure
+from nnunet_xattnres.common.files import make_writable_folder, write_text_atomically
+from nnunet_xattnres.nnunet.installation import check_installed
 from nnunet_xattnres.overhead.results import PREFIX
-from nnunet_xattnres.report import figure_style, write_figure
 
 NOTHING = "-"
 UNKNOWN_DEVICE = "unknown device"

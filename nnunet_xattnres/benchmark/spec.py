@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from nnunet_xattnres.errors import XAttnResError, one_line, suggestion
-from nnunet_xattnres.files import write_text_atomically
+from nnunet_xattnres.common.errors import XAttnResError, one_line, suggestion
+from nnunet_xattnres.common.files import write_text_atomically
 
 PLANNER = "ExperimentPlanner"
 NUM_FOLDS = 5

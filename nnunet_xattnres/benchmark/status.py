@@ -17,7 +17,7 @@ from nnunet_xattnres.benchmark.matrix import (
     is_locked,
     read_cells,
 )
-from nnunet_xattnres.report import align_columns
+from nnunet_xattnres.common.text import align_columns
 
 # Lines of nnU-Net's training log, which begin with a time stamp.
 EPOCH = re.compile(r": Epoch (\d+) ?$", re.MULTILINE)

@@ -8,8 +8,8 @@ from typing import Any
 import pandas
 
 from nnunet_xattnres.benchmark.matrix import FINISHED
-from nnunet_xattnres.errors import XAttnResError, one_line
-from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.common.errors import XAttnResError, one_line
+from nnunet_xattnres.common.files import written_atomically
 
 CELL = ["dataset", "configuration", "trainer", "fold", "seed"]
 # The type of every column; numbers that may be missing are "float64" and "Int64".

@@ -19,18 +19,17 @@ from typing import Any
 import psutil
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import file_ending_dataset_mapping
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_xattnres.device import is_out_of_memory, limit_memory
-from nnunet_xattnres.errors import XAttnResError, one_line
-from nnunet_xattnres.files import written_atomically
-from nnunet_xattnres.network import PlannedUNet, uncompiled
-from nnunet_xattnres.trainer import XAttnResTrainerMixin
-from nnunet_xattnres.trainer_lookup import find_trainer
+from nnunet_xattnres.common.device import is_out_of_memory, limit_memory
+from nnunet_xattnres.common.errors import XAttnResError, one_line
+from nnunet_xattnres.common.files import written_atomically
+from nnunet_xattnres.model.planned_unet import PlannedUNet, uncompiled
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
+from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 
 MEASURED = "measured"
 OUT_OF_MEMORY = "out of memory"
@@ -137,30 +136,20 @@ class Measurement:
             # As nnUNetv2_train does it. On a CPU it takes all cores whatever OMP_NUM_THREADS says; here that counts.
             torch.set_num_threads(1)
             torch.backends.cudnn.benchmark = True
-        self.trainer: nnUNetTrainer = trainer_class(
-            # The trainer takes the additional key out again.
-            request.plans | {"continue_training": False},
-            request.configuration,
-            0,
-            request.dataset_json,
-            torch.device(request.device),
-        )
+        self.planned = PlannedNetwork(request.trainer, request.plans, request.configuration, request.dataset_json)
+        self.trainer = self.planned.make_trainer(trainer_class, fold=0, device=request.device)
 
     def counts(self, device: torch.device) -> dict[str, Any]:
         """Parameters, FLOPs of one training step, and what reads where.
 
         device: "meta" computes shapes alone; on any other the trainer's own network, initialised, is counted.
         """
-        trainer = self.trainer
-        plans, configuration = trainer.plans_manager, trainer.configuration_manager
-        channels = determine_num_input_channels(plans, configuration, trainer.dataset_json)
+        trainer, configuration = self.trainer, self.planned.manager
         with device:
             network = trainer.network and uncompiled(trainer.network)
             if network is None:
-                network = trainer.build_network_architecture(
-                    plans, configuration, channels, trainer.label_manager.num_segmentation_heads, True
-                )
-            images = torch.zeros(configuration.batch_size, channels, *configuration.patch_size)
+                network = self.planned.build(type(trainer))
+            images = torch.zeros(configuration.batch_size, self.planned.num_input_channels, *configuration.patch_size)
         with FlopCounterMode(display=False) as counter:
             outputs = network(images)
             sum(output.sum() for output in (outputs if isinstance(outputs, list) else [outputs])).backward()

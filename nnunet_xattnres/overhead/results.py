@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from nnunet_xattnres.common.figures import COLOURS
+from nnunet_xattnres.common.text import align_columns
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, Answer
-from nnunet_xattnres.report import COLOURS, align_columns
-from nnunet_xattnres.sources import PlannedNetwork
 
 NOTHING = "-"
 PREFIX = "nnUNetTrainer"

@@ -20,22 +20,17 @@ import torch
 from tqdm import tqdm
 
 from nnunet_xattnres import __version__
-from nnunet_xattnres.backends import check_backend
-from nnunet_xattnres.commands import (
-    NnUNet,
-    end_process_group,
-    last_meaningful_line,
-    termination_as_exception,
-)
-from nnunet_xattnres.device import NO_MEMORY_LEFT, choose_device, cpu_name
-from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import write_text_atomically
+from nnunet_xattnres.common.device import NO_MEMORY_LEFT, choose_device, cpu_name
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.figures import write_figure
+from nnunet_xattnres.common.files import write_json_atomically, write_text_atomically
+from nnunet_xattnres.common.processes import end_process_group, last_meaningful_line, termination_as_exception
+from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
+from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
+from nnunet_xattnres.ops.backends import check_backend
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
-from nnunet_xattnres.plans import write_json_atomically
-from nnunet_xattnres.report import write_figure
-from nnunet_xattnres.sources import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
-from nnunet_xattnres.trainer_lookup import find_trainer
 
 PLANNED = "nnUNetTrainerPlanned"
 MEASUREMENT = "nnunet_xattnres.overhead.measurement"

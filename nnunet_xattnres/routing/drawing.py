@@ -19,9 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from skimage.measure import block_reduce
 
-from nnunet_xattnres.report import draw_slice, figure_style, label_colour, write_figure
-from nnunet_xattnres.routing.collecting import in_pool_order, kind_and_number
-from nnunet_xattnres.routing.recording import RoutingHistory
+from nnunet_xattnres.common.figures import draw_slice, figure_style, label_colour, write_figure
+from nnunet_xattnres.routing.recording import RoutingHistory, in_pool_order, kind_and_number
 
 # Told apart with every kind of colour vision, and in print without colours.
 COLOURS = colormaps["viridis"]

@@ -1,6 +1,8 @@
 """What a network reads on average, recorded in every validation of its training."""
 
 import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -10,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 
-from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import write_text_atomically
-from nnunet_xattnres.network import PlannedUNet, uncompiled
-from nnunet_xattnres.routing.collecting import WeightMeans, in_pool_order
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.files import write_text_atomically
+from nnunet_xattnres.model.planned_unet import PlannedUNet, uncompiled
 
 RECORD = "xattnres_routing.json"
 PICTURE = "xattnres_routing.png"
@@ -122,3 +123,38 @@ class ValidationRecorder:
 
 def _number_or_none(weight: float) -> float | None:
     return round(weight, DECIMALS) if isfinite(weight) else None
+
+
+# In the order in which a picture shows sources of several targets.
+KINDS_OF_SOURCES = ("input", "E", "D", "block", "current")
+
+
+class WeightMeans:
+    """The mean weight of every source, over batch items, positions and calls; no map is kept.
+
+    sums: by target, of the means of every call, (K,). calls: how many.
+    """
+
+    def __init__(self, sources: Mapping[str, Sequence[str]]) -> None:
+        self.sums = {target: torch.zeros(len(names)) for target, names in sources.items()}
+        self.calls = dict.fromkeys(sources, 0)
+
+    def add(self, target: str, weights: Tensor) -> None:
+        self.sums[target] += weights.mean(dim=list(range(1, weights.ndim))).cpu()
+        self.calls[target] += 1
+
+
+def in_pool_order(sources: Iterable[str]) -> list[str]:
+    """Names of sources, each once: E0, E1, ..., D0, ..., current."""
+
+    def rank(name: str) -> tuple[int, int]:
+        kind, number = kind_and_number(name)
+        return KINDS_OF_SOURCES.index(kind), number
+
+    return sorted(set(sources), key=rank)
+
+
+def kind_and_number(source: str) -> tuple[str, int]:
+    """E and 2 of E2; one that is not numbered counts as number 0."""
+    kind, number = re.fullmatch(r"(\D+)(\d*)", source).groups()  # type: ignore[union-attr]
+    return kind, int(number or 0)

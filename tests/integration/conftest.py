@@ -13,7 +13,7 @@ from integration.raw_datasets import (
     write_hippocampus,
     write_ultrasound,
 )
-from nnunet_xattnres.commands import NnUNet
+from nnunet_xattnres.nnunet.commands import NnUNet
 
 SCENARIOS = {
     "standard": "Dataset999_IntegrationTest_Hippocampus",

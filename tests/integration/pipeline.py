@@ -13,9 +13,10 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, load_summary_json, region_or_label_to_mask
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_xattnres.commands import NnUNet
-from nnunet_xattnres.datasets import reader_for
-from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write_json_atomically
+from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.nnunet.datasets import reader_for
+from nnunet_xattnres.nnunet.plans import TrainingBudget, add_small_configuration
 
 FOLDS = ("0", "1")
 RESENC_PLANS = "nnUNetResEncUNetMPlans"

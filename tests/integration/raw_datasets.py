@@ -13,8 +13,8 @@ import SimpleITK as sitk
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from PIL import Image
 
-from nnunet_xattnres.phantom import phantom_case, write_phantom_dataset
-from nnunet_xattnres.plans import write_json_atomically
+from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.nnunet.phantom import phantom_case, write_phantom_dataset
 
 DATA = Path(os.environ.get("XATTNRES_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 HIPPOCAMPUS = DATA / "Task04_Hippocampus"

@@ -23,7 +23,8 @@ from integration.checks import (
     check_test_set,
 )
 from integration.pipeline import LEARNS, RESENC_PLANS, Experiment, mean_dice, read_json
-from nnunet_xattnres.commands import NnUNet, end_process_group, find_command
+from nnunet_xattnres.common.processes import end_process_group
+from nnunet_xattnres.nnunet.commands import NnUNet, find_command
 
 pytestmark = pytest.mark.slow
 

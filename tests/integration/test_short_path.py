@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import InProcess
 
+from helpers.in_process import InProcess
 from integration.checks import check_checkpoint, check_model, check_predictions, check_probabilities
 from integration.conftest import HIPPOCAMPUS_DATASET, PNG, SCENARIOS, TWO_CHANNELS
 from integration.pipeline import (

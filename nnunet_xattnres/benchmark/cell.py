@@ -1,0 +1,123 @@
+"""One cell of a matrix: trained, validated, predicted and recorded."""
+
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from submitit.helpers import Checkpointable
+
+from nnunet_xattnres.benchmark.launch import recorded_costs
+from nnunet_xattnres.benchmark.matrix import (
+    FAILED,
+    FINISHED,
+    LOCK,
+    RUNNING,
+    SECONDS_FOR_A_LOOK,
+    Busy,
+    Cell,
+    locked,
+)
+from nnunet_xattnres.common.device import choose_device
+from nnunet_xattnres.common.errors import one_line
+from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
+
+LAUNCH = ("-m", "nnunet_xattnres.benchmark.launch")
+RECORDED_VERSIONS = ("nnunet-xattnres", "nnunetv2", "torch", "numpy")
+
+
+class CellTask(Checkpointable):
+    """What submitit runs. Slurm may interrupt it at a time limit and put it back into the queue: it continues."""
+
+    def __call__(self, root: Path, cell: Cell, num_gpus: int, share: Mapping[str, str]) -> None:
+        """share: environment variables that say which part of the machine it gets; empty for all that it sees."""
+        os.environ.update(share)
+        run_cell(root, cell, choose_device(), num_gpus)
+
+
+def run_cell(root: Path, cell: Cell, device: str, num_gpus: int) -> None:
+    """Do what is left to do of a cell and record it; nothing, if another process does it already."""
+    with suppress(Busy), locked(cell.folder(root) / LOCK, SECONDS_FOR_A_LOOK) as lock:
+        if cell.record(root).get("state") == FINISHED:
+            return
+        cell.write_record(root, RUNNING)
+        try:
+            steps = _Steps(root, cell, NnUNet(root, device, keep_open=(lock,)), num_gpus, lock)
+            steps.train()
+            if cell.test:
+                steps.predict()
+            cell.write_record(root, FINISHED, **_results(root, cell))
+        except Exception as error:
+            cell.write_record(root, FAILED, reason=one_line(str(error) or repr(error)))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    root: Path
+    cell: Cell
+    nnunet: NnUNet
+    num_gpus: int
+    lock: int
+
+    def train(self) -> None:
+        """Train, continue, or validate what is trained."""
+        cell, folder = self.cell, self.cell.folder(self.root)
+        if cell.is_trained(self.root) and cell.is_validated(self.root):
+            return
+        command = ["nnUNetv2_train", cell.dataset, cell.planned_configuration, str(cell.fold)]
+        command += ["-tr", cell.trainer_class, "-p", cell.plans, "-device", self.nnunet.device]
+        if self.num_gpus > 1:
+            command += ["-num_gpus", str(self.num_gpus)]
+        if cell.is_trained(self.root):
+            command.append("--val")
+        else:
+            # Of another training, it would pass for this one's.
+            cell.validation_summary(self.root).unlink(missing_ok=True)
+            if any(folder.glob("checkpoint_*.pth")):
+                command.append("--c")
+        self._run("train", *command)
+
+    def predict(self) -> None:
+        """Predict the test set."""
+        cell, predictions = self.cell, self.cell.folder(self.root) / "test"
+        if predictions.is_dir():
+            return
+        incomplete = predictions.with_name("test.incomplete")
+        shutil.rmtree(incomplete, ignore_errors=True)
+        images = self.nnunet.raw / cell.dataset / "imagesTs"
+        command = ["nnUNetv2_predict", "-i", str(images), "-o", str(incomplete), "-d", cell.dataset]
+        command += ["-c", cell.planned_configuration, "-f", str(cell.fold), "-tr", cell.trainer_class]
+        self._run("predict", *command, "-p", cell.plans, "-device", self.nnunet.device)
+        incomplete.rename(predictions)
+
+    def _run(self, step: str, *command: str) -> None:
+        logs = self.cell.log(self.root)
+        attempt = 1 + len(list(logs.glob(f"{step}_*.log")))
+        self.nnunet.run(
+            *(sys.executable, *LAUNCH, str(self.cell.seed), str(self.lock), str(self.cell.folder(self.root)), *command),
+            log=str(logs.relative_to(self.root / "logs") / f"{step}_{attempt}"),
+            environment={"nnUNet_results": str(self.cell.results(self.root))},
+        )
+
+
+def _results(root: Path, cell: Cell) -> dict[str, Any]:
+    checkpoint = cell.folder(root) / FINAL_CHECKPOINT
+    logged = read_checkpoint(checkpoint, "delete its folder to train again")["logging"]
+    times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
+    seconds = [end - start for start, end in times]
+    costs = recorded_costs(cell.folder(root))
+    return {
+        "epochs": len(seconds),
+        "seconds_per_epoch": statistics.median(seconds),
+        "peak_memory_gb": costs["peak_memory_gb"],
+        # A training may have been continued elsewhere.
+        "device": " and ".join(costs["devices"]),
+        "versions": {package: version(package) for package in RECORDED_VERSIONS} | {"python": sys.version.split()[0]},
+    }

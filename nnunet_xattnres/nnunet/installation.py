@@ -1,0 +1,64 @@
+"""Where the plugin is installed and whether nnU-Net can use it from there."""
+
+import ast
+import importlib.util
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+from nnunet_xattnres.common.errors import XAttnResError
+
+# 2.8 is the first release that looks for trainers in the folders of `nnUNet_extTrainer`.
+SUPPORTED_NNUNET = ">=2.8,<3"
+
+
+def trainers_folder() -> Path:
+    """The folder of this plugin's trainers, for the environment variable `nnUNet_extTrainer`."""
+    spec = importlib.util.find_spec("nnunet_xattnres.trainers")
+    if spec is None or not spec.submodule_search_locations:
+        raise XAttnResError("nnunet-xattnres finds no trainers: install it with pip, or leave its source folder")
+    return Path(spec.submodule_search_locations[0])
+
+
+def list_trainers() -> Iterator[tuple[str, str]]:
+    """Name and first line of documentation of every trainer, read from source: importing nnU-Net takes seconds."""
+    for path in sorted(trainers_folder().glob("nnUNetTrainer*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                yield node.name, (ast.get_docstring(node) or "").partition("\n")[0]
+
+
+def installed_version(package: str) -> str | None:
+    """None where the package is not installed, or nothing but remains of it, which have no version."""
+    try:
+        return version(package) or None
+    except PackageNotFoundError:
+        return None
+
+
+def check_nnunet_version() -> None:
+    """Raise `XAttnResError` unless the installed nnU-Net finds external trainers."""
+    remedy = f"pip install 'nnunetv2{SUPPORTED_NNUNET}'"
+    installed = installed_version("nnunetv2")
+    if installed is None:
+        raise XAttnResError(f"nnunetv2 is not installed: {remedy}")
+    if not SpecifierSet(SUPPORTED_NNUNET).contains(installed, prereleases=True):
+        raise XAttnResError(
+            f"nnunetv2 {installed} does not fit: trainers are found through nnUNet_extTrainer from 2.8 on: {remedy}"
+        )
+
+
+def check_installed(*modules: str) -> None:
+    """Raise `XAttnResError` unless what the benchmark needs beside nnU-Net can be imported."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise XAttnResError(f"the benchmark needs {', '.join(missing)}: pip install 'nnunet-xattnres[benchmark]'")
+
+
+def external_trainers() -> str:
+    """The value of `nnUNet_extTrainer`: what is already set, and this plugin's trainers."""
+    already_set = os.environ.get("nnUNet_extTrainer", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys([*filter(None, already_set), str(trainers_folder())]))

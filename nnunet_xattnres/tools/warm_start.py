@@ -1,0 +1,236 @@
+"""A trained plain nnU-Net as the start of a trainer with residual fusion, whose network is the same function then."""
+
+import io
+import os
+import shlex
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+
+from nnunet_xattnres.common.errors import XAttnResError, differences, reason
+from nnunet_xattnres.common.files import folder_written_atomically, why_not_writable, write_json_atomically
+from nnunet_xattnres.common.processes import environment_with
+from nnunet_xattnres.model.config import XAttnResConfig
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_content, from_dataset, from_file
+from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
+from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, finished_folds, read_checkpoint
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
+
+# What `nnUNetv2_train --c` continues from; it would prefer a checkpoint_final.pth, to what it has trained itself too.
+CHECKPOINT = "checkpoint_latest.pth"
+PRETRAINED = "pretrained.pth"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to start from, what to train, and where the model folder goes.
+
+    source: a model folder of nnU-Net or one checkpoint. fold: of the model folder; None for its only one.
+    dataset, configuration, plans_name: what will be trained on, planned and preprocessed.
+    output: a folder that does not exist or is empty.
+    trust_checkpoint: see `read_checkpoint`.
+    """
+
+    source: Path
+    fold: str | None
+    trainer: str
+    dataset: str
+    configuration: str
+    plans_name: str
+    output: Path
+    trust_checkpoint: bool
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A plain nnU-Net that somebody has trained."""
+
+    file: Path
+    planned: PlannedNetwork
+    fold: int | str
+    checkpoint: dict[str, Any]
+
+
+def run_warm_start(options: Options) -> None:
+    """Write the model folder and print what to do with it.
+
+    Raises `XAttnResError` for a trainer that does not start as the planned network, for a source that cannot be read
+    or whose network is another one, and for an output folder that is not empty.
+    """
+    trainer_class = find_residual_trainer(options.trainer)
+    output = options.output.resolve()
+    _check_output(output)
+    target = from_dataset(options.dataset, options.configuration, options.plans_name)
+    source = read_source(options.source, options.fold, options.trust_checkpoint)
+    check_same_network(source.planned, target)
+    with (
+        TemporaryDirectory(prefix="nnunet_xattnres_") as results,
+        environment_with(nnUNet_results=results, nnUNet_wandb_enabled="0"),
+        redirect_stdout(io.StringIO()),
+    ):
+        trainer = _trainer_with_weights(trainer_class, source, target)
+        model_folder = Path(trainer.output_folder_base).relative_to(results)
+        _write_model_folder(output, trainer, source)
+    _print_next_commands(options, target, source.fold, model_folder)
+
+
+def find_residual_trainer(name: str) -> type[nnUNetTrainer]:
+    """The trainer behind the name. Raises `XAttnResError` unless its network is the planned one at the start."""
+    trainer_class = find_trainer(name)
+    config = getattr(trainer_class, "xattnres_config", None)
+    if (
+        not issubclass(trainer_class, XAttnResTrainerMixin)
+        or not isinstance(config, XAttnResConfig)
+        or config.fusion != "residual"
+        or not config.skip_connections
+    ):
+        raise XAttnResError(
+            f"the network of {name} is not the planned one at the start: choose nnUNetTrainerXAttnResFinetune, or a "
+            'trainer of your own with fusion="residual" and skip connections'
+        )
+    return trainer_class
+
+
+def read_source(path: Path, fold: str | None, trusted: bool) -> TrainedNetwork:
+    """A model folder's checkpoint and plans, or a checkpoint with the plans that it records.
+
+    Raises `XAttnResError` if there is none, or if it has XAttnRes already.
+    """
+    if fold is not None and path.is_file():
+        raise XAttnResError(f"-f chooses a fold of a model folder, but {path} is none: leave -f out")
+    found_fold, file = _checkpoint_in(path, fold) if path.is_dir() else (None, path)
+    checkpoint = read_checkpoint(file, "choose another --from", trusted)
+    if any(key.startswith("xattnres.") for key in checkpoint["network_weights"]):
+        written_by = checkpoint["trainer_name"]
+        raise XAttnResError(
+            f"{file} was written by {written_by} and has XAttnRes already: train on with -tr {written_by} and --c, or "
+            "start from it with -tr and -pretrained_weights"
+        )
+    recorded = checkpoint["init_args"]
+    try:
+        configuration, plans, dataset_json = (recorded[key] for key in ("configuration", "plans", "dataset_json"))
+        trained_fold = found_fold or str(recorded["fold"])
+    except KeyError as error:
+        raise XAttnResError(f"{file} does not record its {error.args[0]}: choose another --from") from None
+    # It becomes part of a path.
+    if trained_fold != "all" and not trained_fold.isdecimal():
+        raise XAttnResError(f"{file} records fold {trained_fold!r}, which nnU-Net does not have: choose another --from")
+    if path.is_dir():
+        planned = from_file(path / "plans.json", configuration)
+    else:
+        planned = from_content(plans, configuration, dataset_json, f"the plans recorded in {file}")
+    return TrainedNetwork(file, planned, trained_fold if trained_fold == "all" else int(trained_fold), checkpoint)
+
+
+def check_same_network(source: PlannedNetwork, target: PlannedNetwork) -> None:
+    """Raise `XAttnResError` that lists the differences between what the two plan, if there are any."""
+    found = differences(_planned_properties(source), _planned_properties(target))
+    if found:
+        raise XAttnResError(
+            f"the trained network is not the one that {target.configuration} of {target.plans['plans_name']} plans for "
+            f"{target.name}: {found}; nnUNetv2_move_plans_between_datasets copies its plans"
+        )
+
+
+def _checkpoint_in(folder: Path, fold: str | None) -> tuple[str, Path]:
+    """The fold and its final checkpoint."""
+    checkpoints = finished_folds(folder)
+    if not checkpoints:
+        raise XAttnResError(f"{folder} has no fold_*/{FINAL_CHECKPOINT}: name a model folder, or a checkpoint itself")
+    if fold is None and len(checkpoints) > 1:
+        raise XAttnResError(f"{folder} has several folds: choose one of them with -f: {', '.join(checkpoints)}")
+    if fold is not None and fold not in checkpoints:
+        raise XAttnResError(f"{folder} has no finished fold {fold}: choose from {', '.join(checkpoints)}")
+    chosen = fold or next(iter(checkpoints))
+    return chosen, checkpoints[chosen]
+
+
+def _planned_properties(planned: PlannedNetwork) -> dict[str, Any]:
+    """All that decides what a plain nnU-Net computes, but for its weights."""
+    return {
+        "input channels": planned.num_input_channels,
+        "segmentation heads": planned.num_segmentation_heads,
+        "network": planned.manager.network_arch_class_name.rpartition(".")[2],
+        **planned.manager.network_arch_init_kwargs,
+    }
+
+
+def _check_output(output: Path) -> None:
+    problem = why_not_writable(output)
+    if problem:
+        raise XAttnResError(f"cannot write to {output} ({problem}): choose another -o")
+    if output.is_dir() and any(output.iterdir()):
+        raise XAttnResError(f"{output} is there already and not an empty folder: choose another -o")
+
+
+def _trainer_with_weights(
+    trainer_class: type[nnUNetTrainer], source: TrainedNetwork, target: PlannedNetwork
+) -> nnUNetTrainer:
+    """The trainer before its first epoch, on a CPU, with the trained weights."""
+    trainer = target.make_trainer(trainer_class, source.fold, "cpu")
+    if not Path(trainer.preprocessed_dataset_folder).is_dir():
+        raise XAttnResError(f"{trainer.preprocessed_dataset_folder} does not exist: run nnUNetv2_preprocess first")
+    trainer.initialize()
+    _load_weights(trainer.network, source)
+    trainer.inference_allowed_mirroring_axes = source.checkpoint.get("inference_allowed_mirroring_axes")
+    # nnU-Net records the number of the epoch after.
+    trainer.current_epoch = -1
+    return trainer
+
+
+def _load_weights(network: nn.Module, source: TrainedNetwork) -> None:
+    weights = source.checkpoint["network_weights"]
+    planned = {key: value for key, value in network.state_dict().items() if not key.startswith("xattnres.")}
+    shapes, planned_shapes = ({key: tuple(value.shape) for key, value in each.items()} for each in (weights, planned))
+    if shapes != planned_shapes:
+        key = next(key for key in planned_shapes | shapes if shapes.get(key) != planned_shapes.get(key))
+        raise XAttnResError(
+            f"{source.file} was written by {source.checkpoint['trainer_name']}, whose network is not the planned one: "
+            f"{key} has the shape {shapes.get(key)} (planned {planned_shapes.get(key)}); choose another --from"
+        )
+    network.load_state_dict(weights, strict=False)
+
+
+def _write_model_folder(output: Path, trainer: nnUNetTrainer, source: TrainedNetwork) -> None:
+    # Until it is trained, the model predicts from images that are preprocessed as in the training of its weights.
+    plans = source.planned.plans
+    configuration = {trainer.configuration_name: source.planned.manager.configuration}
+    try:
+        with folder_written_atomically(output) as folder:
+            write_json_atomically(
+                plans | {"configurations": plans["configurations"] | configuration}, folder / "plans.json"
+            )
+            write_json_atomically(source.planned.dataset_json, folder / "dataset.json")
+            fold = folder / f"fold_{source.fold}"
+            fold.mkdir()
+            trainer.save_checkpoint(str(fold / CHECKPOINT))
+            trainer.save_checkpoint(str(folder / PRETRAINED))
+    # PyTorch's word for a full disk is a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        raise XAttnResError(f"cannot write {output} ({reason(error)}): make room or choose another -o") from error
+
+
+def _print_next_commands(options: Options, target: PlannedNetwork, fold: int | str, model_folder: Path) -> None:
+    train = ["nnUNetv2_train", target.plans["dataset_name"], options.configuration, str(fold), "-tr", options.trainer]
+    train += ["-p", options.plans_name]
+    output = shlex.quote(str(options.output))
+    print(f"{options.output} computes what {options.source} does. To predict with it:")
+    print(
+        f"  nnUNetv2_predict_from_modelfolder -m {output} -f {fold} -chk {CHECKPOINT} -i IMAGES -o PREDICTIONS",
+    )
+    print("To train on from it, segmentation heads included:")
+    results = os.environ.get("nnUNet_results")
+    place = None if results is None else Path(results, model_folder)
+    if place is None or options.output.resolve() != place.resolve():
+        trained = None if place is None else place / f"fold_{fold}"
+        if trained is not None and trained.exists():
+            print(f"{trained} is there already: move it away first, or --c goes on from a {FINAL_CHECKPOINT} there")
+        print(f'  mkdir -p "$nnUNet_results/{model_folder}" && cp -r {output}/. "$nnUNet_results/{model_folder}"')
+    print(f"  {shlex.join([*train, '--c'])}")
+    print("To train from it with new heads, as nnU-Net does with pretrained weights:")
+    print(f"  {shlex.join([*train, '-pretrained_weights', str(options.output / PRETRAINED)])}")
