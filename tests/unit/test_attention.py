@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch
 from helpers import formulas
 from helpers.memory import saved_bytes
 from nnunet_xattnres.ops import streaming
-from nnunet_xattnres.ops.alignment import align
+from nnunet_xattnres.ops.alignment import align, is_finer, resize
 from nnunet_xattnres.ops.reference import Candidate, attend_reference, attention_weights
 from nnunet_xattnres.ops.streaming import ChunkAlignment, attend_streaming, streaming_weights
 
@@ -35,7 +37,13 @@ def _inputs(case: str, dtype: torch.dtype = torch.float64) -> tuple[list[torch.T
 def _candidates(inputs: list[torch.Tensor]) -> list[Candidate]:
     _, _, x, *sources = inputs
     half = len(sources) // 2
-    return [*map(Candidate, sources[:half], sources[half:]), Candidate(x, None)]
+    features = [averaged(h, x.shape[2:]) for h in sources[:half]]
+    return [*map(Candidate, features, sources[half:]), Candidate(x, None)]
+
+
+def averaged(h: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """As the history pool gives it: averaged where it is finer."""
+    return resize(h, size) if is_finer(h.shape[2:], size) else h
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -173,16 +181,17 @@ def test_under_autocast_squares_do_not_overflow(attend):
     "source_size, size", [((2, 4), (4, 8)), ((2, 1, 4), (4, 4, 8)), ((8, 8), (4, 8)), ((8, 4, 16), (4, 4, 8))]
 )
 def test_the_largest_half_precision_values_stay_finite(attend, source_size, size):
-    candidates = [
-        Candidate(torch.empty(1, CHANNELS, *extents).uniform_(-60000, 60000).half().requires_grad_(), None)
+    features = [
+        torch.empty(1, CHANNELS, *extents).uniform_(-60000, 60000).half().requires_grad_()
         for extents in (source_size, size)
     ]
     query, norm_scale = torch.randn(CHANNELS, requires_grad=True), torch.ones(CHANNELS, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
+        candidates = [Candidate(averaged(h, size), None) for h in features]
         out = attend(query, norm_scale, candidates, size)
     # On a CPU, autocast averages three axes in single precision.
     assert out.half().isfinite().all()
-    parameters = [query, norm_scale, *(candidate.features for candidate in candidates)]
+    parameters = [query, norm_scale, *features]
     # nnU-Net's loss is a mean, scaled by up to 2^16 against underflow.
     for gradient in torch.autograd.grad(out.float().mean(), parameters):
         assert gradient.isfinite().all()

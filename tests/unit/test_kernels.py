@@ -83,5 +83,5 @@ def test_every_backend_that_can_be_configured_is_there():
 
 def test_auto_is_not_triton_and_triton_is_imported_on_request_only():
     assert attention_backend("auto") is attend_streaming
-    code = "import sys, nnunet_xattnres.model.block_level; sys.exit('triton' in sys.modules)"
+    code = "import sys, nnunet_xattnres.ops.backends; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=TESTS.parents[1]).returncode == 0

@@ -1,12 +1,15 @@
 """The Triton backend against the formulas. `test_kernels.py` runs this file under Triton's interpreter, on a CPU.
 
-On a machine with a GPU, `pytest tests/triton_cases.py` runs it with compiled kernels.
+On a machine with a GPU, `pytest tests/unit/triton_cases.py` runs it with compiled kernels.
 """
+
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from nnunet_xattnres.ops import triton_kernels as kernels
+from nnunet_xattnres.ops.alignment import is_finer, resize
 from nnunet_xattnres.ops.reference import Candidate, attend_reference
 from nnunet_xattnres.ops.triton_operator import attend_triton, attend_upsampled, attend_upsampled_backward
 
@@ -38,7 +41,13 @@ def _inputs(case: str, channels: int = CHANNELS, dtype: torch.dtype = torch.floa
 def _candidates(inputs: list[torch.Tensor]) -> list[Candidate]:
     _, _, x, *sources = inputs
     half = len(sources) // 2
-    return [*map(Candidate, sources[:half], sources[half:]), Candidate(x, None)]
+    features = [averaged(h, x.shape[2:]) for h in sources[:half]]
+    return [*map(Candidate, features, sources[half:]), Candidate(x, None)]
+
+
+def averaged(h: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """As the history pool gives it: averaged where it is finer."""
+    return resize(h, size) if is_finer(h.shape[2:], size) else h
 
 
 def _output_and_gradients(attend, inputs: list[torch.Tensor], size: tuple[int, ...]) -> list[torch.Tensor]:
