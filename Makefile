@@ -4,7 +4,7 @@ DATA ?=
 TABLE ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-matrix lint figures
+.PHONY: demo test test-matrix lint docs figures
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed  ## train, predict and evaluate on phantoms, or on DATA=path/to/Task04_Hippocampus
@@ -22,6 +22,9 @@ lint: .venv/.installed  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.docs-installed  ## the documentation site, in site/
+	$(BIN)/mkdocs build --strict
+
 figures: .venv/.installed  ## the figure of the README
 	$(BIN)/python docs/draw_method.py docs/method.png
 
@@ -29,4 +32,8 @@ figures: .venv/.installed  ## the figure of the README
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "apt install python3-venv first" >&2; exit 1; }
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -e ".[test,lint]"
+	touch $@
+
+.venv/.docs-installed: .venv/.installed
+	$(BIN)/python -m pip install -e ".[docs]"
 	touch $@
