@@ -1,4 +1,4 @@
-"""Everything that nnU-Net does, with our trainers, through nnU-Net's own commands: `make test-matrix`.
+"""Everything that nnU-Net does, with our trainers, through nnU-Net's own commands: `make test-slow`.
 
 A test that is run alone runs the commands that it rests on, and only those.
 """

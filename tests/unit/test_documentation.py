@@ -26,8 +26,8 @@ from markdown_it.token import Token
 import nnunet_xattnres
 from nnunet_xattnres import cli
 from nnunet_xattnres.benchmark.spec import read_spec
-from nnunet_xattnres.installation import list_trainers
-from nnunet_xattnres.overhead.presets import build_preset
+from nnunet_xattnres.nnunet.installation import list_trainers
+from nnunet_xattnres.nnunet.presets import build_preset
 from nnunet_xattnres.routing.recording import RoutingHistory
 
 ROOT = Path(__file__).resolve().parents[2]
