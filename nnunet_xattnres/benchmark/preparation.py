@@ -41,8 +41,12 @@ from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.nnunet.datasets import Source, place_raw_dataset, read_dataset_json, read_source
+from nnunet_xattnres.nnunet.derived_configurations import (
+    TrainingBudget,
+    add_small_configuration,
+    add_wide_configuration,
+)
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
-from nnunet_xattnres.nnunet.plans import TrainingBudget, add_small_configuration, add_wide_configuration
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 

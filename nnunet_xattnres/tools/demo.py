@@ -32,7 +32,7 @@ from nnunet_xattnres.nnunet.datasets import (
     read_source,
     reader_for,
 )
-from nnunet_xattnres.nnunet.plans import TrainingBudget, add_small_configuration, reduced_patch_size
+from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration, reduced_patch_size
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.tools.demo_report import PicturedCase, dice_per_case, dice_table, draw_cases, spread_over_ranking
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin

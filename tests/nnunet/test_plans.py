@@ -10,7 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from helpers.plans import ISOTROPIC, planned
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import write_json_atomically
-from nnunet_xattnres.nnunet.plans import TrainingBudget, add_small_configuration, reduced_patch_size
+from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration, reduced_patch_size
 
 BUDGET = TrainingBudget(num_epochs=3, num_iterations_per_epoch=5, num_val_iterations_per_epoch=2)
 ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]]

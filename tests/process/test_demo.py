@@ -19,7 +19,7 @@ from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.processes import last_meaningful_line
 from nnunet_xattnres.nnunet.commands import NnUNet, find_command
 from nnunet_xattnres.nnunet.datasets import phantom_source, read_source
-from nnunet_xattnres.nnunet.plans import TrainingBudget
+from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget
 from nnunet_xattnres.tools.demo import BUDGET, Demo, check_trainer, run_demo
 from nnunet_xattnres.tools.demo_report import PicturedCase, dice_table, draw_cases
 

@@ -23,8 +23,8 @@ from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.build import build_network_from_plans
 from nnunet_xattnres.model.config import XAttnResConfig
 from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration
 from nnunet_xattnres.nnunet.planned_network import from_preset, with_batch_size
-from nnunet_xattnres.nnunet.plans import TrainingBudget, add_small_configuration
 from nnunet_xattnres.nnunet.presets import RESENC_PATCHES, TASKS, build_preset
 from nnunet_xattnres.overhead import measurement, runner
 from nnunet_xattnres.overhead.measurement import (

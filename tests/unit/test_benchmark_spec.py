@@ -23,7 +23,7 @@ from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.nnunet import commands
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.datasets import check_test_set, place_raw_dataset, read_source
-from nnunet_xattnres.nnunet.plans import add_wide_configuration
+from nnunet_xattnres.nnunet.derived_configurations import add_wide_configuration
 
 SPECS = Path(__file__).parents[2] / "specs"
 SHAPE = (8, 9, 10)
