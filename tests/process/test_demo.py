@@ -18,7 +18,7 @@ from helpers.plans import ISOTROPIC, planned
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.processes import last_meaningful_line
 from nnunet_xattnres.nnunet.commands import NnUNet, find_command
-from nnunet_xattnres.nnunet.datasets import phantom_source, read_source
+from nnunet_xattnres.nnunet.datasets import phantom_dataset, read_dataset
 from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget
 from nnunet_xattnres.tools.demo import BUDGET, Demo, check_trainer, run_demo
 from nnunet_xattnres.tools.demo_report import PicturedCase, dice_table, draw_cases
@@ -252,7 +252,7 @@ def nnunet(tmp_path):
 @pytest.fixture
 def preprocessed(nnunet, raw):
     """The demo with results of its first two steps in place."""
-    demo = Demo(nnunet, read_source(raw), num_steps=7)
+    demo = Demo(nnunet, read_dataset(raw), num_steps=7)
     nnunet.raw.mkdir()
     demo.raw_dataset.symlink_to(raw)
     references = demo.preprocessed_dataset / "gt_segmentations"
@@ -272,28 +272,28 @@ def checkpoint(demo, name, trainer=TRAINER):
 
 
 def test_raw_dataset_is_linked_and_recognised(raw, nnunet):
-    Demo(nnunet, read_source(raw), 7).get_dataset()
+    Demo(nnunet, read_dataset(raw), 7).get_dataset()
     dataset = nnunet.raw / "Dataset123_Tiny"
     assert dataset.resolve() == raw
     with redirect_stdout(io.StringIO()) as output:
-        Demo(nnunet, read_source(raw), 7).get_dataset()
+        Demo(nnunet, read_dataset(raw), 7).get_dataset()
     assert "Already there" in output.getvalue()
 
 
 def test_msd_task_is_converted_and_recognised(msd, tmp_path):
     nnunet = NnUNet(tmp_path / "work", "cpu")
     nnunet.workdir.mkdir()
-    Demo(nnunet, read_source(msd), 7).get_dataset()
+    Demo(nnunet, read_dataset(msd), 7).get_dataset()
     dataset = nnunet.raw / "Dataset012_Tiny"
     assert {path.name for path in (dataset / "imagesTr").iterdir()} == {f"case_{n}_0000.nii.gz" for n in range(5)}
     with redirect_stdout(io.StringIO()) as output:
-        Demo(nnunet, read_source(msd), 7).get_dataset()
+        Demo(nnunet, read_dataset(msd), 7).get_dataset()
     assert "Already there" in output.getvalue()
     elsewhere = msd.parent / "copy" / msd.name
     elsewhere.parent.mkdir()
     msd.rename(elsewhere)
     with pytest.raises(XAttnResError, match="--workdir"):
-        Demo(nnunet, read_source(elsewhere), 7).get_dataset()
+        Demo(nnunet, read_dataset(elsewhere), 7).get_dataset()
 
 
 def test_archive_of_an_msd_task_is_unpacked_and_converted(msd, tmp_path):
@@ -302,7 +302,7 @@ def test_archive_of_an_msd_task_is_unpacked_and_converted(msd, tmp_path):
         tar.add(msd, arcname="Task12_Tiny")
     nnunet = NnUNet(tmp_path / "work", "cpu")
     nnunet.workdir.mkdir()
-    Demo(nnunet, read_source(archive), 7).get_dataset()
+    Demo(nnunet, read_dataset(archive), 7).get_dataset()
     dataset = nnunet.raw / "Dataset012_Tiny"
     assert {path.name for path in (dataset / "imagesTr").iterdir()} == {f"case_{n}_0000.nii.gz" for n in range(5)}
     assert not (nnunet.workdir / ".staging").exists()
@@ -311,7 +311,7 @@ def test_archive_of_an_msd_task_is_unpacked_and_converted(msd, tmp_path):
 def test_number_that_is_taken(raw, nnunet):
     (nnunet.preprocessed / "Dataset123_Other").mkdir(parents=True)
     with pytest.raises(XAttnResError, match="same number"):
-        Demo(nnunet, read_source(raw), 7).get_dataset()
+        Demo(nnunet, read_dataset(raw), 7).get_dataset()
 
 
 def test_preprocessing_is_recognised_when_complete(preprocessed):
@@ -568,7 +568,7 @@ def test_memory_settings_are_for_the_cpu_only(tmp_path, monkeypatch):
 
 
 def test_phantoms_are_the_source_without_data():
-    assert phantom_source().dataset == "Dataset900_Phantom"
+    assert phantom_dataset().name == "Dataset900_Phantom"
 
 
 @pytest.mark.long

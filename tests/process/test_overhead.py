@@ -18,7 +18,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_xattnres.cli import main
-from nnunet_xattnres.common.device import is_out_of_memory
+from nnunet_xattnres.common.device import SAMPLING_SECONDS, PeakMemory, is_out_of_memory
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.build import build_network_from_plans
 from nnunet_xattnres.model.config import XAttnResConfig
@@ -31,10 +31,8 @@ from nnunet_xattnres.overhead.measurement import (
     FAILED,
     MEASURED,
     OUT_OF_MEMORY,
-    SAMPLING_SECONDS,
     Answer,
     Measurement,
-    PeakMemory,
     Request,
     measure,
 )
