@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +16,15 @@ import psutil
 import pytest
 import torch
 
-from helpers.overhead import DATASET, NO_SKIP, PLANNED, output_options, small_request, write_small_plans
+from helpers.overhead import (
+    DATASET,
+    NO_SKIP,
+    PLANNED,
+    output_options,
+    small_request,
+    use_own_trainer,
+    write_small_plans,
+)
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.overhead import runner
 from nnunet_xattnres.overhead.measurement import OUT_OF_MEMORY
@@ -83,38 +93,60 @@ def test_a_process_that_the_kernel_kills_was_out_of_memory(tmp_path, monkeypatch
     assert (answer.status, answer.reason, answer.parameters) == (OUT_OF_MEMORY, "", 7)
 
 
-def test_ctrl_c_ends_the_measurement_and_leaves_nothing(plans_file, tmp_path):
+def test_ctrl_c_ends_the_measurement_and_leaves_nothing(plans_file, outputs, tmp_path, monkeypatch, capsys):
     pid_file = tmp_path / "pid"
-    pretended_measurement(
-        tmp_path,
-        f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))",
-        "time.sleep(600)",
-    )
+    pretended_measurement(tmp_path, f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))", "time.sleep(600)")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(runner, "MEASUREMENT", "pretended")
+
+    def interrupt():
+        if eventually(lambda: pid_file.is_file() and pid_file.read_text()):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    # Whoever runs the tests may ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    interruption = threading.Thread(target=interrupt)
+    interruption.start()
+    try:
+        plans = ["--plans", str(plans_file), "-c", "small", "--trainers", PLANNED]
+        assert main(["overhead", *plans, "--device", "cpu", *outputs]) == 130
+    finally:
+        interruption.join()
+        signal.signal(signal.SIGINT, handler)
+    last_line = "nnunet-xattnres: interrupted; plans whose table was printed are in the files\n"
+    assert capsys.readouterr().err.endswith(last_line)
+    assert not psutil.pid_exists(int(pid_file.read_text()))
+    assert not list(temporary.glob("nnunet_xattnres_*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(plans_file, tmp_path, monkeypatch):
+    """The same with all of its processes, and a real measurement."""
+    pid_file = tmp_path / "pid"
+    wait = f"open({str(pid_file)!r}, 'w').write(str(__import__('os').getpid())); __import__('time').sleep(600)"
+    use_own_trainer(wait, tmp_path / "mine", monkeypatch)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     # With CUDA_HOME but without a GPU, some modules of PyTorch print a warning when they are imported.
     no_gpu = {"CUDA_HOME": "/nowhere", "CUDA_VISIBLE_DEVICES": ""}
-    environment = os.environ | no_gpu | {"PYTHONPATH": str(tmp_path), "TMPDIR": str(temporary)}
     program = (
-        "import nnunet_xattnres.overhead.runner as runner; runner.MEASUREMENT = 'pretended'; "
+        "import nnunet_xattnres.overhead.runner as runner; runner.PLANNED = 'nnUNetTrainerMine'; "
         "from nnunet_xattnres.cli import main; raise SystemExit(main())"
     )
-    plans = ["--plans", str(plans_file), "-c", "small", "--trainers", PLANNED]
+    plans = ["--plans", str(plans_file), "-c", "small", "--trainers", "nnUNetTrainerMine"]
     process = subprocess.Popen(
         [sys.executable, "-c", program, "overhead", *plans, "--device", "cpu"],
-        env=environment,
+        env=os.environ | no_gpu | {"TMPDIR": str(temporary)},
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        # Whoever runs the tests may ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        deadline = time.monotonic() + 120
-        while not pid_file.is_file() or not pid_file.read_text():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        assert eventually(lambda: (pid_file.is_file() and pid_file.read_text()) or process.poll() is not None)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
@@ -125,3 +157,10 @@ def test_ctrl_c_ends_the_measurement_and_leaves_nothing(plans_file, tmp_path):
     assert all("process" in line for line in "".join(bar).split("\r") if line.strip()), err
     assert not psutil.pid_exists(int(pid_file.read_text()))
     assert not list(temporary.glob("nnunet_xattnres_*"))
+
+
+def eventually(condition, seconds=120.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
