@@ -13,8 +13,8 @@ from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.model import block_level
 from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.nnunet.derived_configurations import add_small_configuration
 from nnunet_xattnres.nnunet.phantom import write_phantom_dataset
-from nnunet_xattnres.nnunet.plans import add_small_configuration
 from nnunet_xattnres.ops import alignment
 
 pytest_plugins = ["integration.table"]

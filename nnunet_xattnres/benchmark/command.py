@@ -24,13 +24,13 @@ def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> No
     if problem := why_unrestricted_only():
         raise XAttnResError(problem)
     earlier = None if report is None else read_tables(report)
-    spec, sources = check_spec(read_spec(spec_file))
+    spec, inputs = check_spec(read_spec(spec_file))
     if earlier is not None:
         check_names(earlier, spec)
     make_writable_folder(root, "-o")
     root = root.resolve()
     machine = make_machine(root, spec.executor)
-    cells = prepare(root, spec, sources)
+    cells = prepare(root, spec, inputs)
     if earlier is not None:
         take_over(earlier, root)
     run_cells(root, cells, machine)

@@ -40,9 +40,13 @@ from nnunet_xattnres.common.errors import XAttnResError, suggestion
 from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
-from nnunet_xattnres.nnunet.datasets import Source, place_raw_dataset, read_dataset_json, read_source
+from nnunet_xattnres.nnunet.datasets import InputDataset, place_raw_dataset, read_dataset, read_dataset_json
+from nnunet_xattnres.nnunet.derived_configurations import (
+    TrainingBudget,
+    add_small_configuration,
+    add_wide_configuration,
+)
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
-from nnunet_xattnres.nnunet.plans import TrainingBudget, add_small_configuration, add_wide_configuration
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 
@@ -51,24 +55,24 @@ SPLITS = "splits_final.json"
 NUM_ITERATIONS, NUM_VAL_ITERATIONS = 250, 50
 
 
-def check_spec(spec: Spec) -> tuple[Spec, list[Source]]:
+def check_spec(spec: Spec) -> tuple[Spec, list[InputDataset]]:
     """The spec with what can be filled in, and where its datasets come from.
 
     Raises `XAttnResError` for trainers, planners and datasets that are not there or do not fit together.
     """
     for arm in spec.trainers:
         _check_arm(arm, spec.configurations)
-    sources = [_source(dataset) for dataset in spec.datasets]
-    names: dict[str, Source] = {}
-    for source in sources:
-        other = names.setdefault(source.dataset[7:10], source)
-        if other is not source:
-            raise XAttnResError(f"{other.origin} and {source.origin} both have the id {int(source.dataset[7:10])}")
-    datasets = [_filled(dataset, source) for dataset, source in zip(spec.datasets, sources, strict=True)]
-    return replace(spec, datasets=tuple(datasets)), sources
+    inputs = [_input_dataset(dataset) for dataset in spec.datasets]
+    names: dict[str, InputDataset] = {}
+    for data in inputs:
+        other = names.setdefault(data.name[7:10], data)
+        if other is not data:
+            raise XAttnResError(f"{other.origin} and {data.origin} both have the id {int(data.name[7:10])}")
+    datasets = [_filled(dataset, data) for dataset, data in zip(spec.datasets, inputs, strict=True)]
+    return replace(spec, datasets=tuple(datasets)), inputs
 
 
-def prepare(root: Path, spec: Spec, sources: list[Source]) -> list[Cell]:
+def prepare(root: Path, spec: Spec, inputs: list[InputDataset]) -> list[Cell]:
     """Everything before training, whatever of it is not there yet. Returns the cells of the matrix.
 
     Raises `XAttnResError` if the folder belongs to another spec, and where nnU-Net's plans do not fit this one.
@@ -80,8 +84,8 @@ def prepare(root: Path, spec: Spec, sources: list[Source]) -> list[Cell]:
         # A command that outlives this process keeps the lock: nobody begins it beside itself.
         nnunet = NnUNet(root, "cpu", keep_open=(lock,))
         preparations = [_Preparation(nnunet, spec, dataset) for dataset in spec.datasets]
-        for preparation, source in zip(preparations, sources, strict=True):
-            place_raw_dataset(source, nnunet, "-o", with_test_set=bool(preparation.dataset.test))
+        for preparation, data in zip(preparations, inputs, strict=True):
+            place_raw_dataset(data, nnunet, "-o", with_test_set=bool(preparation.dataset.test))
             preparation.plan()
         variants = [(preparation.dataset, preparation.variants()) for preparation in preparations]
         # What is wrong with a spec has shown by now. Until here, another one may take the folder.
@@ -130,11 +134,11 @@ def _plans_name(planner: str) -> str:
     return inspect.signature(found).parameters["plans_name"].default
 
 
-def _source(dataset: Dataset) -> Source:
-    source = read_source(Path(dataset.path or _raw_folder(dataset.id)))
-    if dataset.name not in ("", source.dataset):
-        raise XAttnResError(f"{source.origin} makes {source.dataset}, not {dataset.name}: mend the name in the spec")
-    return source
+def _input_dataset(dataset: Dataset) -> InputDataset:
+    data = read_dataset(Path(dataset.path or _raw_folder(dataset.id)))
+    if dataset.name not in ("", data.name):
+        raise XAttnResError(f"{data.origin} makes {data.name}, not {dataset.name}: mend the name in the spec")
+    return data
 
 
 def _raw_folder(number: int | None) -> str:
@@ -147,10 +151,10 @@ def _raw_folder(number: int | None) -> str:
     return str(found[0])
 
 
-def _filled(dataset: Dataset, source: Source) -> Dataset:
-    test = _has_test_set(dataset, Path(source.origin))
-    family = dataset.family or source.dataset
-    return replace(dataset, path=source.origin, id=None, name=source.dataset, family=family, test=test)
+def _filled(dataset: Dataset, data: InputDataset) -> Dataset:
+    test = _has_test_set(dataset, Path(data.origin))
+    family = dataset.family or data.name
+    return replace(dataset, path=data.origin, id=None, name=data.name, family=family, test=test)
 
 
 def _has_test_set(dataset: Dataset, data: Path) -> bool:

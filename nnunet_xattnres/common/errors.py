@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend, and what their messages are made of."""
+"""Errors that users can correct, and the parts of their messages."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -8,32 +8,33 @@ from typing import Any
 
 
 class XAttnResError(ValueError):
-    """A mistake that its reader can mend: the message is one line that says what is wrong and what to do."""
+    """A mistake that the user can correct. The message is one line: what is wrong and what to do."""
 
 
 def one_line(text: str) -> str:
+    """The text with every run of white space, line breaks included, replaced by one space."""
     return " ".join(text.split())
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, without its place and in one line."""
+    """The error's message in one line, without a file name. Its type where it has no message."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def type_and_message(error: BaseException) -> str:
-    """One line. What PyTorch adds on debugging is cut off."""
+    """The error's type and message in one line. PyTorch's hints on debugging are cut off."""
     return shorten(format_exception_only(error)[-1], width=240, placeholder=" ...")
 
 
 def suggestion(name: str, known: Iterable[str], likeness: float = 0.4) -> str:
-    """A question that names what `name` may have been meant to be; empty where nothing is as near as `likeness`."""
+    """A question that suggests up to three known names. Empty if none of them is as similar as `likeness`."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=likeness)
     return f"did you mean {', '.join(near)}?" if near else ""
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What differs, by name; a name that one of the two lacks counts as None. Empty where nothing does."""
+    """The values that differ, by name. A missing name counts as None. Empty if nothing differs."""
     names = dict.fromkeys([*here, *there])
     return ", ".join(
         f"{name}={there.get(name)!r} (here {here.get(name)!r})" for name in names if there.get(name) != here.get(name)

@@ -1,4 +1,4 @@
-"""What a run reports: Dice tables, and pictures of cases."""
+"""Figures: their style, their files, and slices of images with label maps."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,27 +12,27 @@ from numpy.typing import NDArray
 
 from nnunet_xattnres.common.files import written_atomically
 
-# Okabe and Ito's palette, told apart with every kind of colour vision.
+# The palette of Okabe and Ito, which people with colour vision deficiencies can tell apart.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
 
 def figure_style() -> AbstractContextManager[None]:
-    """nnU-Net's progress plot changes matplotlib's defaults for the whole process. In a PDF, text stays text."""
+    """Matplotlib's defaults, which nnU-Net's progress plot changes for the whole process. In a PDF, text stays text."""
     return style.context(["default", {"pdf.fonttype": 42}])
 
 
 def write_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Whole or not at all, in the format that the path's name says."""
+    """Write the figure, as a whole or not at all. The path's suffix says the format."""
     with written_atomically(path) as temporary:
         kind = path.suffix[1:].lower()
-        # Without the time of writing, the same picture is the same file.
+        # Without the time of creation, the same figure gives the same bytes.
         figure.savefig(temporary, format=kind, dpi=dpi, metadata={"CreationDate": None} if kind == "pdf" else None)
 
 
 def draw_slice(
     axis: Axes, image: NDArray[np.floating], spacing: tuple[float, float], labels: NDArray[np.integer] | None = None
 ) -> None:
-    """A slice [y, x] in grey, and in colours a label map on top of it. spacing: of y and x in mm."""
+    """Draw a slice [y, x] in grey and a label map [y, x] in colours on top of it. spacing: of y and x in mm."""
     pixel_aspect = spacing[0] / spacing[1]
     darkest, brightest = np.percentile(image, (1, 99.5))
     axis.imshow(image, cmap="gray", vmin=darkest, vmax=brightest, aspect=pixel_aspect)
@@ -46,4 +46,5 @@ def draw_slice(
 
 
 def label_colour(value: int) -> str:
+    """The colour of a foreground value in a label map."""
     return COLOURS[(int(value) - 1) % len(COLOURS)]

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders that can be written to."""
+"""Files and folders that are written as a whole or not at all, and JSON."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ from nnunet_xattnres.common.errors import XAttnResError, reason
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which becomes `path` at the end: nobody, and no interruption, sees half a file."""
+    """A temporary path to write to. It becomes `path` at the end, so that nobody ever sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -71,7 +71,7 @@ def _move_entries(source: Path, target: Path) -> None:
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Why nothing can be written to the folder, or made in the place where it is not there yet; None where it can."""
+    """The reason why the folder cannot be written to or, if it does not exist, be made. None if it can."""
     try:
         there = next(place for place in (folder, *folder.parents) if place.exists())
         with TemporaryFile(dir=there):
@@ -81,7 +81,7 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def make_writable_folder(folder: Path, option: str) -> None:
-    """Make the folder if it is not there. Raises `XAttnResError` where nothing can be written, naming its option."""
+    """Make the folder if it does not exist. Raises `XAttnResError`, naming the option, if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         problem = why_not_writable(folder)
@@ -92,12 +92,12 @@ def make_writable_folder(folder: Path, option: str) -> None:
 
 
 def write_json_atomically(content: Any, path: Path) -> None:
-    """Write `content` to `path` such that a reader, or an interruption, never sees half a file."""
+    """Write the content as JSON, indented."""
     write_text_atomically(json.dumps(content, indent=4), path)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises `XAttnResError`, with the remedy, if it is missing, unreadable or no object."""
+    """Read a JSON object. Raises `XAttnResError`, with the remedy, if the file is missing, unreadable or no object."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:

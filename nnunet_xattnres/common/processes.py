@@ -1,12 +1,13 @@
-"""Processes that a command starts: their environment, their last words, and how they end."""
+"""Child processes: their environment, how they are started and ended, and what their output says."""
 
 import os
 import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO
 
 SECONDS_TO_END = 10
 PROGRESS_BAR = re.compile(r"^\s*\d+%\|| \[\d+:\d+<|it/s\]|s/it\]")
@@ -14,35 +15,38 @@ PROGRESS_BAR = re.compile(r"^\s*\d+%\|| \[\d+:\d+<|it/s\]|s/it\]")
 
 @contextmanager
 def environment_with(**variables: str) -> Iterator[None]:
-    """Environment variables of this process, set for a while."""
+    """Set environment variables of this process until the block is left."""
     previous = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
         for name, value in previous.items():
-            del os.environ[name]
-            if value is not None:
+            if value is None:
+                os.environ.pop(name, None)
+            else:
                 os.environ[name] = value
 
 
 @contextmanager
 def termination_as_exception() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end the running command too, as Ctrl-C does."""
+    """Turn SIGTERM and SIGHUP into `SystemExit`: the running command cleans up as it does after Ctrl-C.
 
-    def leave(number: int, frame: object) -> None:
-        # A second one, `timeout` sends two, would interrupt what ends the command.
-        for heeded_number in heeded:
-            signal.signal(heeded_number, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
+    A signal that is ignored stays ignored: nohup ignores SIGHUP, and so must whatever it starts.
+    """
     # Python handles signals in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # nohup ignores the latter, and so must whatever it starts.
-    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, leave) for number in heeded}
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+
+    def leave(number: int, frame: object) -> None:
+        # `timeout` sends two signals. The second one must not interrupt the cleaning up.
+        for handled_number in handled:
+            signal.signal(handled_number, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, leave) for number in handled}
     try:
         yield
     finally:
@@ -50,15 +54,45 @@ def termination_as_exception() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end_process_group(process: subprocess.Popen[bytes]) -> None:
-    for end in (signal.SIGTERM, signal.SIGKILL):
+@contextmanager
+def child_process(
+    command: Sequence[str], environment: Mapping[str, str], output: int | IO[bytes], keep_open: Sequence[int] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that runs while the block does. It is ended with its workers when the block is left.
+
+    output: where stdout and stderr go, as `subprocess` takes it. keep_open: file descriptors that the command inherits.
+    """
+    with termination_as_exception():
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=keep_open,
+            # A process group of its own: its workers can be ended with it.
+            start_new_session=True,
+        )
         try:
-            os.killpg(process.pid, end)
-            process.wait(SECONDS_TO_END)
+            yield process
+        finally:
+            end_process_group(process)
+
+
+def end_process_group(process: subprocess.Popen[bytes]) -> None:
+    """End the process, which leads a group, and all others of the group: first with SIGTERM, then with SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
         except ProcessLookupError:
             return
-        except subprocess.TimeoutExpired:
-            continue
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS_TO_END)
+
+
+def how_it_ended(return_code: int) -> str:
+    """A process's return code in words: a signal or an exit status."""
+    return f"ended by {signal.Signals(-return_code).name}" if return_code < 0 else f"exit status {return_code}"
 
 
 def last_meaningful_line(output: str) -> str:

@@ -2,7 +2,7 @@
 
 
 def align_columns(rows: list[list[str]]) -> str:
-    """A line per row, the first column on the left, the others on the right of their width."""
+    """One line per row. The first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,4 +1,4 @@
-"""nnU-Net's own console commands, run in subprocesses inside one working directory."""
+"""nnU-Net's own console commands, each in a process of its own, inside one working directory."""
 
 import codecs
 import os
@@ -8,26 +8,26 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.common.processes import end_process_group, last_meaningful_line, termination_as_exception
+from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line
 from nnunet_xattnres.nnunet.installation import external_trainers
 
-# nnU-Net starts 8 processes wherever it works case by case.
+# nnU-Net starts 8 processes by default for steps that work case by case.
 NUM_WORKERS = str(min(8, os.cpu_count() or 1))
 CPU_SETTINGS = {
-    # OpenMP's threads wait for each other spinning, some 300,000 rounds by default. Where augmentation or anything else
-    # wants the core, a training step then takes several times as long. On idle cores 3,000 rounds are as fast.
+    # OpenMP's threads wait for each other in a loop, by default for some 300,000 rounds. If augmentation needs the core
+    # meanwhile, a training step takes several times as long. On idle cores 3,000 rounds are as fast.
     "GOMP_SPINCOUNT": "3000",
     "nnUNet_n_proc_DA": str(min(2, os.cpu_count() or 1)),
-    # Every worker process imports torch: more than one of each kind costs more than it brings.
+    # Every worker process imports torch: more than one of each kind costs more time than it saves.
     "nnUNet_npp": "1",
     "nnUNet_nps": "1",
-    # glibc returns large blocks to the system when they are freed, and every page of the next feature map has to be
-    # faulted in again, a tenth to a quarter of the time of a training step. This lets the process keep its memory.
+    # glibc returns large blocks to the system when they are freed. The next feature map then needs new pages, which
+    # costs a tenth to a quarter of the time of a training step. These settings let the process keep its memory.
     "MALLOC_TOP_PAD_": "268435456",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
@@ -37,7 +37,7 @@ POLL_SECONDS = 1
 
 @dataclass(frozen=True)
 class NnUNet:
-    """nnU-Net with its three folders in `workdir`, whatever the shell's own `nnUNet_*` variables say.
+    """nnU-Net with its three folders in `workdir`. The shell's own `nnUNet_*` folders are not used.
 
     device: "cpu" or "cuda".
     keep_open: file descriptors that the commands inherit.
@@ -69,24 +69,26 @@ class NnUNet:
         }
 
     def environment(self) -> dict[str, str]:
-        """The whole environment of a command: what the user has set wins, except for the folders."""
+        """All environment variables of a command. The user's own win over our defaults, except for the folders."""
         defaults = {"nnUNet_def_n_proc": NUM_WORKERS, "PYTHONUNBUFFERED": "1"}
         if self.device == "cpu":
             defaults |= CPU_SETTINGS
         return defaults | dict(os.environ) | self.folders()
 
     def run(self, *command: str, log: str, environment: Mapping[str, str] | None = None) -> None:
-        """Run one console command; its output goes to the terminal, as it comes, and to `workdir/logs/<log>.log`.
+        """Run one console command. Its output goes to the terminal at once and to `workdir/logs/<log>.log`.
 
-        environment: variables on top of `self.environment()`.
+        environment: variables in addition to `self.environment()`.
 
         Raises `XAttnResError` if the command is missing or fails.
         """
         log_file = self.workdir / "logs" / f"{log}.log"
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        with termination_as_exception():
-            variables = self.environment() | dict(environment or {})
-            return_code = _run_and_log(command, variables, log_file, self.keep_open)
+        program = [find_command(command[0]), *command[1:]]
+        variables = self.environment() | dict(environment or {})
+        with child_process(program, variables, subprocess.PIPE, self.keep_open) as process:
+            _copy_output(process, log_file)
+            return_code = process.wait()
         if return_code:
             raise XAttnResError(
                 f"{shlex.join(command)} failed: {_reason(return_code, log_file)} (whole output: {log_file})"
@@ -94,7 +96,10 @@ class NnUNet:
 
 
 def find_command(name: str) -> str:
-    """The path of a console command: beside this Python (a virtual environment need not be active), or on PATH."""
+    """The path of a console command: beside this Python, even if its environment is not active, or on PATH.
+
+    Raises `XAttnResError` if there is none.
+    """
     search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     found = shutil.which(name, path=search_path)
     if found is None:
@@ -102,27 +107,8 @@ def find_command(name: str) -> str:
     return found
 
 
-def _run_and_log(
-    command: tuple[str, ...], environment: dict[str, str], log_file: Path, keep_open: Sequence[int]
-) -> int:
-    process = subprocess.Popen(
-        [find_command(command[0]), *command[1:]],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=keep_open,
-        # Its own process group, so that its worker processes can be ended with it.
-        start_new_session=True,
-    )
-    try:
-        _copy_output(process, log_file)
-        return process.wait()
-    finally:
-        end_process_group(process)
-
-
 def _copy_output(process: subprocess.Popen[bytes], log_file: Path) -> None:
+    """Copy the process's output to the terminal and to the log until the process ends."""
     assert process.stdout is not None
     # A multi-byte character may arrive in two pieces.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -138,12 +124,11 @@ def _copy_output(process: subprocess.Popen[bytes], log_file: Path) -> None:
                 sys.stdout.write(decoder.decode(chunk))
                 sys.stdout.flush()
             elif ended:
-                # Workers that outlive a killed nnU-Net would hold its output open for ever.
+                # Workers that outlive a killed nnU-Net keep its output open.
                 return
 
 
 def _reason(return_code: int, log_file: Path) -> str:
     if return_code < 0:
-        hint = ", out of memory?" if -return_code == signal.SIGKILL else ""
-        return f"ended by {signal.Signals(-return_code).name}{hint}"
-    return last_meaningful_line(log_file.read_text(errors="replace")) or f"exit status {return_code}"
+        return how_it_ended(return_code) + (", out of memory?" if return_code == -signal.SIGKILL else "")
+    return last_meaningful_line(log_file.read_text(errors="replace")) or how_it_ended(return_code)

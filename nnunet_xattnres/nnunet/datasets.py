@@ -1,7 +1,6 @@
-"""Datasets that a user has: told apart, checked, and brought into nnU-Net's raw format."""
+"""Datasets that a user has: their layout is recognised, they are checked and brought into nnU-Net's raw format."""
 
 import io
-import json
 import os
 import re
 import shlex
@@ -30,6 +29,7 @@ from nnunetv2.utilities.utils import (
 )
 
 from nnunet_xattnres.common.errors import XAttnResError, one_line
+from nnunet_xattnres.common.files import read_json
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.nnunet.phantom import write_phantom_dataset
 
@@ -48,34 +48,36 @@ Cases = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Source:
-    """A dataset outside the working directory.
+class InputDataset:
+    """A dataset that is not in nnUNet_raw yet.
 
-    origin: what it is, recorded with the dataset that is made from it.
-    dataset: nnU-Net's name for it, DatasetNNN_Name.
-    make_dataset: puts it, as `dataset` in nnU-Net's raw format, into a folder.
+    origin: its path, or how it is generated. It is recorded with the raw dataset.
+    name: nnU-Net's name for it, DatasetNNN_Name.
+    make: writes the raw dataset, a folder of this name, into a folder.
     """
 
     origin: str
-    dataset: str
-    make_dataset: Callable[[NnUNet, Path], None]
+    name: str
+    make: Callable[[NnUNet, Path], None]
 
 
-def phantom_source() -> Source:
+def phantom_dataset() -> InputDataset:
+    """Generated cases."""
+
     def generate(nnunet: NnUNet, folder: Path) -> None:
         print(f"Generating {PHANTOM_CASES} phantom cases", flush=True)
         write_phantom_dataset(folder / PHANTOM_DATASET, PHANTOM_CASES, PHANTOM_SEED)
 
-    return Source(f"phantoms with seed {PHANTOM_SEED}", PHANTOM_DATASET, generate)
+    return InputDataset(f"phantoms with seed {PHANTOM_SEED}", PHANTOM_DATASET, generate)
 
 
-def read_source(data: Path) -> Source:
-    """Tell the layout of `data` by its dataset.json, or that it is an MSD task's archive.
+def read_dataset(data: Path) -> InputDataset:
+    """An MSD task, the archive of one, or an nnU-Net raw dataset. The layout is recognised by dataset.json.
 
-    Raises `XAttnResError` if it is none of these.
+    Raises `XAttnResError` if `data` is none of these.
     """
     if data.is_file() and data.suffix == ".tar":
-        return _archive_source(data)
+        return _msd_archive(data)
     if not data.is_dir():
         problem = "is not a folder (any archive but an MSD task's .tar must be unpacked)"
         problem = problem if data.exists() else "does not exist"
@@ -91,32 +93,28 @@ def read_source(data: Path) -> Source:
     for folder in ("imagesTr", "labelsTr"):
         if "dataset" not in dataset_json and not (data / folder).is_dir():
             raise XAttnResError(f"{data} has no folder {folder}: give the folder of {LAYOUTS}")
-    return _msd_source(data) if is_msd else _raw_source(data)
+    return _msd_task(data) if is_msd else _raw_dataset(data)
 
 
-def read_dataset_json(data: Path) -> dict[str, Any]:
-    path = data / "dataset.json"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise XAttnResError(f"{data} has no dataset.json: give the folder of {LAYOUTS}") from None
-    except ValueError as error:
-        raise XAttnResError(f"{path} is not valid JSON ({error}): mend it or get the dataset again") from None
-    if not isinstance(content, dict):
-        raise XAttnResError(f"{path} holds no JSON object: give the folder of {LAYOUTS}")
-    return content
+def read_dataset_json(folder: Path) -> dict[str, Any]:
+    """The dataset.json of a folder. Raises `XAttnResError` if there is none or if it cannot be used."""
+    path = folder / "dataset.json"
+    if not path.exists():
+        raise XAttnResError(f"{folder} has no dataset.json: give the folder of {LAYOUTS}")
+    return read_json(path, "mend it or get the dataset again")
 
 
-def _named(data: Path, pattern: str) -> tuple[Path, re.Match[str]] | None:
-    """The path of the data or of what it links to, the first that is named like that; no folder in it is a link."""
+def _path_with_name(data: Path, pattern: str) -> tuple[Path, re.Match[str]] | None:
+    """The path of `data` or, if that is a link, of its target: the first with a name that matches. Its parents are
+    resolved."""
     for path in (Path(os.path.abspath(data)), data.resolve()):
         if name := re.fullmatch(pattern, path.name):
             return path.parent.resolve() / path.name, name
     return None
 
 
-def _msd_source(data: Path) -> Source:
-    named = _named(data, MSD_NAME)
+def _msd_task(data: Path) -> InputDataset:
+    named = _path_with_name(data, MSD_NAME)
     if named is None:
         raise XAttnResError(f"nnU-Net converts MSD tasks in folders named TaskNN_Name: rename {data} accordingly")
     data, name = named
@@ -126,20 +124,21 @@ def _msd_source(data: Path) -> Source:
     dataset = f"Dataset0{name[1]}_{name[2]}"
 
     def convert(nnunet: NnUNet, folder: Path) -> None:
-        # Before the converter splits a truncated image into channels that look whole.
+        # The converter would split a truncated image into channels that look complete.
         check_nifti_files([*(data / "imagesTr").glob("[!._]*.nii.gz"), *(data / "labelsTr").glob("[!._]*.nii.gz")])
-        # The command refuses a number that any of nnU-Net's folders knows already.
+        # The command refuses a number that is in use in any of nnU-Net's folders.
         elsewhere = dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), str(folder))
         command = ("nnUNetv2_convert_MSD_dataset", "-i", str(data))
         print(f"$ {shlex.join(command)}", flush=True)
         nnunet.run(*command, log=f"{dataset}_convert", environment=elsewhere)
 
-    return Source(str(data), dataset, convert)
+    return InputDataset(str(data), dataset, convert)
 
 
-def _archive_source(archive: Path) -> Source:
-    # In an archive a task is named as it was when it was made: rather what a link leads to.
-    named = _named(archive.resolve(), rf"{MSD_NAME}\.tar") or _named(archive, rf"{MSD_NAME}\.tar")
+def _msd_archive(archive: Path) -> InputDataset:
+    # The folder in the archive has the name that the archive was made with: a link's target comes first.
+    pattern = rf"{MSD_NAME}\.tar"
+    named = _path_with_name(archive.resolve(), pattern) or _path_with_name(archive, pattern)
     if named is None:
         raise XAttnResError(f"{archive} is not named TaskNN_Name.tar, as archives of MSD tasks are: rename it")
     archive, name = named
@@ -151,14 +150,14 @@ def _archive_source(archive: Path) -> Source:
                 content.extractall(unpacked, filter="data")
         except (OSError, tarfile.TarError) as error:
             raise XAttnResError(f"{archive} cannot be unpacked ({one_line(str(error))}): get it again") from None
-        read_source(unpacked / archive.stem).make_dataset(nnunet, folder)
+        read_dataset(unpacked / archive.stem).make(nnunet, folder)
         shutil.rmtree(unpacked)
 
-    return Source(str(archive), f"Dataset0{name[1]}_{name[2]}", unpack_and_convert)
+    return InputDataset(str(archive), f"Dataset0{name[1]}_{name[2]}", unpack_and_convert)
 
 
-def _raw_source(data: Path) -> Source:
-    named = _named(data, r"Dataset\d{3}_.+")
+def _raw_dataset(data: Path) -> InputDataset:
+    named = _path_with_name(data, r"Dataset\d{3}_.+")
     if named is None:
         raise XAttnResError(f"nnU-Net takes raw datasets in folders named DatasetNNN_Name: rename {data} accordingly")
     data, _ = named
@@ -166,61 +165,61 @@ def _raw_source(data: Path) -> Source:
     def link(nnunet: NnUNet, folder: Path) -> None:
         (folder / data.name).symlink_to(data.resolve())
 
-    return Source(str(data), data.name, link)
+    return InputDataset(str(data), data.name, link)
 
 
-def place_raw_dataset(source: Source, nnunet: NnUNet, elsewhere: str, with_test_set: bool = False) -> bool:
-    """Put the dataset, checked, into nnUNet_raw: whole or not at all. False if it is there already.
+def place_raw_dataset(dataset: InputDataset, nnunet: NnUNet, option: str, with_test_set: bool = False) -> bool:
+    """Check the dataset and put it into nnUNet_raw, as a whole or not at all. False if it is there already.
 
-    elsewhere: how to say another working directory, for messages. with_test_set: check imagesTs and labelsTs, too.
+    option: the one that names the working directory, for messages. with_test_set: check imagesTs and labelsTs, too.
 
     Raises `XAttnResError` for data that cannot be used, and if something else has the dataset's name or number.
     """
-    dataset = nnunet.raw / source.dataset
-    if dataset.exists():
-        _check_origin(source, dataset, elsewhere)
+    place = nnunet.raw / dataset.name
+    if place.exists():
+        _check_same_origin(dataset, place, option)
         return False
-    _check_number_is_free(source, nnunet, elsewhere)
+    _check_number_is_free(dataset, nnunet, option)
     with _staging_folder(nnunet.workdir) as staging:
-        staged = staging / source.dataset
-        source.make_dataset(nnunet, staging)
+        staged = staging / dataset.name
+        dataset.make(nnunet, staging)
         try:
             check_raw_dataset(staged)
             if with_test_set:
                 check_test_set(staged)
         except XAttnResError as error:
-            # The staging folder is about to go, so files are named relative to the dataset.
+            # The staging folder is removed: name files relative to the dataset.
             message = str(error).replace(f"{staged}{os.sep}", "")
-            raise XAttnResError(f"{source.origin}: {message}") from None
+            raise XAttnResError(f"{dataset.origin}: {message}") from None
         if not staged.is_symlink():
-            (staged / "origin.txt").write_text(source.origin)
+            (staged / "origin.txt").write_text(dataset.origin)
         nnunet.raw.mkdir(exist_ok=True)
-        staged.rename(dataset)
+        staged.rename(place)
     return True
 
 
-def _check_origin(source: Source, dataset: Path, elsewhere: str) -> None:
-    record = dataset / "origin.txt"
-    expected = source.origin
-    if dataset.is_symlink():
-        origin, expected = str(dataset.resolve()), str(Path(source.origin).resolve())
+def _check_same_origin(dataset: InputDataset, place: Path, option: str) -> None:
+    record = place / "origin.txt"
+    expected = dataset.origin
+    if place.is_symlink():
+        origin, expected = str(place.resolve()), str(Path(dataset.origin).resolve())
     else:
         origin = record.read_text() if record.is_file() else "something else"
     if origin != expected:
-        raise XAttnResError(f"{dataset} was made from {origin}, not from {source.origin}: choose another {elsewhere}")
+        raise XAttnResError(f"{place} was made from {origin}, not from {dataset.origin}: choose another {option}")
 
 
-def _check_number_is_free(source: Source, nnunet: NnUNet, elsewhere: str) -> None:
+def _check_number_is_free(dataset: InputDataset, nnunet: NnUNet, option: str) -> None:
     """nnU-Net refuses to work where two datasets have the same number."""
     for folder in (nnunet.raw, nnunet.preprocessed, nnunet.results):
-        for other in folder.glob(f"{source.dataset[:10]}_*"):
-            if other.name != source.dataset:
-                raise XAttnResError(f"{other} has the same number as {source.dataset}: choose another {elsewhere}")
+        for other in folder.glob(f"{dataset.name[:10]}_*"):
+            if other.name != dataset.name:
+                raise XAttnResError(f"{other} has the same number as {dataset.name}: choose another {option}")
 
 
 @contextmanager
 def _staging_folder(workdir: Path) -> Iterator[Path]:
-    """A folder beside the final place, so that a finished dataset can be renamed into it. Gone afterwards."""
+    """A temporary folder on the file system of the working directory: a finished dataset is renamed to its place."""
     staging = workdir / ".staging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -233,7 +232,7 @@ def _staging_folder(workdir: Path) -> Iterator[Path]:
 def check_raw_dataset(folder: Path) -> Cases:
     """The training cases of a dataset in nnU-Net's raw format.
 
-    Raises `XAttnResError` where something is missing, damaged or does not fit, and names the file.
+    Raises `XAttnResError`, which names the file, if something is missing, damaged or does not fit.
     """
     dataset_json = read_dataset_json(folder)
     try:
@@ -250,7 +249,7 @@ def check_raw_dataset(folder: Path) -> Cases:
             raise XAttnResError(f"training case {name} has no label: add {case['label']} or remove the case")
     check_nifti_files(_files(cases))
     try:
-        # A file that cannot be opened makes nnU-Net print a traceback.
+        # nnU-Net prints a traceback for a file that cannot be opened.
         with redirect_stderr(io.StringIO()):
             verify_dataset_integrity(str(folder), int(NUM_WORKERS))
     except AssertionError as error:
@@ -262,7 +261,7 @@ def check_raw_dataset(folder: Path) -> Cases:
 
 
 def check_test_set(folder: Path) -> None:
-    """Raises `XAttnResError` for the first case of imagesTs and labelsTs that does not fit dataset.json."""
+    """Raise `XAttnResError` for the first case of imagesTs and labelsTs that does not fit dataset.json."""
     dataset_json = read_dataset_json(folder)
     ending, images = dataset_json["file_ending"], str(folder / "imagesTs")
     names = get_identifiers_from_splitted_dataset_folder(images, ending)
@@ -282,7 +281,10 @@ def _files(cases: Cases) -> Iterator[Path]:
 
 
 def check_nifti_files(files: Iterable[Path]) -> None:
-    """SimpleITK, nnU-Net's reader, takes a truncated NIfTI file for a dark one; nibabel does not."""
+    """Raise `XAttnResError` for a truncated or damaged file. Files of other formats are not looked at.
+
+    nibabel reads them: SimpleITK, which nnU-Net reads with, fills the rest of a truncated file with zeros.
+    """
 
     def damage(file: Path) -> str | None:
         try:
@@ -301,7 +303,7 @@ def check_nifti_files(files: Iterable[Path]) -> None:
 
 
 def _first_complaint(cases: Cases, dataset_json: dict[str, Any]) -> str | None:
-    """What nnU-Net's integrity check, which works in other processes, has to say about the first bad case."""
+    """The message of nnU-Net's integrity check on the first bad case. nnU-Net's own loses it in worker processes."""
     reader = reader_for(dataset_json)
     try:
         labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
@@ -323,11 +325,12 @@ def _first_complaint(cases: Cases, dataset_json: dict[str, Any]) -> str | None:
 
 
 def reader_for(dataset_json: dict[str, Any]) -> type[BaseReaderWriter]:
+    """nnU-Net's reader for the images of a dataset."""
     return determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
 
 
 def names_of_values(labels: dict[str, Any]) -> dict[int, str]:
-    """The names of the values in a label map; a value that only regions contain is named after its number."""
+    """The names of the foreground values in a label map. A value that only regions contain is named by its number."""
     values = {int(value) for label in labels.values() for value in (label if isinstance(label, list) else [label])}
     names = {int(label): name for name, label in labels.items() if not isinstance(label, list)}
     return {value: names.get(value, f"label {value}") for value in sorted(values) if value != 0}

@@ -1,4 +1,4 @@
-"""Where the plugin is installed and whether nnU-Net can use it from there."""
+"""Where the plugin's trainers are installed, and which nnU-Net and other packages are."""
 
 import ast
 import importlib.util
@@ -24,7 +24,7 @@ def trainers_folder() -> Path:
 
 
 def list_trainers() -> Iterator[tuple[str, str]]:
-    """Name and first line of documentation of every trainer, read from source: importing nnU-Net takes seconds."""
+    """Name and first line of the docstring of every trainer. The files are parsed: importing nnU-Net takes seconds."""
     for path in sorted(trainers_folder().glob("nnUNetTrainer*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef):
@@ -32,7 +32,7 @@ def list_trainers() -> Iterator[tuple[str, str]]:
 
 
 def installed_version(package: str) -> str | None:
-    """None where the package is not installed, or nothing but remains of it, which have no version."""
+    """None if the package is not installed, or if only files without a version are left of it."""
     try:
         return version(package) or None
     except PackageNotFoundError:
@@ -52,13 +52,13 @@ def check_nnunet_version() -> None:
 
 
 def check_installed(*modules: str) -> None:
-    """Raise `XAttnResError` unless what the benchmark needs beside nnU-Net can be imported."""
+    """Raise `XAttnResError` unless the modules, which the benchmark needs beside nnU-Net, can be imported."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise XAttnResError(f"the benchmark needs {', '.join(missing)}: pip install 'nnunet-xattnres[benchmark]'")
 
 
 def external_trainers() -> str:
-    """The value of `nnUNet_extTrainer`: what is already set, and this plugin's trainers."""
+    """The value for `nnUNet_extTrainer`: the folders that it names already, and this plugin's."""
     already_set = os.environ.get("nnUNet_extTrainer", "").split(os.pathsep)
     return os.pathsep.join(dict.fromkeys([*filter(None, already_set), str(trainers_folder())]))

@@ -1,8 +1,8 @@
-"""A small 3D phantom dataset: something to train on where there is no data and no network.
+"""A small 3D phantom dataset, for training without data and without a network connection.
 
-Every case shows a body with bright rim and textured inside, a bent organ of two parts (head and tail, the labels) and
-structures that have the organ's brightness but not its shape, under a bias field and noise. Pose, size, bend, warp and
-contrast vary from case to case.
+Every case shows a body with a bright rim and texture inside, a bent organ of two parts (head and tail, the labels),
+and structures that have the organ's brightness but not its shape. A bias field and noise are added. Pose, size, bend,
+warp and contrast vary from case to case.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ Points = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Tube:
-    """A structure along a centre line: points in mm [n, 3], and the radius in mm at each of them [n]."""
+    """A structure along a centre line: its points in mm [n, 3], and the radius in mm at each point [n]."""
 
     centre_line: Points
     radius: NDArray[np.floating]
 
     def covers(self, points: Points) -> tuple[NDArray[np.bool_], NDArray[np.floating]]:
-        """Which points [m, 3] lie inside, and how far along the centre line they lie (0 to 1) [m]."""
+        """Whether each point [m, 3] lies inside, and its position along the centre line from 0 to 1 [m]."""
         distance, nearest = cKDTree(self.centre_line).query(points)
         return distance < self.radius[nearest], nearest / (len(self.radius) - 1)
 
@@ -40,7 +40,7 @@ class Tube:
 def write_phantom_dataset(folder: Path, num_cases: int, seed: int) -> None:
     """Write `num_cases` phantom cases (about 40 x 56 x 40 voxels of 1.2 x 1 x 1 mm) in nnU-Net's raw format.
 
-    A case depends on `seed` and its own number only, not on `num_cases`.
+    A case depends only on `seed` and its own number, not on `num_cases`.
     """
     images, labels = folder / "imagesTr", folder / "labelsTr"
     images.mkdir(parents=True)
@@ -78,7 +78,7 @@ def phantom_case(rng: np.random.Generator) -> tuple[Volume, NDArray[np.uint8]]:
         image = np.where(inside & (depth > 0.16), organ_brightness + rng.uniform(-0.05, 0.05), image)
     inside, along = _organ(rng).covers(points)
     segmentation = np.where(inside, np.where(along < rng.uniform(0.4, 0.5), 1, 2), 0)
-    # nnU-Net mirrors its patches: brightness has to tell the ends of the organ apart.
+    # nnU-Net mirrors patches: only brightness can tell the two ends of the organ apart.
     image = np.where(segmentation == 1, organ_brightness + 0.12, image)
     image = np.where(segmentation == 2, organ_brightness - 0.08, image)
 
@@ -89,7 +89,7 @@ def phantom_case(rng: np.random.Generator) -> tuple[Volume, NDArray[np.uint8]]:
 
 
 def _warped_positions(shape: tuple[int, ...], rng: np.random.Generator) -> Points:
-    """Where in the upright body every voxel lies, in mm from its centre [*shape, 3]: pose, size and a smooth warp."""
+    """The position of every voxel in the upright body, in mm from its centre [*shape, 3]: pose, size, a smooth warp."""
     grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
     positions = (grid - (np.array(shape) - 1) / 2) * SPACING + rng.uniform(-2.5, 2.5, 3)
     pose = Rotation.from_euler("zyx", rng.uniform(-20, 20, 3), degrees=True)
@@ -98,7 +98,7 @@ def _warped_positions(shape: tuple[int, ...], rng: np.random.Generator) -> Point
 
 
 def _organ(rng: np.random.Generator) -> Tube:
-    """A bent tube that tapers from a thick head to a thin tail, always on the same side of the body."""
+    """A bent tube that tapers from a thick head to a thin tail. It lies on the same side of the body in every case."""
     along = np.linspace(0, 1, 100)
     angle = np.pi * rng.uniform(0.75, 1.0) * (along - 0.5)
     bend = rng.uniform(9.0, 11.0)
@@ -115,7 +115,7 @@ def _organ(rng: np.random.Generator) -> Tube:
 
 
 def _distractor(rng: np.random.Generator) -> Tube:
-    """A straight vessel or, when short, a lump: somewhere in the body, in any direction."""
+    """A straight vessel or a short lump, at a random place in the body and in a random direction."""
     direction = rng.normal(size=3)
     direction /= np.linalg.norm(direction)
     steps = np.linspace(-0.5, 0.5, 50)[:, None] * rng.choice([3.0, 30.0])
@@ -124,7 +124,7 @@ def _distractor(rng: np.random.Generator) -> Tube:
 
 
 def _smooth_field(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> Volume:
-    """Smooth random values [*shape] with zero mean and unit variance; `sigma` in voxels."""
+    """Smooth random values [*shape] with zero mean and unit variance. sigma: of the smoothing, in voxels."""
     field = gaussian_filter(rng.normal(size=shape), sigma)
     return (field - field.mean()) / field.std()
 

@@ -1,4 +1,4 @@
-"""A configuration of plans, from a dataset, a file or a preset, and the trainer and the network that it gives."""
+"""One configuration of nnU-Net's plans: where it is read from, and the network and trainer that are made of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,10 @@ from nnunet_xattnres.nnunet.presets import build_preset
 
 @dataclass(frozen=True)
 class PlannedNetwork:
-    """A configuration of plans. name: of the dataset or preset, for tables and figures."""
+    """One configuration of plans.
+
+    name: of the dataset or preset, for tables and figures.
+    """
 
     name: str
     plans: dict[str, Any]
@@ -34,7 +37,7 @@ class PlannedNetwork:
 
     @property
     def num_input_channels(self) -> int:
-        """Channels of the image, and for the second stage of a cascade those of the first stage's labels."""
+        """The image's channels and, in the second stage of a cascade, one for each foreground label of the first."""
         return int(determine_num_input_channels(PlansManager(self.plans), self.manager, self.dataset_json))
 
     @property
@@ -43,7 +46,7 @@ class PlannedNetwork:
         return int(PlansManager(self.plans).get_label_manager(self.dataset_json).num_segmentation_heads)
 
     def build(self, trainer: type[nnUNetTrainer], deep_supervision: bool = True) -> nn.Module:
-        """The network that a trainer builds from the plans, as nnU-Net asks for it."""
+        """The network that a trainer builds from the plans. It is called as nnU-Net calls it."""
         return trainer.build_network_architecture(
             PlansManager(self.plans),
             self.manager,
@@ -53,13 +56,13 @@ class PlannedNetwork:
         )
 
     def make_trainer(self, trainer: type[nnUNetTrainer], fold: int | str, device: str) -> nnUNetTrainer:
-        """A trainer on these plans. It writes to the folders that nnU-Net's environment variables name."""
-        # nnU-Net's trainer removes the additional key.
+        """A trainer on these plans. It writes to the folders of nnU-Net's environment variables."""
+        # nnU-Net's trainer expects this key, and removes it.
         plans = self.plans | {"continue_training": False}
         return trainer(plans, self.configuration, fold, self.dataset_json, torch.device(device))
 
     def title(self) -> str:
-        """One line: which plans, which patch, how many stages."""
+        """One line: the plans, the number of stages, the size of a patch and of a batch."""
         size = " x ".join(map(str, self.manager.patch_size))
         stages = self.manager.network_arch_init_kwargs["n_stages"]
         network = self.manager.network_arch_class_name.rpartition(".")[2]
@@ -76,9 +79,9 @@ def from_preset(preset: str, configuration: str, plans_name: str) -> PlannedNetw
 
 
 def from_dataset(dataset: str, configuration: str, plans_name: str) -> PlannedNetwork:
-    """The plans of a dataset, by name or number, in nnUNet_preprocessed.
+    """The plans of a dataset in nnUNet_preprocessed. dataset: its name or number.
 
-    Raises `XAttnResError` if they are not there or unusable.
+    Raises `XAttnResError` if they do not exist or cannot be used.
     """
     if not nnUNet_preprocessed.is_set():
         raise XAttnResError("nnUNet_preprocessed is not set: export it")
@@ -100,9 +103,9 @@ def from_dataset(dataset: str, configuration: str, plans_name: str) -> PlannedNe
 
 
 def from_file(path: Path, configuration: str) -> PlannedNetwork:
-    """A plans file with the dataset.json beside it, as in nnUNet_preprocessed and in a trained model's folder.
+    """A plans file with dataset.json beside it, as in nnUNet_preprocessed or in the folder of a trained model.
 
-    Raises `XAttnResError` if either is missing or unusable.
+    Raises `XAttnResError` if one of them is missing or cannot be used.
     """
     plans = read_json(path, "give a plans file of nnU-Net")
     dataset_json = read_json(path.parent / "dataset.json", "nnU-Net puts it beside the plans: copy it there")
@@ -112,9 +115,9 @@ def from_file(path: Path, configuration: str) -> PlannedNetwork:
 def from_content(
     plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], origin: str
 ) -> PlannedNetwork:
-    """What a plans file and a dataset.json hold. origin: where they are from, for messages.
+    """The contents of a plans file and of dataset.json. origin: where they were read, for messages.
 
-    Raises `XAttnResError` if they are unusable.
+    Raises `XAttnResError` if they cannot be used.
     """
     try:
         configurations = plans["configurations"]
@@ -123,7 +126,7 @@ def from_content(
             raise XAttnResError(f"{origin}: no configuration {configuration} in the plans: {near}")
         planned = PlannedNetwork(plans["dataset_name"], plans, configuration, dataset_json)
         check_architecture(planned.manager)
-        # Both raise for plans that nnU-Net cannot use.
+        # Both raise an error for plans that nnU-Net cannot use.
         _ = planned.num_input_channels, planned.title()
     except XAttnResError:
         raise
@@ -134,7 +137,7 @@ def from_content(
 
 
 def with_batch_size(planned: PlannedNetwork, batch_size: int) -> PlannedNetwork:
-    """The same network with other batches."""
+    """The same network with another batch size."""
     configurations = planned.plans["configurations"]
     changed = {planned.configuration: configurations[planned.configuration] | {"batch_size": batch_size}}
     plans = planned.plans | {"configurations": configurations | changed}

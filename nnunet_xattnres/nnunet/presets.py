@@ -1,10 +1,10 @@
-"""The networks of nnU-Net's plans for the Medical Segmentation Decathlon, without the data.
+"""nnU-Net's plans for the tasks of the Medical Segmentation Decathlon, without the data.
 
 Spacing, patch and batch size are those of nnU-Net's published plans: Isensee et al., Nature Methods 18 (2021),
-supplement, and its pretrained models; the 3D patch sizes and spacings are also in NVIDIA DeepLearningExamples,
-nnUNet/data_preprocessing/configs.py. Those of the ResEnc plans are what nnU-Net 2.8's planners nnUNetPlannerResEncM
-and L plan for the published median shapes, 482 x 512 x 512 for msd03 and 96 x 512 x 512 for msd07. Topology and
-channels follow from them by nnU-Net's own rules.
+supplement, and its pretrained models. The 3D patch sizes and spacings are also in NVIDIA DeepLearningExamples,
+nnUNet/data_preprocessing/configs.py. The patch sizes of the ResEnc plans are those that nnU-Net 2.8's planners
+nnUNetPlannerResEncM and L compute for the published median shapes, 482 x 512 x 512 for msd03 and 96 x 512 x 512 for
+msd07. The number of stages, strides, kernel sizes and channels follow by nnU-Net's own rules.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ DEFAULT_PLANS = "nnUNetPlans"
 
 @dataclass(frozen=True)
 class Patches:
-    """size: of a patch, in voxels. batch_size: patches per training step."""
+    """size: of a patch in voxels. batch_size: patches per training step."""
 
     size: tuple[int, ...]
     batch_size: int
@@ -29,9 +29,10 @@ class Patches:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of the Decathlon, as nnU-Net's default plans see it.
+    """One task of the Decathlon in nnU-Net's default plans.
 
-    spacing: of the resampled images in mm, the axis of lowest resolution first. classes: background included.
+    classes: their number, with the background.
+    spacing: of the resampled images in mm. The axis with the lowest resolution is the first.
     """
 
     name: str
@@ -54,7 +55,7 @@ TASKS = {
     "msd09": Task("Spleen", 1, 2, (1.6, 0.79, 0.79), Patches((64, 192, 160), 2), Patches((512, 512), 12)),
     "msd10": Task("Colon", 1, 2, (3, 0.78, 0.78), Patches((56, 192, 160), 2), Patches((512, 512), 12)),
 }
-# The other plans that there are, all of them 3d_fullres.
+# 3d_fullres of other plans.
 RESENC_PATCHES = {
     ("msd03", "nnUNetResEncUNetMPlans"): Patches((128, 128, 128), 2),
     ("msd03", "nnUNetResEncUNetLPlans"): Patches((192, 192, 192), 2),
@@ -62,7 +63,7 @@ RESENC_PATCHES = {
     ("msd07", "nnUNetResEncUNetLPlans"): Patches((56, 320, 256), 2),
 }
 
-# What nnU-Net 2.8's planners set in their constructors, which need a raw dataset on disk.
+# Attributes of nnU-Net 2.8's planners. Their constructors, which set them, need a raw dataset.
 MINIMUM_FEATURE_MAP = 4
 BASE_FEATURES = 32
 MAX_FEATURES = {2: 512, 3: 320}  # by the number of dimensions
@@ -74,9 +75,9 @@ RESENC_CONVOLUTIONS_PER_DECODER_STAGE = 1
 def build_preset(
     preset: str, configuration: str = "3d_fullres", plans_name: str = DEFAULT_PLANS
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Plans and dataset.json of a Decathlon task, complete as far as building and training a network goes.
+    """Plans and dataset.json of a Decathlon task, with all that building and training a network needs.
 
-    Raises `XAttnResError` for a preset, plans or a configuration that there is none for.
+    Raises `XAttnResError` if there is no such preset, configuration or plans.
     """
     if preset not in TASKS:
         near = suggestion(preset, TASKS) or f"choose from {', '.join(TASKS)}"

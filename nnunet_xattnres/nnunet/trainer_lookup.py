@@ -1,4 +1,4 @@
-"""The trainer class behind a name, found where nnU-Net would find it."""
+"""The trainer class of a name, found as nnU-Net finds it."""
 
 import ast
 import io
@@ -17,7 +17,7 @@ from nnunet_xattnres.nnunet.installation import external_trainers
 
 
 def find_trainer(name: str) -> type[nnUNetTrainer]:
-    """The class that nnU-Net would train with. Raises `XAttnResError` if there is none or it cannot be imported."""
+    """The class that nnU-Net trains with. Raises `XAttnResError` if there is none, or if it cannot be imported."""
     try:
         with environment_with(nnUNet_extTrainer=external_trainers()), redirect_stdout(io.StringIO()):
             return recursive_find_trainer_class_by_name(name)
@@ -34,7 +34,7 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
 
 
 def failing_file(error: BaseException) -> str | None:
-    """The file, in one of the folders that nnU-Net searches, whose import raised the error."""
+    """The file in a folder that nnU-Net searches whose import raised the error. None if there is no such file."""
     files = [frame.filename for frame in extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         files.append(error.filename)
@@ -56,5 +56,5 @@ def _class_names(file: Path) -> list[str]:
     try:
         body = ast.parse(file.read_bytes()).body
     except (OSError, SyntaxError, ValueError):
-        return []  # Whatever it is, it suggests no name.
+        return []  # nnU-Net would not find a class in it either.
     return [node.name for node in body if isinstance(node, ast.ClassDef)]

@@ -1,7 +1,7 @@
-"""The whole way from a dataset to a Dice table and a picture, through nnU-Net's own commands, sized for a CPU.
+"""The command `nnunet-xattnres demo`: from a dataset to a Dice table and a picture, small enough for a CPU.
 
-Everything happens inside one working directory, and every step is recognised by its result, so that running the demo
-again continues where it stopped.
+The steps run nnU-Net's own commands in one working directory. A step whose result exists is skipped, so that another
+run continues where the last one stopped.
 """
 
 import json
@@ -24,15 +24,15 @@ from nnunet_xattnres.common.files import make_writable_folder, write_json_atomic
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.nnunet.datasets import (
     Cases,
-    Source,
+    InputDataset,
     names_of_values,
-    phantom_source,
+    phantom_dataset,
     place_raw_dataset,
+    read_dataset,
     read_dataset_json,
-    read_source,
     reader_for,
 )
-from nnunet_xattnres.nnunet.plans import TrainingBudget, add_small_configuration, reduced_patch_size
+from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration, reduced_patch_size
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.tools.demo_report import PicturedCase, dice_per_case, dice_table, draw_cases, spread_over_ranking
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
@@ -49,17 +49,18 @@ NUM_PICTURED_CASES = 4
 
 
 def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> None:
-    """Train, predict and evaluate on `data`, or on phantoms, and report Dice and a picture.
+    """Train, predict and evaluate. Print a Dice table and draw a picture.
 
-    data: a task of the Medical Segmentation Decathlon or a dataset in nnU-Net's raw format; it is never modified.
-    workdir: where everything is written; another run with the same folder continues.
-    trainer: any trainer that nnU-Net finds, this plugin's included.
+    data: a task of the Medical Segmentation Decathlon or a dataset in nnU-Net's raw format, which is never modified.
+        None for generated phantoms.
+    workdir: where everything is written. Another run with the same folder continues.
+    trainer: the name of any trainer that nnU-Net finds.
     baseline: also train the planned network, with the same budget.
 
-    Raises `XAttnResError` for data that cannot be used, an unknown trainer and an nnU-Net command that fails.
+    Raises `XAttnResError` for data that cannot be used, an unknown trainer, and an nnU-Net command that fails.
     """
     started = time.monotonic()
-    source = phantom_source() if data is None else read_source(data)
+    dataset = phantom_dataset() if data is None else read_dataset(data)
     trainers = list(dict.fromkeys([trainer, BASELINE] if baseline else [trainer]))
     for name in trainers:
         check_trainer(name)
@@ -68,7 +69,7 @@ def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> 
     print("The commands below, and any other of nnU-Net's, work in a shell with these variables:")
     for variable, value in nnunet.folders().items():
         print(f"  export {variable}={shlex.quote(value)}")
-    demo = Demo(nnunet, source, num_steps=4 + 3 * len(trainers))
+    demo = Demo(nnunet, dataset, num_steps=4 + 3 * len(trainers))
     demo.get_dataset()
     demo.plan_and_preprocess()
     demo.add_configuration()
@@ -81,39 +82,39 @@ def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> 
 
 
 def check_trainer(name: str) -> None:
-    """Raise `XAttnResError` unless nnU-Net finds the trainer."""
+    """Say so if the trainer ignores the demo's budget. Raises `XAttnResError` unless nnU-Net finds the trainer."""
     if not issubclass(find_trainer(name), XAttnResTrainerMixin):
         print(f"{name} ignores the demo's short budget: it trains as long as it always does.")
 
 
 class Demo:
-    """The steps, in their order. A step whose result is there already does nothing."""
+    """The steps in their order. A step whose result exists does nothing."""
 
-    def __init__(self, nnunet: NnUNet, source: Source, num_steps: int) -> None:
+    def __init__(self, nnunet: NnUNet, dataset: InputDataset, num_steps: int) -> None:
         self.nnunet = nnunet
-        self.source = source
+        self.dataset = dataset
         self.num_steps = num_steps
         self._step_numbers = count(1)
-        self.raw_dataset = nnunet.raw / source.dataset
-        self.preprocessed_dataset = nnunet.preprocessed / source.dataset
+        self.raw_dataset = nnunet.raw / dataset.name
+        self.preprocessed_dataset = nnunet.preprocessed / dataset.name
         self.plans_file = self.preprocessed_dataset / f"{PLANS}.json"
-        self.output = nnunet.workdir / source.dataset
+        self.output = nnunet.workdir / dataset.name
         self.held_out_images = self.output / "held_out" / "images"
         self.held_out_references = self.output / "held_out" / "references"
 
     def get_dataset(self) -> None:
         self._announce("The dataset in nnU-Net's raw format, and nnU-Net's integrity check")
-        if not place_raw_dataset(self.source, self.nnunet, "--workdir"):
+        if not place_raw_dataset(self.dataset, self.nnunet, "--workdir"):
             self._already_there(self.raw_dataset)
 
     def plan_and_preprocess(self) -> None:
         self._announce("Planning and preprocessing")
-        # nnU-Net copies the references when everything else is done.
+        # nnU-Net copies the references last.
         copied = self.preprocessed_dataset / "gt_segmentations"
         if all((copied / f"{case}{self.file_ending}").is_file() for case in self.cases):
             self._already_there(self.preprocessed_dataset)
             return
-        number = str(int(self.source.dataset[7:10]))
+        number = str(int(self.dataset.name[7:10]))
         command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.planned_configuration]
         self._run(*command, "-np", NUM_WORKERS, log="plan_and_preprocess")
 
@@ -144,7 +145,7 @@ class Demo:
         if self._checkpoint(trainer).is_file():
             self._already_there(self._checkpoint(trainer))
             return
-        command = ["nnUNetv2_train", self.source.dataset, self.configuration, "0", "-tr", trainer]
+        command = ["nnUNetv2_train", self.dataset.name, self.configuration, "0", "-tr", trainer]
         command += ["-device", self.nnunet.device]
         if any(self._checkpoint(trainer).parent.glob("checkpoint_*.pth")):
             command.append("--c")
@@ -161,7 +162,7 @@ class Demo:
         for outdated in (predictions, incomplete):
             shutil.rmtree(outdated, ignore_errors=True)
         command = ["nnUNetv2_predict", "-i", str(self.held_out_images), "-o", str(incomplete)]
-        command += ["-d", self.source.dataset, "-c", self.configuration, "-f", "0", "-tr", trainer]
+        command += ["-d", self.dataset.name, "-c", self.configuration, "-f", "0", "-tr", trainer]
         self._run(*command, "-device", self.nnunet.device, log=f"predict_{trainer}")
         incomplete.rename(predictions)
 
@@ -180,7 +181,7 @@ class Demo:
         summaries = {
             trainer: load_summary_json(str(self._predictions(trainer) / "summary.json")) for trainer in trainers
         }
-        print(f"Dice on {len(self.held_out_cases)} held-out cases of {self.source.dataset}\n")
+        print(f"Dice on {len(self.held_out_cases)} held-out cases of {self.dataset.name}\n")
         print(dice_table(summaries, self.dataset_json["labels"]), end="\n\n")
         picture = self.output / "demo.png"
         write_figure(self._draw(summaries), picture)
@@ -205,7 +206,7 @@ class Demo:
 
     @cached_property
     def planned_configuration(self) -> str:
-        """nnU-Net plans nothing but 2d where the images have a single slice."""
+        """The only configuration that nnU-Net plans for images of a single slice is 2d."""
         first_case = next(iter(self.cases.values()))
         image, _ = reader_for(self.dataset_json)().read_images(first_case["images"])
         return "2d" if image.shape[1] == 1 else "3d_fullres"
@@ -216,7 +217,7 @@ class Demo:
 
     @cached_property
     def held_out_cases(self) -> list[str]:
-        """The validation cases of fold 0, which training has written down."""
+        """The validation cases of fold 0. The training has written the split."""
         return json.loads((self.preprocessed_dataset / "splits_final.json").read_text())[0]["val"]
 
     def _announce(self, title: str) -> None:
@@ -228,12 +229,12 @@ class Demo:
     def _run(self, *command: str, log: str) -> None:
         print(f"$ {shlex.join(command)}", flush=True)
         started = time.monotonic()
-        self.nnunet.run(*command, log=f"{self.source.dataset}_{log}")
+        self.nnunet.run(*command, log=f"{self.dataset.name}_{log}")
         print(f"{command[0]} took {time.monotonic() - started:.0f} s")
 
     def _checkpoint(self, trainer: str) -> Path:
         model = f"{trainer}__{PLANS}__{self.configuration}"
-        return self.nnunet.results / self.source.dataset / model / "fold_0" / "checkpoint_final.pth"
+        return self.nnunet.results / self.dataset.name / model / "fold_0" / "checkpoint_final.pth"
 
     def _predictions(self, trainer: str) -> Path:
         return self.output / "predictions" / trainer

@@ -1,4 +1,4 @@
-"""What the demo reports: a Dice table, and a picture of cases."""
+"""The demo's results: a Dice table and a picture of cases."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from nnunet_xattnres.common.text import align_columns
 
 
 def dice_table(summaries: dict[str, dict[str, Any]], labels: dict[str, Any]) -> str:
-    """One row per label, one column per trainer.
+    """A row per label, a column per trainer, and a row for the mean.
 
-    summaries: what nnU-Net's evaluation has written, by trainer.
-    labels: those of dataset.json; a list of values is a region.
+    summaries: the files of nnU-Net's evaluation, by trainer.
+    labels: as in dataset.json. A list of values is a region.
     """
     names = {tuple(map(int, v)) if isinstance(v, list) else int(v): name for name, v in labels.items()}
     keys = next(iter(summaries.values()))["mean"]
@@ -29,7 +29,7 @@ def dice_table(summaries: dict[str, dict[str, Any]], labels: dict[str, Any]) -> 
 
 
 def dice_per_case(summary: dict[str, Any], file_ending: str) -> dict[str, float]:
-    """The mean over the labels of every case; a case without any foreground, rightly left empty, counts as 1."""
+    """The mean Dice over the labels, by case. A case without foreground whose prediction is empty counts as 1."""
     dice = {}
     for case in summary["metric_per_case"]:
         values = [metrics["Dice"] for metrics in case["metrics"].values() if not np.isnan(metrics["Dice"])]
@@ -39,7 +39,7 @@ def dice_per_case(summary: dict[str, Any], file_ending: str) -> dict[str, float]
 
 
 def spread_over_ranking(dice: dict[str, float], number: int) -> list[str]:
-    """Up to `number` cases from the worst to the best, evenly spread over the ranking."""
+    """Up to `number` cases, from the worst to the best, in equal steps of the ranking."""
     ranked = sorted(dice, key=lambda case: dice[case])
     picks = np.linspace(0, len(ranked) - 1, min(number, len(ranked))).round().astype(int)
     return [ranked[pick] for pick in picks]
@@ -47,10 +47,10 @@ def spread_over_ranking(dice: dict[str, float], number: int) -> list[str]:
 
 @dataclass(frozen=True)
 class PicturedCase:
-    """What is drawn of a case.
+    """One case of the picture.
 
     image: its first channel [z, y, x].
-    reference, predictions: label maps [z, y, x]; the predictions by trainer.
+    reference, predictions: label maps [z, y, x], the predictions by trainer.
     dice: the mean Dice of each trainer's prediction.
     spacing: of y and x in mm.
     """
@@ -64,9 +64,9 @@ class PicturedCase:
 
 
 def draw_cases(cases: list[PicturedCase], names: dict[int, str]) -> Figure:
-    """A column per case: the slice with most of the reference's foreground, and the label maps on top of it.
+    """A column per case: the slice in which the reference has the most foreground, alone and under each label map.
 
-    names: of the values in the label maps.
+    names: of the foreground values in the label maps.
     """
     trainers = list(cases[0].predictions)
     tallest = max(case.image.shape[1] * case.spacing[0] / (case.image.shape[2] * case.spacing[1]) for case in cases)
@@ -83,7 +83,7 @@ def draw_cases(cases: list[PicturedCase], names: dict[int, str]) -> Figure:
         for axis, trainer in zip(column[2:], trainers, strict=True):
             axis.set_title(f"Dice {case.dice[trainer]:.2f}", fontsize=9)
     for axis, label in zip(axes[:, 0], ["image", "reference", *trainers], strict=True):
-        # In two lines, for a panel is not as high as a trainer's name is long.
+        # Two lines: a trainer's name is longer than a panel is high.
         axis.set_ylabel(label.replace("nnUNetTrainer", "nnUNetTrainer\n"), fontsize=9)
     handles = [Patch(color=label_colour(value), label=name) for value, name in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9, frameon=False)

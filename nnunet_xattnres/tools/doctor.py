@@ -1,6 +1,6 @@
-"""Whether nnU-Net can train with this plugin here: what the command `nnunet-xattnres doctor` looks at.
+"""The command `nnunet-xattnres doctor`: checks whether nnU-Net can train with this plugin here.
 
-What may be missing or broken is imported by the check that needs it.
+A package that may be missing or broken is imported by the check that needs it.
 """
 
 import io
@@ -28,14 +28,17 @@ OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. status: `OK`, `NOTE` for what training can do without, `PROBLEM` for what it cannot."""
+    """One line of the report.
+
+    status: `OK`; `NOTE` for what training does not need; `PROBLEM` for what training cannot work with.
+    """
 
     status: str
     text: str
 
 
 def run_doctor() -> None:
-    """Print a line for everything that is looked at. Raises `XAttnResError` if training would not work."""
+    """Print a line for every check. Raises `XAttnResError` if training would not work."""
     problems = 0
     for finding in examine():
         print(f"{finding.status:8}{finding.text}")
@@ -45,6 +48,7 @@ def run_doctor() -> None:
 
 
 def examine() -> Iterator[Finding]:
+    """All checks. A check whose packages are missing is left out, with a note."""
     nnunet = _nnunet_version()
     yield nnunet
     yield from _versions_for_nnunet()
@@ -79,7 +83,7 @@ def _nnunet_version() -> Finding:
 
 
 def _versions_for_nnunet() -> Iterator[Finding]:
-    """Of Python, and of the packages that are most often mixed up."""
+    """Python's version, and those of the packages that fail to fit nnU-Net most often."""
     if installed_version("nnunetv2") is None:
         return
     python = metadata("nnunetv2")["Requires-Python"] or ""
@@ -102,7 +106,7 @@ def _version(name: str, installed: str | None, specifier: str, remedy: str) -> F
 def _import(name: str, module: str, remedy: str) -> Finding:
     try:
         import_module(module)
-    except Exception as error:  # Not only ImportError: a shared library that does not load is an OSError.
+    except Exception as error:  # A shared library that cannot be loaded raises OSError, not ImportError.
         return Finding(PROBLEM, f"{name} cannot be imported ({type_and_message(error)}): {remedy}")
     return Finding(OK, f"{name} can be imported")
 
@@ -170,7 +174,7 @@ def _compilation() -> Iterator[Finding]:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # nnU-Net's rule is a method of its trainer that needs nothing else of it.
+    # nnU-Net's rule is a method of its trainer. It uses these two attributes only.
     trainer = SimpleNamespace(device=torch.device(device), print_to_log_file=lambda *_: None)
     compiles = nnUNetTrainer._do_i_compile(trainer)
     triton = _triton(needed=compiles)
@@ -185,7 +189,7 @@ def _compilation() -> Iterator[Finding]:
 
 def _triton(needed: bool) -> Finding:
     try:
-        # Not the version of a distribution: the module comes from several, triton-windows say.
+        # The module's own version: several distributions install this module, triton-windows for example.
         return Finding(OK, f"Triton {import_module('triton').__version__}")
     except Exception as error:
         missing = f"Triton cannot be imported ({type_and_message(error)})"
@@ -195,7 +199,7 @@ def _triton(needed: bool) -> Finding:
 
 
 def _compile_on(device: str, rule: str) -> Finding:
-    """Compile something small. What earlier calls left in caches would hide that there is no compiler any more."""
+    """Compile a small function, with empty caches: results of earlier calls would hide that the compiler is gone."""
     import torch
 
     try:

@@ -8,7 +8,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_xattnres.nnunet.commands import NnUNet
-from nnunet_xattnres.nnunet.plans import TrainingBudget
+from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget
 
 PHANTOM = "Dataset901_Phantom"
 ONE_SHORT_EPOCH = TrainingBudget(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)

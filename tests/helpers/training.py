@@ -8,6 +8,7 @@ import pytest
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities import utils
 
 from nnunet_xattnres.nnunet.commands import NnUNet
 
@@ -19,6 +20,7 @@ def run_in_threads(nnunet: NnUNet, patch: pytest.MonkeyPatch) -> None:
     for name, value in nnunet.folders().items():
         patch.setenv(name, value)
     patch.setattr(multiprocessing, "get_context", lambda method=None: multiprocessing.dummy)
+    patch.setattr(utils, "Pool", multiprocessing.dummy.Pool)
 
 
 def train(

@@ -16,7 +16,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.datasets import reader_for
-from nnunet_xattnres.nnunet.plans import TrainingBudget, add_small_configuration
+from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration
 
 FOLDS = ("0", "1")
 RESENC_PLANS = "nnUNetResEncUNetMPlans"

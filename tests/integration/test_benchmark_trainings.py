@@ -50,9 +50,9 @@ def prepared(tmp_path_factory):
     from nnunet_xattnres.benchmark.preparation import check_spec, prepare
     from nnunet_xattnres.benchmark.spec import read_spec
 
-    checked, sources = check_spec(read_spec(folder / "spec.yaml"))
+    checked, inputs = check_spec(read_spec(folder / "spec.yaml"))
     (folder / "out").mkdir()
-    prepare(folder / "out", checked, sources)
+    prepare(folder / "out", checked, inputs)
     return folder
 
 

@@ -16,7 +16,7 @@ from helpers.training import CPU, run_in_threads, train
 from integration.checks import check_geometry
 from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.nnunet.commands import NnUNet
-from nnunet_xattnres.nnunet.plans import add_small_configuration
+from nnunet_xattnres.nnunet.derived_configurations import add_small_configuration
 
 pytestmark = pytest.mark.feature("Odd but legal data (nnU-Net's functions)")
 

@@ -26,8 +26,8 @@ from nnunet_xattnres.cli import main
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.nnunet.commands import NnUNet, find_command
+from nnunet_xattnres.nnunet.derived_configurations import add_small_configuration
 from nnunet_xattnres.nnunet.planned_network import from_content
-from nnunet_xattnres.nnunet.plans import add_small_configuration
 from nnunet_xattnres.tools.warm_start import check_same_network, read_source
 
 pytestmark = pytest.mark.feature("Warm start")

@@ -22,8 +22,8 @@ from nnunet_xattnres.cli import main
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.nnunet import commands
 from nnunet_xattnres.nnunet.commands import NnUNet
-from nnunet_xattnres.nnunet.datasets import check_test_set, place_raw_dataset, read_source
-from nnunet_xattnres.nnunet.plans import add_wide_configuration
+from nnunet_xattnres.nnunet.datasets import check_test_set, place_raw_dataset, read_dataset
+from nnunet_xattnres.nnunet.derived_configurations import add_wide_configuration
 
 SPECS = Path(__file__).parents[2] / "specs"
 SHAPE = (8, 9, 10)
@@ -199,7 +199,7 @@ def test_a_test_set_that_nnunet_could_not_predict_or_measure(raw, tmp_path):
     (tmp_path / "out").mkdir()
     nnunet = NnUNet(tmp_path / "out", "cpu")
     with pytest.raises(XAttnResError, match=r"or say test: false: .*7"):
-        place_raw_dataset(read_source(raw), nnunet, "-o", with_test_set=True)
+        place_raw_dataset(read_dataset(raw), nnunet, "-o", with_test_set=True)
     assert not (nnunet.raw / raw.name).exists()
     write_image(label, np.ones(SHAPE, np.uint8))
     image.write_bytes(image.read_bytes()[:40])
@@ -214,28 +214,28 @@ def test_a_dataset_may_be_a_link(in_nnunet_raw, content, raw, tmp_path, monkeypa
     link.symlink_to(raw.rename(tmp_path / "tiny"))
     monkeypatch.setenv("nnUNet_raw", str(link.parent))
     content["datasets"] = [27 if in_nnunet_raw else str(link)]
-    spec, (source,) = check_spec(read_spec(write(content, tmp_path)))
-    assert spec.datasets[0].name == source.dataset == "Dataset027_Other"
+    spec, (data,) = check_spec(read_spec(write(content, tmp_path)))
+    assert spec.datasets[0].name == data.name == "Dataset027_Other"
     (tmp_path / "out").mkdir()
     nnunet = NnUNet(tmp_path / "out", "cpu")
     for first in (True, False):
-        assert place_raw_dataset(source, nnunet, "-o") is first
+        assert place_raw_dataset(data, nnunet, "-o") is first
     assert (tmp_path / "out" / "nnUNet_raw" / "Dataset027_Other" / "dataset.json").is_file()
     # What is recorded is read as the same.
     write_spec(spec, tmp_path / "out" / "spec.yaml")
     assert check_spec(read_spec(tmp_path / "out" / "spec.yaml"))[0] == spec
     # A link of any name to a dataset is that dataset.
     (tmp_path / "any").symlink_to((tmp_path / "tiny").rename(tmp_path / "Dataset123_Tiny"))
-    assert read_source(tmp_path / "any").dataset == "Dataset123_Tiny"
+    assert read_dataset(tmp_path / "any").name == "Dataset123_Tiny"
 
 
 def test_an_archive_may_be_a_link(tmp_path):
     (tmp_path / "Task04_Hippocampus.tar").touch()
     (tmp_path / "Task05_Mine.tar").symlink_to("Task04_Hippocampus.tar")
-    assert read_source(tmp_path / "Task05_Mine.tar").dataset == "Dataset004_Hippocampus"
+    assert read_dataset(tmp_path / "Task05_Mine.tar").name == "Dataset004_Hippocampus"
     (tmp_path / "blob").touch()
     (tmp_path / "Task06_Lung.tar").symlink_to("blob")
-    assert read_source(tmp_path / "Task06_Lung.tar").dataset == "Dataset006_Lung"
+    assert read_dataset(tmp_path / "Task06_Lung.tar").name == "Dataset006_Lung"
 
 
 def test_a_key_without_a_value_is_not_given(content, tmp_path):
@@ -344,8 +344,8 @@ def test_what_a_report_has_finished_is_not_trained_again(content, tmp_path, monk
 
 def test_a_dataset_by_its_number_in_nnunet_raw(content, raw, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", str(raw.parent))
-    spec, (source,) = check_spec(read_spec(write(content | {"datasets": [123]}, tmp_path)))
-    assert source.dataset == spec.datasets[0].name == "Dataset123_Tiny"
+    spec, (data,) = check_spec(read_spec(write(content | {"datasets": [123]}, tmp_path)))
+    assert data.name == spec.datasets[0].name == "Dataset123_Tiny"
     assert spec.datasets[0].family == "Dataset123_Tiny"
     # Once found, it is known by its path.
     assert (spec.datasets[0].id, spec.datasets[0].path) == (None, str(raw))

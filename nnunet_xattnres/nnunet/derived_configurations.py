@@ -1,4 +1,4 @@
-"""Small configurations for nnU-Net plans: the planned network, thin enough to be trained on a CPU."""
+"""Configurations that are derived from one in nnU-Net's plans: smaller, to be trained on a CPU, or wider."""
 
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_xattnres.common.errors import XAttnResError
 
-# nnU-Net's planner stops pooling an axis before its feature map gets smaller than this.
+# nnU-Net's planner stops downsampling an axis before a feature map gets smaller than this.
 MINIMUM_BOTTLENECK = 4
 PER_ENCODER_STAGE = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
 PER_DECODER_STAGE = ("n_conv_per_stage_decoder",)
@@ -17,7 +17,7 @@ PER_DECODER_STAGE = ("n_conv_per_stage_decoder",)
 
 @dataclass(frozen=True)
 class TrainingBudget:
-    """How long to train: the optional key `training` of a configuration, which this plugin's trainers honour."""
+    """The length of a training: the optional key `training` of a configuration. Only this plugin's trainers read it."""
 
     num_epochs: int
     num_iterations_per_epoch: int
@@ -34,13 +34,13 @@ def add_small_configuration(
     batch_size: int | None = None,
     budget: TrainingBudget | None = None,
 ) -> None:
-    """Add to `plans`, in place, the configuration `name`: `base` with a thinner network and a shorter training.
+    """Add the configuration `name` to `plans`, in place: `base` with a smaller network and a shorter training.
 
-    The data identifier is inherited, so nothing has to be preprocessed again. What is None stays as planned.
+    It uses the preprocessed data of `base`. An argument that is None changes nothing.
 
-    base_features: channels of the first stage, doubled from stage to stage, never more than planned.
+    base_features: channels of the first stage. They double from stage to stage, up to the planned number.
     max_patch_voxels: see `reduced_patch_size`.
-    batch_size: patches per step; a GPU plan's batch size is far too large for a CPU.
+    batch_size: patches per training step.
 
     Raises `XAttnResError` if `base` is not in the plans or its architecture is not a U-Net.
     """
@@ -57,7 +57,7 @@ def add_small_configuration(
         ]
     if batch_size is not None:
         added["batch_size"] = batch_size
-    # Inheritance is a shallow dict.update: only a whole architecture takes effect.
+    # nnU-Net inherits by a shallow dict.update, so the whole architecture must be given.
     added["architecture"] = architecture
     if budget is not None:
         added["training"] = asdict(budget)
@@ -65,7 +65,7 @@ def add_small_configuration(
 
 
 def add_wide_configuration(plans: dict[str, Any], name: str, base: str, width: float) -> None:
-    """Add to `plans`, in place, the configuration `name`: `base` with `width` times the channels in every stage.
+    """Add the configuration `name` to `plans`, in place: `base` with `width` times the channels in every stage.
 
     Raises `XAttnResError` if `base` is not in the plans or its architecture is not a U-Net.
     """
@@ -78,9 +78,9 @@ def add_wide_configuration(plans: dict[str, Any], name: str, base: str, width: f
 def reduced_patch_size(plans: dict[str, Any], base: str, max_voxels: int) -> list[int]:
     """The patch size of configuration `base`, scaled down to at most `max_voxels` voxels.
 
-    Every axis is scaled by the same factor and stays a multiple of the network's strides. Where the bottleneck would
-    get smaller than 4 voxels along an axis, the network loses its deepest stages instead. A patch that is small
-    enough already stays as it is.
+    All axes are scaled by the same factor and stay multiples of the network's strides. If the bottleneck would get
+    smaller than 4 voxels along an axis, the network loses its deepest stages. A patch that is small enough stays as it
+    is.
     """
     return _reduced_patch_size_and_stages(_resolved_configuration(plans, base), max_voxels)[0]
 
@@ -112,7 +112,7 @@ def _reduced_patch_size_and_stages(planned: dict[str, Any], max_voxels: int) -> 
         for depth, strides in enumerate(strides_per_depth, start=1)
         if np.all(scaled // strides >= smallest_bottleneck)
     ]
-    # nnU-Net's deep supervision ignores the coarsest output: with a single one nothing is left to learn from.
+    # nnU-Net's deep supervision ignores the coarsest output, so that two decoder stages are needed.
     n_stages = max([min(3, len(strides_per_depth)), *deep_enough])
     strides = strides_per_depth[n_stages - 1]
     return (np.maximum(scaled // strides, 1) * strides).tolist(), n_stages

@@ -1,4 +1,5 @@
-import json
+"""Small configurations in nnU-Net's plans: their patches, stages and channels."""
+
 from copy import deepcopy
 
 import numpy as np
@@ -9,8 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from helpers.plans import ISOTROPIC, planned
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.common.files import write_json_atomically
-from nnunet_xattnres.nnunet.plans import TrainingBudget, add_small_configuration, reduced_patch_size
+from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration, reduced_patch_size
 
 BUDGET = TrainingBudget(num_epochs=3, num_iterations_per_epoch=5, num_val_iterations_per_epoch=2)
 ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]]
@@ -127,16 +127,3 @@ def test_architecture_without_stages_is_refused():
     architecture["arch_kwargs"] = {"patch_embed_size": [8, 8, 8]}
     with pytest.raises(XAttnResError, match=r"Primus.*not a U-Net"):
         add_small(plans)
-
-
-def test_json_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "plans.json"
-    write_json_atomically({"version": 1}, path)
-    with pytest.raises(TypeError):
-        write_json_atomically({"version": 2, "unwritable": object()}, path)
-    assert json.loads(path.read_text()) == {"version": 1}
-    with path.open() as reader:
-        write_json_atomically({"version": 2}, path)
-        assert json.load(reader) == {"version": 1}
-    assert json.loads(path.read_text()) == {"version": 2}
-    assert list(tmp_path.iterdir()) == [path]

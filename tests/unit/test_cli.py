@@ -1,3 +1,5 @@
+"""The command `nnunet-xattnres`: trainers, mistakes in its options, an nnU-Net that does not fit."""
+
 from importlib import metadata
 from pathlib import Path
 
