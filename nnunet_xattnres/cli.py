@@ -165,7 +165,7 @@ def _add_warm_start(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--from",
         type=Path,
         required=True,
-        dest="source",
+        dest="start",
         metavar="MODEL_FOLDER_OR_CHECKPOINT",
         help="the trained network: a folder with plans.json, dataset.json and fold_*, or a .pth file",
     )
