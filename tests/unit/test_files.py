@@ -1,90 +1,31 @@
-"""What interrupts a training or breaks its files, and what is left to continue from."""
+"""Files and folders that are there whole or not at all, whatever interrupts their writing."""
 
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.phantom_dataset import PHANTOM
-from helpers.training import train
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import (
+    check_writable,
     folder_written_atomically,
     make_writable_folder,
+    temporary_folder,
     why_not_writable,
     write_json_atomically,
     written_atomically,
 )
-from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 
 pytestmark = pytest.mark.feature("Interrupted trainings, full disks (simulated)")
 
-MORTAL = """
-import os
-import signal
-from pathlib import Path
 
-import torch
+class TestFiles:
+    def test_a_file_may_be_new(self, tmp_path):
+        with written_atomically(tmp_path / "new.txt") as temporary:
+            temporary.write_text("new")
+        assert [file.read_text() for file in tmp_path.iterdir()] == ["new"]
 
-from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
-
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_while_writing(checkpoint, filename):
-    Path(filename).write_bytes(b"half a checkpoint")
-    die()
-
-
-class nnUNetTrainerMortal(XAttnResTrainerMixin):
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 3
-        self.save_every = 1
-
-    def train_step(self, batch):
-        result = super().train_step(batch)
-        if self.current_epoch == 1:
-            dies_at = os.environ.get("DIES_AT")
-            if dies_at == "training":
-                die()
-            elif dies_at == "writing":
-                torch.save = die_while_writing
-        return result
-"""
-
-
-def test_a_killed_training_continues_and_ends(nnunet_environment, tmp_path, monkeypatch):
-    trainers = tmp_path / "trainers"
-    trainers.mkdir()
-    (trainers / "nnUNetTrainerMortal.py").write_text(MORTAL)
-    monkeypatch.setenv("nnUNet_extTrainer", str(trainers))
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    fold = Path(os.environ["nnUNet_results"], PHANTOM, "nnUNetTrainerMortal__nnUNetPlans__2d_small", "fold_0")
-    what = (PHANTOM, "2d_small", "nnUNetTrainerMortal")
-    script = Path(__file__).parents[1] / "helpers" / "training.py"
-    checkpoints = []
-    for dies_at, resume in (("training", ""), ("writing", "--c")):
-        environment = os.environ | {"DIES_AT": dies_at}
-        ended = subprocess.run([sys.executable, str(script), *what, resume], env=environment)
-        assert ended.returncode == -signal.SIGKILL
-        checkpoints.append((fold / "checkpoint_latest.pth").read_bytes())
-    assert checkpoints[0] == checkpoints[1]
-    assert (fold / "checkpoint_latest.pth.tmp").read_bytes() == b"half a checkpoint"
-    finished = train(*what, resume=True)
-    assert len(finished.logger.get_value("train_losses", None)) == 3
-    assert list(RoutingHistory.read(fold / RECORD).epochs) == [0, 1, 2]
-    assert (fold / "checkpoint_final.pth").is_file()
-    assert not list(fold.glob("*.tmp"))
-
-
-class TestFullDisk:
-    def test_a_file_keeps_its_previous_version(self, tmp_path, monkeypatch):
+    def test_on_a_full_disk_a_file_keeps_its_previous_version(self, tmp_path, monkeypatch):
         path = tmp_path / "plans.json"
         write_json_atomically({"plans": "previous"}, path)
         previous = path.read_bytes()
@@ -99,15 +40,14 @@ class TestFullDisk:
         assert path.read_bytes() == previous
         assert list(tmp_path.iterdir()) == [path]
 
+
+class TestFolders:
     def test_a_folder_is_there_whole_or_not_at_all(self, tmp_path):
         path = tmp_path / "model"
         with pytest.raises(OSError, match="No space left"), folder_written_atomically(path) as folder:
             (folder / "plans.json").write_text("{}")
             raise OSError("No space left on device")
         assert not list(tmp_path.iterdir())
-        # Of a process that was killed, whose number this one has.
-        (tmp_path / f".model.{os.getpid()}.tmp").mkdir()
-        (tmp_path / f".model.{os.getpid()}.tmp" / "half").touch()
         with folder_written_atomically(path) as folder:
             (folder / "plans.json").write_text("{}")
         assert [file.name for file in path.iterdir()] == ["plans.json"]
@@ -153,7 +93,7 @@ class TestFullDisk:
                 (folder / name).touch()
         assert not list(tmp_path.iterdir())
 
-    def test_who_cannot_write_where(self, tmp_path):
+    def test_where_nothing_can_be_written(self, tmp_path):
         file = tmp_path / "file"
         file.touch()
         assert why_not_writable(tmp_path) is None
@@ -164,10 +104,41 @@ class TestFullDisk:
         make_writable_folder(tmp_path / "new" / "folder", "-o")
         assert (tmp_path / "new" / "folder").is_dir()
         for place in (file, file / "new"):
-            with pytest.raises(XAttnResError, match=r"cannot write to .*: choose another -o"):
-                make_writable_folder(place, "-o")
+            for refuse in (make_writable_folder, check_writable):
+                with pytest.raises(XAttnResError, match=r"cannot write to .*: choose another -o"):
+                    refuse(place, "-o")
 
-    def test_a_file_may_be_new(self, tmp_path):
-        with written_atomically(tmp_path / "new.txt") as temporary:
-            temporary.write_text("new")
-        assert [file.read_text() for file in tmp_path.iterdir()] == ["new"]
+
+class TestTemporaryFolders:
+    def test_what_is_moved_out_of_it_stays(self, tmp_path):
+        parent = tmp_path / "new" / "results"
+        with temporary_folder(parent) as first, temporary_folder(parent) as second:
+            assert first != second
+            assert first.parent == second.parent == parent
+            (first / "finished").touch()
+            (first / "half").touch()
+            (first / "finished").rename(parent / "finished")
+        assert list(parent.iterdir()) == [parent / "finished"]
+
+    def test_it_leaves_no_empty_folder_of_its_own(self, tmp_path):
+        with pytest.raises(KeyError), temporary_folder(tmp_path / "new" / "results") as folder:
+            (folder / "half").touch()
+            raise KeyError
+        assert not list(tmp_path.iterdir())
+        (tmp_path / "mine").mkdir()
+        with temporary_folder(tmp_path / "mine"):
+            pass
+        assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+
+    def test_under_a_name_what_a_killed_process_left_is_removed(self, tmp_path):
+        (tmp_path / ".staging").mkdir()
+        (tmp_path / ".staging" / "half").touch()
+        with temporary_folder(tmp_path, ".staging") as folder:
+            assert folder == tmp_path / ".staging"
+            assert not list(folder.iterdir())
+        assert not list(tmp_path.iterdir())
+
+    def test_where_nothing_can_be_written_it_is_an_error(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match="Not a directory"), temporary_folder(tmp_path / "file" / "new"):
+            pass
