@@ -13,7 +13,7 @@ def save_model(trainer: nnUNetTrainer, folder: Path | None = None) -> Path:
     """
     folder = folder or Path(trainer.output_folder_base)
     checkpoint = folder / f"fold_{trainer.fold}" / "checkpoint_final.pth"
-    checkpoint.parent.mkdir(parents=True)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     trainer.save_checkpoint(str(checkpoint))
     (folder / "plans.json").write_text(json.dumps(trainer.plans_manager.plans))
     (folder / "dataset.json").write_text(json.dumps(trainer.dataset_json))
