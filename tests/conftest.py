@@ -45,6 +45,15 @@ def large_2d_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield NnUNet(workdir, "cpu").preprocessed / LARGE_2D / "nnUNetPlans.json"
 
 
+@pytest.fixture(scope="session")
+def trained_model(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The model folder of nnUNetTrainerXAttnRes with 2d_small: fold 0 is trained, fold 1 differs from it at random."""
+    from helpers.shared_folders import PHANTOM, shared_folder, train_two_folds
+
+    with shared_folder(tmp_path_factory, "trained", lambda results: train_two_folds(nnunet, results)) as results:
+        yield results / PHANTOM / "nnUNetTrainerXAttnRes__nnUNetPlans__2d_small"
+
+
 @pytest.fixture
 def nnunet_environment(nnunet: NnUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NnUNet:
     """The environment variables of `nnunet` in this process; results go to a folder of the test's own.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from nnunetv2.utilities.crossval_split import generate_crossval_split
@@ -16,9 +17,13 @@ from PIL import Image
 
 from helpers.in_process import InProcess
 from helpers.phantom_dataset import ONE_SHORT_EPOCH, PHANTOM, plans_file, read_plans
+from helpers.training import train
 from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.common.processes import environment_with
+from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.phantom import write_phantom_dataset
 from nnunet_xattnres.nnunet.plans import add_small_configuration
+from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 
 LARGE_2D = "Dataset902_Large2d"
 
@@ -81,3 +86,17 @@ def plan_large_2d(workdir: Path) -> None:
         Image.fromarray(label).save(folder / "labelsTr" / f"case{case}.png")
     generate_dataset_json(str(folder), {0: "photo"}, {"background": 0, "square": 1}, 2, ".png")
     nnunet.run("nnUNetv2_plan_and_preprocess", "-d", "902", "--no_pp", "-npfp", "2", log="plan")
+
+
+def train_two_folds(nnunet: NnUNet, results: Path) -> None:
+    """What the fixture `trained_model` says."""
+    own = {"nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}
+    with environment_with(**nnunet.folders() | own):
+        fold_0 = Path(train(PHANTOM, "2d_small", "nnUNetTrainerXAttnRes").output_folder)
+    checkpoint = torch.load(fold_0 / FINAL_CHECKPOINT, weights_only=False)
+    torch.manual_seed(0)
+    for weight in checkpoint["network_weights"].values():
+        weight += 0.1 * torch.randn_like(weight)
+    fold_1 = fold_0.with_name("fold_1")
+    fold_1.mkdir()
+    torch.save(checkpoint, fold_1 / FINAL_CHECKPOINT)

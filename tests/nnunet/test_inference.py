@@ -11,27 +11,11 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from helpers.in_process import InProcess
 from helpers.phantom_dataset import PHANTOM
-from helpers.training import CPU, train
+from helpers.training import CPU
 from nnunet_xattnres.common.processes import environment_with
-from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.installation import external_trainers
 
 pytestmark = pytest.mark.feature("Folds, tiles, mirroring, probabilities, continued prediction (nnU-Net's predictor)")
-
-
-@pytest.fixture(scope="module")
-def model(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model folder of nnUNetTrainerXAttnRes with 2d_small: fold 0 is trained, fold 1 a neighbour of it."""
-    own = {"nnUNet_results": str(tmp_path_factory.mktemp("trained")), "nnUNet_n_proc_DA": "0"}
-    with environment_with(**nnunet.folders() | own):
-        fold_0 = Path(train(PHANTOM, "2d_small", "nnUNetTrainerXAttnRes").output_folder)
-    checkpoint = torch.load(fold_0 / "checkpoint_final.pth", weights_only=False)
-    for weight in checkpoint["network_weights"].values():
-        weight += 0.1 * torch.randn_like(weight)
-    fold_1 = fold_0.with_name("fold_1")
-    fold_1.mkdir()
-    torch.save(checkpoint, fold_1 / "checkpoint_final.pth")
-    return fold_0.parent
 
 
 def load(model: Path, *folds: int, mirroring: bool = False, step_size: float = 0.5) -> nnUNetPredictor:
@@ -49,7 +33,7 @@ def preprocess(predictor: nnUNetPredictor, image: Path) -> tuple[torch.Tensor, d
     return torch.from_numpy(case[0]), case[-1]
 
 
-def test_the_command_with_several_folds_and_all_its_options(model, nnunet, tmp_path):
+def test_the_command_with_several_folds_and_all_its_options(trained_model, nnunet, tmp_path):
     images, predictions = tmp_path / "images", tmp_path / "predictions"
     images.mkdir()
     predictions.mkdir()
@@ -64,7 +48,7 @@ def test_the_command_with_several_folds_and_all_its_options(model, nnunet, tmp_p
     which = ("-d", "901", "-c", "2d_small", "-tr", "nnUNetTrainerXAttnRes", "-f", "0", "1")
     options = ("--disable_tta", "-step_size", "0.75", "--save_probabilities", "--continue_prediction")
     folders = ("-i", str(images), "-o", str(predictions))
-    results = {"nnUNet_results": str(model.parents[1])}
+    results = {"nnUNet_results": str(trained_model.parents[1])}
     here = InProcess(nnunet.workdir, "cpu")
     here.run("nnUNetv2_predict", *which, *options, *folders, "-device", "cpu", log="predict", environment=results)
 
@@ -72,7 +56,7 @@ def test_the_command_with_several_folds_and_all_its_options(model, nnunet, tmp_p
     probabilities = np.load(predictions / "missing.npz")["probabilities"]
     logits = []
     for fold in (0, 1):
-        predictor = load(model, fold, step_size=0.75)
+        predictor = load(trained_model, fold, step_size=0.75)
         data, properties = preprocess(predictor, missing)
         logits.append(predictor.predict_logits_from_preprocessed_data(data))
     assert not torch.allclose(*logits, atol=0.1)
@@ -89,8 +73,8 @@ def test_the_command_with_several_folds_and_all_its_options(model, nnunet, tmp_p
     assert np.array_equal(segmentation, probabilities.argmax(axis=0))
 
 
-def test_mirroring_averages_over_the_flips(model):
-    predictor = load(model, 0, mirroring=True)
+def test_mirroring_averages_over_the_flips(trained_model):
+    predictor = load(trained_model, 0, mirroring=True)
     assert predictor.allowed_mirroring_axes == (0, 1)
     patch = torch.randn(1, 1, *predictor.configuration_manager.patch_size)
     with torch.no_grad():
@@ -98,14 +82,14 @@ def test_mirroring_averages_over_the_flips(model):
     mirrored = predictor.predict_sliding_window_return_logits(patch)[:, 0].float()
     # nnU-Net sums tiles up in half precision, weighted next to nothing at the corners.
     torch.testing.assert_close(mirrored, (plain + sum(others)) / 4, atol=0.05, rtol=0)
-    without = load(model, 0).predict_sliding_window_return_logits(patch)[:, 0].float()
+    without = load(trained_model, 0).predict_sliding_window_return_logits(patch)[:, 0].float()
     torch.testing.assert_close(without, plain, atol=0.05, rtol=0)
     assert not torch.allclose(mirrored, without, atol=0.1)
 
 
 @pytest.mark.parametrize("step_size, tiles", [(1.0, 2), (0.5, 3), (0.25, 5)])
-def test_the_step_size_decides_on_the_tiles(model, step_size, tiles):
-    predictor = load(model, 0, step_size=step_size)
+def test_the_step_size_decides_on_the_tiles(trained_model, step_size, tiles):
+    predictor = load(trained_model, 0, step_size=step_size)
     height, width = predictor.configuration_manager.patch_size
     calls = []
     predictor.network.register_forward_hook(lambda network, images, logits: calls.append(len(logits)))
@@ -115,10 +99,10 @@ def test_the_step_size_decides_on_the_tiles(model, step_size, tiles):
     assert sum(calls) == tiles
 
 
-def test_without_the_plugin_nnunet_says_so_and_the_readme_what_it_means(model, monkeypatch):
+def test_without_the_plugin_nnunet_says_so_and_the_readme_what_it_means(trained_model, monkeypatch):
     monkeypatch.delenv("nnUNet_extTrainer", raising=False)
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
     with pytest.raises(RuntimeError, match="Could not find requested nnunet trainer nnUNetTrainerXAttnRes") as error:
-        predictor.initialize_from_trained_model_folder(str(model), (0,))
+        predictor.initialize_from_trained_model_folder(str(trained_model), (0,))
     readme = " ".join(Path(__file__).parents[2].joinpath("README.md").read_text().split())
     assert str(error.value).partition(" nnUNetTrainerXAttnRes")[0] in readme
