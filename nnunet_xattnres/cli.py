@@ -175,7 +175,7 @@ def _add_warm_start(commands: Commands) -> None:
         "--from",
         type=Path,
         required=True,
-        dest="source",
+        dest="start",
         metavar="MODEL_FOLDER_OR_CHECKPOINT",
         help="the trained network: a folder with plans.json, dataset.json and fold_*, or a .pth file",
     )

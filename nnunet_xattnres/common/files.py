@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, mkdtemp
 from typing import Any
 
 from nnunet_xattnres.common.errors import XAttnResError, reason
@@ -30,44 +30,75 @@ def write_text_atomically(text: str, path: Path) -> None:
 
 
 @contextmanager
+def temporary_folder(parent: Path, name: str | None = None) -> Iterator[Path]:
+    """An empty folder inside `parent`, removed at the end. Finished results are moved from it to their final places.
+
+    The final places are on the same file system, so moving is renaming.
+
+    parent: made if it does not exist. If nothing else is in it at the end, it is removed again.
+    name: of the folder. What a killed process has left under this name is removed first. None: a new name, so that
+        several processes can work in `parent` at the same time.
+
+    Raises `OSError` if nothing can be written to `parent`.
+    """
+    new = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    temporary = None if name is None else parent / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if temporary is None:
+            temporary = Path(mkdtemp(prefix=".nnunet_xattnres_", dir=parent))
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        yield temporary
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for folder in new:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
 def folder_written_atomically(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `path` at the end.
 
-    `path` may be there already if it is empty. It stays the folder that it is then, for it may be a link, a mount point
-    or the current one: what the temporary folder holds is moved into it.
+    `path` may exist if it is empty. It is then kept, because it can be a link, a mount point or the current folder: the
+    content of the temporary folder is moved into it.
 
-    Raises `OSError` where it cannot be written, or where `path` has been filled meanwhile.
+    Raises `OSError` if it cannot be written, or if `path` has been filled meanwhile.
     """
     path = path.resolve()
-    parent = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    temporary = parent / f".{path.name}.{os.getpid()}.tmp"
-    # What a killed process of that number has left.
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if parent == path:
-            _move_entries(temporary, path)
+    exists = path.is_dir()
+    with temporary_folder(path if exists else path.parent) as temporary:
+        filled = temporary / path.name
+        filled.mkdir()
+        yield filled
+        if exists:
+            _move_entries(filled, path)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            os.replace(filled, path)
 
 
-def _move_entries(source: Path, target: Path) -> None:
-    """All of them or none. source: the only thing in `target`."""
-    if list(target.iterdir()) != [source]:
+def _move_entries(filled: Path, target: Path) -> None:
+    """Move all entries or none. `target` must hold nothing but the folder that `filled` is in."""
+    if list(target.iterdir()) != [filled.parent]:
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), os.fspath(target))
-    names = os.listdir(source)
+    names = os.listdir(filled)
     try:
         for name in names:
-            os.replace(source / name, target / name)
+            os.replace(filled / name, target / name)
     except BaseException:
         for name in names:
             if (target / name).exists():
-                os.replace(target / name, source / name)
+                os.replace(target / name, filled / name)
         raise
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise `XAttnResError`, which names `option`, if the folder cannot be written to or made."""
+    if problem := why_not_writable(folder):
+        raise XAttnResError(f"cannot write to {folder} ({problem}): choose another {option}")
 
 
 def why_not_writable(folder: Path) -> str | None:

@@ -10,12 +10,11 @@ from zipfile import is_zipfile
 
 import numpy as np
 import torch
-from packaging.version import Version
 
 from nnunet_xattnres.common.device import is_out_of_memory
 from nnunet_xattnres.common.errors import XAttnResError, reason
 
-# nnU-Net logs numbers of numpy's, and pickle names their constructor by the module where numpy 1 or numpy 2 has it.
+# nnU-Net logs NumPy numbers. A pickle names their constructor by its module, which NumPy 2 has renamed.
 SCALAR = np.float64(0).__reduce__()[0]
 NUMPY_NUMBERS: list[Any] = [
     (SCALAR, "numpy.core.multiarray.scalar"),
@@ -23,26 +22,25 @@ NUMPY_NUMBERS: list[Any] = [
     np.dtype,
     *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
 ]
-NAMES_IN_ALLOW_LIST = Version("2.6")
 FINAL_CHECKPOINT = "checkpoint_final.pth"
 REQUIRED_KEYS = {"trainer_name": str, "init_args": dict, "network_weights": dict}
 
 
 def finished_folds(model_folder: Path) -> dict[str, Path]:
-    """The final checkpoints of a model folder of nnU-Net, by fold: a number, or "all"."""
+    """The final checkpoints of an nnU-Net model folder, by fold: a number, or "all"."""
     files = sorted(model_folder.glob(f"fold_*/{FINAL_CHECKPOINT}"))
     return {file.parent.name.removeprefix("fold_"): file for file in files}
 
 
 def read_checkpoint(path: Path, remedy: str, trusted: bool | None = None) -> dict[str, Any]:
-    """The content of a checkpoint of nnU-Net; its tensors stay on disk until they are used.
+    """The content of an nnU-Net checkpoint. Its tensors stay on disk until they are used.
 
-    remedy: what to do about a file that is missing or damaged.
-    trusted: whether the user has given --trust-checkpoint, which reads other things than nnU-Net stores too, and they
-        may run any code; None for a command that does not have it.
+    remedy: what to do about a missing or damaged file, for the message.
+    trusted: whether the user has given --trust-checkpoint. A trusted file is read without restrictions if it holds
+        objects that nnU-Net does not store, and these may run any code. None for a command without that option.
 
-    Raises `XAttnResError` if there is no such file, if it cannot be read now, if it is no checkpoint, and for what only
-    `trusted` reads.
+    Raises `XAttnResError` if the file is missing, unreadable at present or no checkpoint, and if reading it needs trust
+    that it does not have.
     """
 
     def load() -> Any:
@@ -59,7 +57,7 @@ def read_checkpoint(path: Path, remedy: str, trusted: bool | None = None) -> dic
 
 
 def read_checkpoint_as_nnunet(path: Path, remedy: str) -> dict[str, Any]:
-    """`read_checkpoint` of a file that nnU-Net reads without restrictions anyway, so that nothing is to be decided."""
+    """`read_checkpoint` for a file that nnU-Net is about to read without restrictions in any case."""
 
     def load() -> Any:
         try:
@@ -68,16 +66,6 @@ def read_checkpoint_as_nnunet(path: Path, remedy: str) -> dict[str, Any]:
             return _load(path, weights_only=False)
 
     return _checked(load, path, remedy)
-
-
-def why_unrestricted_only() -> str | None:
-    """What keeps this PyTorch from reading any checkpoint with restrictions; None where nothing does."""
-    if Version(torch.__version__) >= NAMES_IN_ALLOW_LIST:
-        return None
-    return (
-        f"PyTorch {torch.__version__} cannot read checkpoints without letting them run code: "
-        f"pip install 'torch>={NAMES_IN_ALLOW_LIST}'"
-    )
 
 
 class _NeedsTrust(Exception):
@@ -93,7 +81,7 @@ def _checked(load: Callable[[], Any], path: Path, remedy: str) -> dict[str, Any]
     except XAttnResError:
         raise
     except Exception as error:
-        if _is_unreadable_now(error):
+        if _may_be_undamaged(error):
             raise XAttnResError(f"cannot read {path} ({reason(error)}): mend that and run again") from error
         raise XAttnResError(f"{path} is damaged or no nnU-Net checkpoint ({reason(error)}): {remedy}") from error
     return checkpoint
@@ -113,17 +101,15 @@ def _check_types(checkpoint: Any) -> None:
             raise TypeError("xattnres in init_args is not what our trainers store")
 
 
-def _is_unreadable_now(error: Exception) -> bool:
-    """Whether the file itself may be whole."""
+def _may_be_undamaged(error: Exception) -> bool:
+    """Whether the error comes from the system, not from the content of the file."""
     if isinstance(error, OSError):
-        # In a truncated file PyTorch looks for places before its beginning.
+        # EINVAL is different: PyTorch seeks to negative positions in a truncated file.
         return error.errno != errno.EINVAL
     return is_out_of_memory(error) or str(error).startswith("unable to mmap")
 
 
 def _load_restricted(path: Path) -> Any:
-    if problem := why_unrestricted_only():
-        raise _NeedsTrust(f"{path}: {problem}")
     try:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
             return _load(path, weights_only=True)
@@ -138,5 +124,5 @@ def _load_restricted(path: Path) -> Any:
 
 
 def _load(path: Path, weights_only: bool) -> Any:
-    # PyTorch's older format cannot stay on disk.
+    # PyTorch cannot memory-map its older format, which is no zip file.
     return torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=weights_only)

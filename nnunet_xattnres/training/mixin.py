@@ -1,4 +1,4 @@
-"""What all XAttnRes trainers share. The trainers themselves, thin presets of this, live in `trainers/`."""
+"""What all XAttnRes trainers share. The trainers themselves are in `trainers/` and only choose a preset."""
 
 import os
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from nnunet_xattnres.routing.drawing import draw_history, save_figure
 from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
 from nnunet_xattnres.training.checkpoint import read_checkpoint_as_nnunet
 
-# Of the time of a training, what drawing its attention weights may take; and the seconds that it takes, to begin with.
+# Drawing may take this share of the training time. The time of one drawing is measured; this is the first estimate.
 DRAWING_SHARE = 0.003
 DRAWING_SECONDS = 1.0
 
-# What nnU-Net's `load_checkpoint` reads by key beyond what every checkpoint needs.
-NEEDED_TO_GO_ON = ("current_epoch", "logging", "_best_ema", "optimizer_state", "grad_scaler_state")
+# nnU-Net's `load_checkpoint` reads these keys, and the keys that every checkpoint has.
+KEYS_TO_CONTINUE = ("current_epoch", "logging", "_best_ema", "optimizer_state", "grad_scaler_state")
 BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
 
@@ -35,20 +35,21 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
     Put it before any nnU-Net trainer: `class Mine(XAttnResTrainerMixin, nnUNetTrainerDA5): ...`.
 
-    xattnres_config: what is added to the planned network. It belongs to the class, because nnU-Net builds the network
-        for inference from the class alone. It is recorded in every checkpoint and checked when one is loaded.
-    default_num_epochs: the number of epochs where the plans say nothing; None for the base trainer's.
+    xattnres_config: what is added to the planned network. It is a class attribute because nnU-Net builds the network
+        for inference from the class alone. Every checkpoint records it, and it is checked when one is loaded.
+    default_num_epochs: the number of epochs if the plans do not say it. None: that of the base trainer.
 
-    After every validation the mean attention weights go to `xattnres_routing.json` beside `progress.png` and to the
-    loggers that nnU-Net has beside its own; `xattnres_routing.png` shows them from time to time, where drawing
-    takes no more than 0.3 % of it, and at the end.
+    Every validation appends the mean attention weights to `xattnres_routing.json`, beside nnU-Net's `progress.png`, and
+    sends them to the additional loggers of nnU-Net. `xattnres_routing.png` shows them. It is drawn in the first and in
+    the last epoch, and in between as often as drawing takes at most 0.3 % of the training time.
 
-    A configuration in the plans may hold a budget, `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
-    "num_val_iterations_per_epoch": ...}`, each key optional, which then takes precedence. `checkpoint_latest.pth` is
-    written 20 times in a training of any length, where nnU-Net writes it every 50 epochs.
+    A configuration in the plans may hold a budget: `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
+    "num_val_iterations_per_epoch": ...}`. Each key is optional and overrides the trainer's value.
 
-    Raises `XAttnResError` for a budget that is none, for plans without an encoder/decoder U-Net, and for a checkpoint
-    that is damaged or that another trainer or preset has written.
+    `checkpoint_latest.pth` is written after every twentieth of the epochs, at most 50 epochs apart as in nnU-Net.
+
+    Raises `XAttnResError` for an invalid budget, for plans without an encoder/decoder U-Net, and for a checkpoint that
+    is damaged or that another trainer or preset has written.
     """
 
     xattnres_config: ClassVar[Config] = XAttnResConfig()
@@ -70,7 +71,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         for key, value in budget.items():
             setattr(self, key, value)
         self._drawn_at, self._drawing_seconds = monotonic(), DRAWING_SECONDS
-        # As often in a short training as nnU-Net does it in its thousand epochs.
+        # nnU-Net writes it 20 times in its 1000 epochs.
         self.save_every: int = min(self.save_every, max(1, self.num_epochs // 20))
 
     @classmethod
@@ -82,7 +83,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The network that the next trainer in line builds from the plans, with this class's XAttnRes."""
+        """The network that the base trainer builds from the plans, with this class's XAttnRes."""
         check_architecture(configuration_manager)
         planned = super().build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
@@ -94,7 +95,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         self.routing_recorder = ValidationRecorder(self.network, self.device, self.num_iterations_per_epoch)
 
     def validation_step(self, batch: dict) -> dict:
-        with self._going_on_without("recorded"):
+        with self._logging_failure("recorded"):
             self.routing_recorder.observe(batch["data"])
         return super().validation_step(batch)
 
@@ -102,14 +103,14 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         super().on_validation_epoch_end(val_outputs)
         means = self.routing_recorder.means()
         if means and self.local_rank == 0:
-            with self._going_on_without("recorded"):
+            with self._logging_failure("recorded"):
                 history = self._record_routing(means)
-                with self._going_on_without("drawn"):
+                with self._logging_failure("drawn"):
                     self._draw_routing(history)
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write the checkpoint whole or not at all: a process that is killed leaves the previous one."""
-        # nnU-Net stores `my_init_kwargs` in every checkpoint and reads it by key.
+        """Write the checkpoint as a whole or not at all: if the process is killed, the previous one remains."""
+        # nnU-Net stores `my_init_kwargs` in every checkpoint and ignores keys that it does not know.
         self.my_init_kwargs["xattnres"] = {
             "version": __version__,
             "config": self.xattnres_config.architecture(),
@@ -129,8 +130,11 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         super().load_checkpoint(filename_or_checkpoint)
 
     @contextmanager
-    def _going_on_without(self, what: str) -> Iterator[None]:
-        """A record is not worth a training, whose checkpoint of this epoch is yet to be written."""
+    def _logging_failure(self, what: str) -> Iterator[None]:
+        """Write an error to the training log instead of raising it: a failed record must not end the training.
+
+        what: what the attention weights were not, "recorded" or "drawn".
+        """
         try:
             yield
         except Exception as error:
@@ -149,7 +153,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         return history
 
     def _draw_routing(self, history: RoutingHistory) -> None:
-        """First and in the last epoch, and between where it takes little of the time since it was last done."""
+        """Draw in the first and the last epoch, and otherwise if it takes little of the time since the last drawing."""
         start = monotonic()
         picture = Path(self.output_folder, PICTURE)
         is_due = self.current_epoch + 1 >= self.num_epochs or not picture.exists()
@@ -159,7 +163,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
             self._drawing_seconds = self._drawn_at - start
 
     def _routing_history(self) -> RoutingHistory:
-        """That of the training so far, or a new one."""
+        """The history in the output folder, or a new one. An unusable file is renamed."""
         path = Path(self.output_folder, RECORD)
         new = RoutingHistory(self.routing_recorder.sources)
         if not path.exists():
@@ -176,10 +180,10 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         return history
 
     def _check_checkpoint(self, filename: str) -> None:
-        """Raise `XAttnResError` unless this class's network wrote the checkpoint."""
+        """Raise `XAttnResError` unless a trainer with this class's preset has written the checkpoint."""
         remedy = "delete it to continue from another one"
         checkpoint = read_checkpoint_as_nnunet(Path(filename), remedy)
-        missing = [key for key in NEEDED_TO_GO_ON if key not in checkpoint]
+        missing = [key for key in KEYS_TO_CONTINUE if key not in checkpoint]
         if missing:
             raise XAttnResError(f"{filename} lacks {' and '.join(missing)}, so training cannot go on from it: {remedy}")
         written_by = checkpoint["trainer_name"]
@@ -196,7 +200,10 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
 
 def check_preset(filename: str, checkpoint: dict[str, Any], trainer: type[XAttnResTrainerMixin], what: str) -> None:
-    """Raise `XAttnResError` if the checkpoint records another preset than the trainer's. what: to do with it."""
+    """Raise `XAttnResError` if the checkpoint records a preset that is not the trainer's.
+
+    what: what to do with the checkpoint by the trainer that wrote it, for the message.
+    """
     record = checkpoint["init_args"]["xattnres"]
     config = trainer.xattnres_config.architecture()
     if record["config"] != config:

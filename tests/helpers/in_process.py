@@ -16,18 +16,15 @@ from nnunet_xattnres.nnunet.commands import NnUNet
 
 
 class InProcess(NnUNet):
-    """Runs commands where the test runs: no log is written, errors are nnU-Net's own.
-
-    nnU-Net's pools of workers are threads; for prediction there are none.
-    """
+    """Runs commands where the test runs: no log is written, errors are nnU-Net's own. See `run_in_threads`."""
 
     def run(self, *command: str, log: str, environment: Mapping[str, str] | None = None) -> None:
         threads = torch.get_num_threads()
         # The planner makes nnUNet_n_proc_DA a number of threads and cannot have none.
-        settings = {"nnUNet_npp": "0", "nnUNet_nps": "0", "nnUNet_n_proc_DA": "1" if "plan" in command[0] else "0"}
+        workers = "1" if "plan" in command[0] else "0"
         with pytest.MonkeyPatch.context() as patch:
             run_in_threads(self, patch)
-            for name, value in (settings | dict(environment or {})).items():
+            for name, value in ({"nnUNet_n_proc_DA": workers} | dict(environment or {})).items():
                 patch.setenv(name, value)
             _sample_few_intensities(patch)
             # nnU-Net takes a thread for every core that it counts, also where several workers share the cores.

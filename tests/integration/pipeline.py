@@ -20,21 +20,26 @@ from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_sm
 
 FOLDS = ("0", "1")
 RESENC_PLANS = "nnUNetResEncUNetMPlans"
-MAX_PATCH_VOXELS = {"2d": 64 * 64, "3d_lowres": 20_000, "3d_fullres": 20_000}
 BATCH_SIZE = {"2d": 8, "3d_lowres": 2, "3d_fullres": 2}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of networks and their trainings. num_iterations: per epoch, by configuration."""
+    """Of networks and their trainings. By configuration: num_iterations, per epoch; max_patch_voxels."""
 
     base_features: int
     num_epochs: int
     num_iterations: Mapping[str, int]
+    max_patch_voxels: Mapping[str, int]
 
 
 # Networks with fewer channels take several times as many steps until they see anything but background.
-LEARNS = Size(base_features=32, num_epochs=4, num_iterations={"2d": 75, "3d_lowres": 75, "3d_fullres": 40})
+LEARNS = Size(
+    base_features=32,
+    num_epochs=4,
+    num_iterations={"2d": 75, "3d_lowres": 75, "3d_fullres": 40},
+    max_patch_voxels={"2d": 64 * 64, "3d_lowres": 20_000, "3d_fullres": 20_000},
+)
 
 Result = TypeVar("Result")
 
@@ -86,7 +91,7 @@ def shrink(
             name,
             planned,
             base_features=size.base_features,
-            max_patch_voxels=MAX_PATCH_VOXELS[name],
+            max_patch_voxels=size.max_patch_voxels[name],
             batch_size=BATCH_SIZE[name],
             budget=TrainingBudget(
                 num_epochs=size.num_epochs,

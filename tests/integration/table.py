@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from integration.raw_datasets import HIPPOCAMPUS, NUM_TEST, NUM_TRAINING, ULTRASOUND
+from integration.real_data import HIPPOCAMPUS, NUM_TEST, NUM_TRAINING, ULTRASOUND
 
 TITLE = """# The feature matrix
 

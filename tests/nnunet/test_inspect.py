@@ -1,3 +1,5 @@
+"""The command `nnunet-xattnres inspect` on models of nnU-Net's trainers."""
+
 import errno
 import json
 import shutil
@@ -7,34 +9,26 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
-from matplotlib import style
-from matplotlib.contour import ContourSet
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
-from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from PIL import Image
-from scipy.spatial.transform import Rotation
 from torch import nn
 
-from helpers.phantom_dataset import PHANTOM, make_trainer
-from helpers.routing import assert_no_texts_overlap, force_to_read, history_of
+from helpers.images import phantom, write_oblique_phantom
+from helpers.models import save_model
+from helpers.phantom_dataset import make_trainer
+from helpers.routing import force_to_read, history_of
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.model.config import XAttnResConfig
+from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.ops.alignment import resize
-from nnunet_xattnres.routing.drawing import CasePicture, draw_case
+from nnunet_xattnres.routing.drawing import draw_case
 from nnunet_xattnres.routing.recording import RECORD
 from nnunet_xattnres.tools.inspection import case, command, trained_model
-from nnunet_xattnres.tools.inspection.image_files import find_cases
-from nnunet_xattnres.tools.inspection.nifti import as_nifti
-from nnunet_xattnres.tools.inspection.regions import Regions, on_boundary
-from nnunet_xattnres.tools.inspection.slices import Slice
-from nnunet_xattnres.tools.inspection.trained_model import Model, NetworkWithWeights, shares
+from nnunet_xattnres.tools.inspection.trained_model import Model, NetworkWithWeights
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 
 CPU = torch.device("cpu")
@@ -47,50 +41,33 @@ def unlimited_memory(monkeypatch):
 
 
 def make_model(
-    nnunet,
+    nnunet: NnUNet,
     trainer: str = "nnUNetTrainerXAttnRes",
     configuration: str = "3d_small",
     forced: tuple[str, str] | None = None,
     dataset: dict[str, Any] | None = None,
+    patch_size: list[int] | None = None,
     **plans: Any,
 ) -> Path:
     """A model's folder as nnU-Net leaves it behind. The network is untrained, its queries random or forced."""
-    trained = make_trainer(nnunet, recursive_find_trainer_class_by_name(trainer), configuration)
-    trained.dataset_json |= dataset or {}
-    trained.label_manager = trained.plans_manager.get_label_manager(trained.dataset_json)
+    model = make_trainer(nnunet, find_trainer(trainer), configuration)
+    model.dataset_json |= dataset or {}
+    model.label_manager = model.plans_manager.get_label_manager(model.dataset_json)
     torch.manual_seed(0)
-    trained.initialize()
-    network = trained.network
-    if hasattr(network, "xattnres"):
-        for name, parameter in network.xattnres.named_parameters():
+    model.initialize()
+    if hasattr(model.network, "xattnres"):
+        for name, parameter in model.network.xattnres.named_parameters():
             if name.endswith("query"):
                 nn.init.normal_(parameter)
     if forced:
-        force_to_read(network, *forced)
+        force_to_read(model.network, *forced)
     # Numbers of numpy, as nnU-Net logs them.
-    trained.logger.local_logger.my_fantastic_logging["train_losses"] = [np.float32(1.0), np.float64(0.5)]
-    trained._best_ema = np.mean([0.5])
-    folder = Path(trained.output_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    trained.save_checkpoint(str(folder / "checkpoint_final.pth"))
-    model = folder.parent
-    (model / "plans.json").write_text(json.dumps(trained.plans_manager.plans | plans))
-    (model / "dataset.json").write_text(json.dumps(trained.dataset_json))
-    return model
-
-
-def rotated_image(nnunet, folder: Path, name: str = "case") -> Path:
-    """A phantom in an oblique, flipped and anisotropic geometry, with a margin that nnU-Net crops."""
-    phantom = nibabel.load(nnunet.raw / PHANTOM / "imagesTr" / "phantom_000_0000.nii.gz").get_fdata()
-    data = np.pad(phantom[:, :, ::2], ((3, 5), (0, 4), (2, 1))).astype(np.float32)
-    affine = np.eye(4)
-    affine[:3, :3] = Rotation.from_euler("xyz", (20, -35, 100), degrees=True).as_matrix() @ np.diag((-1.1, 0.9, 2.4))
-    affine[:3, 3] = (12.5, -80.25, 33.0)
-    folder.mkdir(parents=True, exist_ok=True)
-    image = nibabel.Nifti1Image(data, affine)
-    image.header["cal_max"] = 500
-    nibabel.save(image, folder / f"{name}_0000.nii.gz")
-    return folder / f"{name}_0000.nii.gz"
+    model.logger.local_logger.my_fantastic_logging["train_losses"] = [np.float32(1.0), np.float64(0.5)]
+    model._best_ema = np.mean([0.5])
+    model.plans_manager.plans |= plans
+    if patch_size is not None:
+        model.plans_manager.plans["configurations"][configuration]["patch_size"] = patch_size
+    return save_model(model).parents[1]
 
 
 def inspect(*arguments: object) -> int:
@@ -104,8 +81,9 @@ def maps_of(case: Path) -> dict[str, nibabel.Nifti1Image]:
 class TestInspect:
     @pytest.mark.parametrize("configuration", ["3d_small", "2d_small"])
     def test_maps_lie_over_the_image_and_sum_to_one(self, nnunet_environment, tmp_path, configuration):
-        model = make_model(nnunet_environment, configuration=configuration)
-        image = rotated_image(nnunet_environment, tmp_path / "images")
+        patch_size = {"2d_small": [64, 48], "3d_small": [24, 40, 40]}[configuration]
+        model = make_model(nnunet_environment, configuration=configuration, patch_size=patch_size)
+        image = write_oblique_phantom(tmp_path / "images")
         out = tmp_path / "out"
         assert inspect("-m", model, "-f", 0, "-i", image, "-o", out, "--targets", "E2,D1") == 0
         assert sorted(file.name for file in out.iterdir()) == ["case"]
@@ -132,22 +110,23 @@ class TestInspect:
         assert (out / "case" / "routing.png").read_bytes().startswith(b"\x89PNG")
 
     def test_equal_weights_stay_equal_up_to_the_corners_of_a_tile(self, nnunet_environment, tmp_path):
-        model = make_model(nnunet_environment)
+        model = make_model(nnunet_environment, patch_size=[16, 32, 32])
         file = model / "fold_0" / "checkpoint_final.pth"
         checkpoint = torch.load(file, weights_only=False)
         for name, parameter in checkpoint["network_weights"].items():
             if name.endswith("query"):
                 parameter.zero_()
         torch.save(checkpoint, file)
-        image = nnunet_environment.raw / PHANTOM / "imagesTr" / "phantom_000_0000.nii.gz"
+        image = tmp_path / "case_0000.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(phantom(), np.eye(4)), image)
         assert inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "D1") == 0
-        maps = maps_of(tmp_path / "out" / "phantom_000")
+        maps = maps_of(tmp_path / "out" / "case")
         for weights in maps.values():
             np.testing.assert_allclose(weights.get_fdata(), 1 / len(maps), atol=0.01)
 
     def test_the_prediction_is_that_of_nnunet(self, nnunet_environment, tmp_path):
-        model = make_model(nnunet_environment)
-        image = rotated_image(nnunet_environment, tmp_path / "images")
+        model = make_model(nnunet_environment, patch_size=[16, 40, 40])
+        image = write_oblique_phantom(tmp_path / "images")
         assert inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "D0") == 0
         predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(model), (0,))
@@ -159,8 +138,8 @@ class TestInspect:
     def test_the_source_that_is_read_is_the_one_that_is_shown(self, nnunet_environment, tmp_path, monkeypatch):
         pictures = []
         monkeypatch.setattr(case, "draw_case", lambda picture: pictures.append(picture) or draw_case(picture))
-        model = make_model(nnunet_environment, forced=("D1", "E1"))
-        image = rotated_image(nnunet_environment, tmp_path / "images")
+        model = make_model(nnunet_environment, forced=("D1", "E1"), patch_size=[24, 40, 40])
+        image = write_oblique_phantom(tmp_path / "images")
         assert inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "D1") == 0
         weights = maps_of(tmp_path / "out" / "case")["D1_from_E1"].get_fdata()
         assert weights[np.asarray(nibabel.load(image).dataobj) != 0].mean() > 0.99
@@ -175,8 +154,8 @@ class TestInspect:
     def test_block_level_and_a_folder_and_vectors(self, nnunet_environment, tmp_path, capsys):
         model = make_model(nnunet_environment, "nnUNetTrainerXAttnResBlockInput", "2d_small")
         history_of(4, 2).write(model / "fold_0" / "xattnres_routing.json")
-        rotated_image(nnunet_environment, tmp_path / "images", "a")
-        rotated_image(nnunet_environment, tmp_path / "images", "b")
+        write_oblique_phantom(tmp_path / "images", "a")
+        write_oblique_phantom(tmp_path / "images", "b")
         out = tmp_path / "out"
         arguments = ("-m", model, "-f", 0, "-i", tmp_path / "images", "-o", out, "--targets", "D0_memory,E0_block2")
         assert inspect(*arguments, "--pdf") == 0
@@ -188,8 +167,21 @@ class TestInspect:
             *(f"E0_block2_from_{source}" for source in ("input", "block1", "current")),
         }
         assert (out / "a" / "routing.pdf").read_bytes().startswith(b"%PDF")
-        assert inspect(*arguments) == 0  # again: earlier results are replaced
-        assert not list(out.glob("*/routing.pdf"))
+        arguments = (
+            "-m",
+            model,
+            "-f",
+            0,
+            "-i",
+            tmp_path / "images" / "a_0000.nii.gz",
+            "-o",
+            out,
+            "--targets",
+            "D0_memory",
+        )
+        assert inspect(*arguments) == 0  # earlier results of the case are replaced
+        assert not (out / "a" / "routing.pdf").exists()
+        assert maps_of(out / "a").keys() == {f"D0_memory_from_block{i}" for i in (1, 2)}
         assert not list(out.glob(".*"))
 
     def test_regions_and_two_channels(self, nnunet_environment, tmp_path):
@@ -202,7 +194,7 @@ class TestInspect:
         intensities = plans["foreground_intensity_properties_per_channel"]
         intensities["1"] = intensities["0"]
         (model / "plans.json").write_text(json.dumps(plans))
-        image = rotated_image(nnunet_environment, tmp_path / "images")
+        image = write_oblique_phantom(tmp_path / "images")
         shutil.copy(image, image.with_name("case_0001.nii.gz"))
         out = tmp_path / "out"
         assert inspect("-m", model, "-f", 0, "-i", image.parent, "-o", out, "--targets", "D0") == 0
@@ -216,7 +208,7 @@ class TestInspect:
     def test_another_checkpoint_and_progress_of_a_single_case(self, nnunet_environment, tmp_path, capsys):
         model = make_model(nnunet_environment, configuration="2d_small")
         (model / "fold_0" / FINAL_CHECKPOINT).rename(model / "fold_0" / "checkpoint_best.pth")
-        image = rotated_image(nnunet_environment, tmp_path / "images")
+        image = write_oblique_phantom(tmp_path / "images")
         arguments = ("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "E2")
         assert inspect(*arguments, "-chk", "checkpoint_best.pth") == 0
         record = json.loads((tmp_path / "out" / "case" / "routing.json").read_text())
@@ -226,14 +218,13 @@ class TestInspect:
         assert f"{slices}/{slices}" in progress and "2/2" in progress and "case" not in progress
 
     def test_a_map_is_what_the_network_reads_there(self, nnunet_environment, tmp_path):
-        folder, axes = make_model(nnunet_environment), (0, 2)
+        folder, axes = make_model(nnunet_environment, patch_size=[16, 32, 24]), (0, 2)
         file = folder / "fold_0" / FINAL_CHECKPOINT
         torch.save(torch.load(file, weights_only=False) | {"inference_allowed_mirroring_axes": axes}, file)
         model = Model(folder, "0", FINAL_CHECKPOINT, ["E2", "D1"], CPU)
         # A single tile, not resampled, nothing to crop.
         patch, spacing = model.configuration.patch_size, model.configuration.spacing
-        phantom = nibabel.load(nnunet_environment.raw / PHANTOM / "imagesTr" / "phantom_000_0000.nii.gz").get_fdata()
-        data = np.resize(phantom[phantom != 0], patch).astype(np.float32)
+        data = np.resize(phantom().T, patch)
         image = tmp_path / "case_0000.nii.gz"
         nibabel.save(nibabel.Nifti1Image(data.T, np.diag([*spacing[::-1], 1])), image)
         assert inspect("-m", folder, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "E2,D1") == 0
@@ -257,13 +248,20 @@ class TestInspect:
 
 
 class TestMistakes:
+    @pytest.fixture(scope="class")
+    def untouched_model(self, nnunet, tmp_path_factory) -> Path:
+        results = str(tmp_path_factory.mktemp("results"))
+        with environment_with(**nnunet.folders() | {"nnUNet_results": results}):
+            return make_model(nnunet, configuration="2d_small")
+
     @pytest.fixture
-    def model(self, nnunet_environment) -> Path:
-        return make_model(nnunet_environment, configuration="2d_small")
+    def model(self, untouched_model, nnunet_environment, tmp_path) -> Path:
+        """A model's folder to spoil."""
+        return shutil.copytree(untouched_model, tmp_path / "results" / untouched_model.name)
 
     @pytest.fixture
     def image(self, nnunet_environment, tmp_path) -> Path:
-        return rotated_image(nnunet_environment, tmp_path / "images")
+        return write_oblique_phantom(tmp_path / "images")
 
     def complaint(self, capsys, tmp_path: Path, *arguments: object) -> str:
         """The one line of an inspection that fails and leaves nothing behind."""
@@ -440,21 +438,28 @@ class TestMistakes:
         assert "too little memory for the images" in error
 
     @pytest.mark.parametrize("where", [(SimpleITKIO, "read_images"), (Model, "predict"), (Model, "maps")])
+    def test_too_little_memory(self, model, image, tmp_path, capsys, monkeypatch, where):
+        def fail(*arguments: object) -> None:
+            raise MemoryError("Unable to allocate 5.25 GiB")
+
+        monkeypatch.setattr(*where, fail)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "too little memory for case: choose fewer --targets" in error
+
     @pytest.mark.parametrize(
-        "want",
+        "error",
         [
             MemoryError("Unable to allocate 5.25 GiB"),
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5637144576 bytes."),
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.25 GiB"),
         ],
     )
-    def test_too_little_memory(self, model, image, tmp_path, capsys, monkeypatch, where, want):
-        def fail(*arguments: object) -> None:
-            raise want
-
-        monkeypatch.setattr(*where, fail)
-        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
-        assert "too little memory for case: choose fewer --targets" in error
+    def test_every_kind_of_too_little_memory(self, error):
+        message = "too little memory for case: choose fewer --targets"
+        for device, remedy in (("cpu", ""), ("cuda", ", or --device cpu")):
+            with pytest.raises(XAttnResError) as raised, command._errors_explained("case", torch.device(device)):
+                raise error
+            assert str(raised.value) == message + remedy
 
     def test_another_failure_is_not_taken_for_want_of_memory(self, model, image, tmp_path, monkeypatch):
         def fail(*arguments: object) -> None:
@@ -465,8 +470,8 @@ class TestMistakes:
             inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "out")
 
     def test_a_failure_midway_keeps_the_finished_cases_whole(self, model, nnunet_environment, tmp_path, monkeypatch):
-        rotated_image(nnunet_environment, tmp_path / "images", "a")
-        rotated_image(nnunet_environment, tmp_path / "images", "b")
+        write_oblique_phantom(tmp_path / "images", "a")
+        write_oblique_phantom(tmp_path / "images", "b")
 
         save = nibabel.save
 
@@ -496,7 +501,7 @@ class Trap:
 def test_what_is_computed_of_the_preprocessed_image_returns_to_its_place(nnunet_environment, tmp_path, transpose):
     plans = {"transpose_forward": list(transpose), "transpose_backward": np.argsort(transpose).tolist()}
     folder = make_model(nnunet_environment, **plans)
-    file = rotated_image(nnunet_environment, tmp_path)
+    file = write_oblique_phantom(tmp_path)
     model = Model(folder, "0", FINAL_CHECKPOINT, ["D0"], CPU)
     image, properties = model.read([str(file)])
     data, _, _ = model.preprocessor.run_case_npy(
@@ -510,7 +515,8 @@ def test_what_is_computed_of_the_preprocessed_image_returns_to_its_place(nnunet_
 
 
 def test_the_network_puts_weights_behind_its_logits(nnunet_environment):
-    model = Model(make_model(nnunet_environment), "0", FINAL_CHECKPOINT, ["E2", "D0"], CPU)
+    folder = make_model(nnunet_environment, patch_size=[16, 24, 24])
+    model = Model(folder, "0", FINAL_CHECKPOINT, ["E2", "D0"], CPU)
     wrapped = model.predictor.network
     assert isinstance(wrapped, NetworkWithWeights)
     image = torch.randn(2, 1, *model.configuration.patch_size)
@@ -523,201 +529,11 @@ def test_the_network_puts_weights_behind_its_logits(nnunet_environment):
     torch.testing.assert_close(channels[:, model.num_heads + 1].mean(), mean, atol=0.1, rtol=0)
 
 
-def test_weights_sum_to_one_whatever_half_precision_has_made_of_them():
-    blended = (trained_model.BLENDING_SCALE * torch.rand(15, 4, 5)).half()
-    each = list(shares(blended))
-    assert {weights.dtype for weights in each} == {torch.float32}
-    torch.testing.assert_close(sum(each), torch.ones(4, 5))
-    torch.testing.assert_close(each[3] / each[7], blended[3].float() / blended[7].float())
-
-
 def test_weights_stay_in_half_precision_until_they_are_written(nnunet_environment, tmp_path):
-    model = Model(make_model(nnunet_environment), "0", FINAL_CHECKPOINT, ["E2", "D0"], CPU)
-    image, properties = model.read([str(rotated_image(nnunet_environment, tmp_path))])
+    folder = make_model(nnunet_environment, patch_size=[16, 24, 24])
+    model = Model(folder, "0", FINAL_CHECKPOINT, ["E2", "D0"], CPU)
+    image, properties = model.read([str(write_oblique_phantom(tmp_path))])
     _, weights = model.predict(image, properties)
     assert {target: (len(of_target), of_target.dtype) for target, of_target in weights.items()} == {
         target: (len(model.sources[target]), torch.half) for target in ("E2", "D0")
     }
-
-
-@pytest.mark.parametrize("reader", [SimpleITKIO, SimpleITKIOWithReorient, NibabelIO, NibabelIOWithReorient])
-@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
-def test_what_any_reader_reads_is_written_over_the_image(nnunet, tmp_path, reader, axes):
-    file = rotated_image(nnunet, tmp_path)
-    image = nibabel.load(file)
-    permuted = nibabel.Nifti1Image(
-        np.asarray(image.dataobj).transpose(axes), image.affine[:, [*axes, 3]], dtype=np.float32
-    )
-    nibabel.save(permuted, file)
-    volume, properties = reader().read_images([str(file)])
-    nibabel.save(as_nifti(volume[0], properties, file), tmp_path / "map.nii.gz")
-    written, original = nibabel.load(tmp_path / "map.nii.gz"), nibabel.load(file)
-    assert np.array_equal(written.affine, original.affine)
-    assert np.array_equal(written.get_fdata(), original.get_fdata())
-
-
-def test_an_image_in_another_format_keeps_its_geometry(nnunet, tmp_path):
-    file = rotated_image(nnunet, tmp_path)
-    sitk.WriteImage(sitk.ReadImage(file), tmp_path / "case_0000.nrrd")
-    volume, properties = SimpleITKIO().read_images([str(tmp_path / "case_0000.nrrd")])
-    written, original = as_nifti(volume[0], properties, tmp_path / "case_0000.nrrd"), nibabel.load(file)
-    np.testing.assert_allclose(written.affine, original.affine, atol=1e-4)
-    assert np.array_equal(written.get_fdata(), original.get_fdata())
-
-
-class TestSlice:
-    # Numbers that tell voxels apart, along axes that run to the right, to the front and up.
-    VOLUME = np.arange(6 * 8 * 10, dtype=np.float32).reshape(6, 8, 10)
-    FOREGROUND = np.zeros_like(VOLUME)
-    FOREGROUND[4, 1:7, 1:9] = FOREGROUND[1:5, 2:6, 3] = FOREGROUND[2:4, 5, 2:6] = 1
-
-    def stored(self, volume: np.ndarray, axes: str, spacing: tuple[float, ...] = (1, 1, 1)) -> nibabel.Nifti1Image:
-        """As if it had been acquired along the given axes, and obliquely."""
-        affine = np.eye(4)
-        affine[:3, :3] = Rotation.from_euler("xyz", (10, -15, 20), degrees=True).as_matrix() @ np.diag(spacing)
-        image = nibabel.Nifti1Image(volume, affine)
-        return image.as_reoriented(ornt_transform(io_orientation(affine), axcodes2ornt(axes)))
-
-    @pytest.mark.parametrize(
-        "axes, place", [("RAS", "k = 3"), ("LPS", "k = 3"), ("LPI", "k = 6"), ("PSR", "j = 3"), ("IRA", "i = 6")]
-    )
-    def test_the_front_is_up_and_the_right_on_the_left_however_it_is_stored(self, axes, place):
-        shown = Slice(self.stored(self.FOREGROUND, axes))
-        assert np.array_equal(shown.of(self.stored(self.VOLUME, axes)), self.VOLUME[::-1, ::-1, 3].T)
-        assert shown.name == f"axial slice, {place}"
-        assert shown.spacing == pytest.approx((1, 1))
-
-    @pytest.mark.parametrize("axes", ["RAS", "PSR"])
-    def test_thick_slices_are_shown_as_they_were_acquired(self, axes):
-        sagittal = Slice(self.stored(self.FOREGROUND, axes, (4, 0.7, 0.5)))
-        assert np.array_equal(sagittal.of(self.stored(self.VOLUME, axes)), self.VOLUME[4, ::-1, ::-1].T)
-        assert sagittal.name == f"sagittal slice, {'ijk'[axes.index('R')]} = 4"
-        assert sagittal.spacing == pytest.approx((0.5, 0.7))
-        coronal = Slice(self.stored(self.FOREGROUND, axes, (0.7, 4, 0.5)))
-        assert np.array_equal(coronal.of(self.stored(self.VOLUME, axes)), self.VOLUME[::-1, 5, ::-1].T)
-
-    def test_without_foreground_it_is_in_the_middle(self):
-        shown = Slice(self.stored(np.zeros_like(self.VOLUME), "RAS"))
-        assert shown.name == "axial slice, k = 4"
-
-    @pytest.mark.parametrize("shape", [(6, 8), (6, 8, 1)])
-    def test_where_there_is_only_one_slice_it_is_shown(self, tmp_path, shape):
-        nibabel.save(
-            nibabel.Nifti1Image(self.VOLUME[:, :, 3].reshape(shape), np.diag([-2, -3, 1, 1])), tmp_path / "x.nii"
-        )
-        volume, properties = SimpleITKIO().read_images([str(tmp_path / "x.nii")])
-        image = as_nifti(volume[0], properties, tmp_path / "x.nii")
-        assert np.array_equal(Slice(image).of(image), self.VOLUME[:, :, 3].T)
-        assert Slice(image).spacing == (3, 2)
-        assert Slice(image).name == ""
-
-
-def test_a_map_lies_over_a_picture_without_orientation_as_viewers_read_it(tmp_path):
-    file = tmp_path / "case_0000.png"
-    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).save(file)
-    volume, properties = NaturalImage2DIO().read_images([str(file)])
-    image = as_nifti(volume[0], properties, file)
-    nibabel.save(image, tmp_path / "map.nii.gz")
-    assert np.array_equal(Slice(image).of(image), volume[0, 0])
-    written, original = sitk.ReadImage(tmp_path / "map.nii.gz"), sitk.ReadImage(file)
-    assert np.array_equal(sitk.GetArrayFromImage(written)[0], sitk.GetArrayFromImage(original))
-    for pixel in ((0, 0), (3, 2)):
-        place = written.TransformIndexToPhysicalPoint((*pixel, 0))
-        assert place[:2] == pytest.approx(original.TransformIndexToPhysicalPoint(pixel))
-
-
-def test_boundary_voxels_have_a_neighbour_of_another_label():
-    labels = np.zeros((1, 5, 5), np.uint8)
-    labels[0, 1:4, 1:4] = 2
-    boundary = on_boundary(labels)
-    assert boundary.sum() == 8 + 12
-    assert not boundary[0, 2, 2] and not boundary[0, 0, 0]
-
-
-def test_means_are_taken_by_label_and_place_inside_only():
-    labels = np.zeros((1, 5, 5), np.uint8)
-    labels[0, 1:4, 1:4] = 2
-    inside = np.ones(labels.shape, bool)
-    inside[:, 0] = False
-    regions = Regions(labels, inside, {0: "background", 1: "head", 2: "tail"})
-    assert regions.voxels == {
-        "background": {"interior": 2, "boundary": 9},
-        "tail": {"interior": 1, "boundary": 8},
-    }
-    weights = np.where(on_boundary(labels), 0.25, 1.0)
-    weights[0, 2, 2] = 0.5
-    weights[:, 0] = 100
-    assert regions.means(weights) == {
-        "background": {"interior": 1.0, "boundary": 0.25},
-        "tail": {"interior": 0.5, "boundary": 0.25},
-    }
-    assert regions.foreground_mean(weights) == pytest.approx((0.5 + 8 * 0.25) / 9)
-
-
-class TestCases:
-    def test_channels_of_a_case_belong_together(self, tmp_path):
-        foreign = ("notes.txt", "b.nii.gz", "._b_0000.nii.gz", "b_000.nii.gz", "b_0000.nrrd")
-        for name in ("b_0001.nii.gz", "b_0000.nii.gz", "a_1_0000.nii.gz", *foreign):
-            (tmp_path / name).touch()
-        cases = find_cases([tmp_path, tmp_path / "b_0001.nii.gz"], ".nii.gz")
-        names = {case: [Path(file).name for file in files] for case, files in cases.items()}
-        assert names == {"a_1": ["a_1_0000.nii.gz"], "b": ["b_0000.nii.gz", "b_0001.nii.gz"]}
-        assert find_cases([tmp_path / "b_0000.nii.gz", tmp_path / "b_0001.nii.gz"], ".nii.gz")["b"] == cases["b"]
-
-    @pytest.mark.parametrize(
-        "there, missing", [("1", "case_0000.nii.gz"), ("03", "case_0001.nii.gz, case_0002.nii.gz")]
-    )
-    def test_a_gap_in_the_channels_is_named(self, tmp_path, there, missing):
-        for channel in there:
-            (tmp_path / f"case_000{channel}.nii.gz").touch()
-        with pytest.raises(XAttnResError, match=f"case_000{there[-1]}.nii.gz comes without {missing}: add"):
-            find_cases([tmp_path], ".nii.gz")
-
-    def test_two_images_for_one_channel_are_an_error(self, tmp_path):
-        files = [tmp_path / folder / "case_0000.nii.gz" for folder in "ab"]
-        for file in files:
-            file.parent.mkdir()
-            file.touch()
-        with pytest.raises(XAttnResError, match="are the same channel of case: leave one out"):
-            find_cases([file.parent for file in files], ".nii.gz")
-
-    @pytest.mark.parametrize(
-        "name, complaint", [("case.nii.gz", "not named"), ("case_0000.png", "not named"), (None, "does not exist")]
-    )
-    def test_a_name_that_is_none_is_an_error(self, tmp_path, name, complaint):
-        file = tmp_path / (name or "missing_0000.nii.gz")
-        if name:
-            file.touch()
-        with pytest.raises(XAttnResError, match=complaint):
-            find_cases([file], ".nii.gz")
-
-    def test_an_empty_folder_is_an_error(self, tmp_path):
-        with pytest.raises(XAttnResError, match="no image that ends in _0000"):
-            find_cases([tmp_path], ".nii.gz")
-
-
-@pytest.mark.parametrize(
-    "num_stages, shape, num_labels", [(8, (40, 50), 2), (3, (80, 20), 2), (3, (20, 90), 2), (6, (40, 50), 117)]
-)
-def test_no_texts_of_a_case_overlap(num_stages, shape, num_labels):
-    sources = history_of(num_stages, 1).sources
-    rng = np.random.default_rng(0)
-    prediction = np.zeros(shape, np.uint8)
-    prediction.flat[: num_labels + 1] = range(num_labels + 1)
-    labels = {0: "background"} | {value: f"structure {value}" for value in range(1, num_labels + 1)}
-    picture = CasePicture("hippocampus_020, axial slice, k = 17", rng.random(shape), prediction, (1.0, 1.2), labels)
-    for target, names in sources.items():
-        picture.maps[target] = {name: (rng.random(shape), 0.12) for name in names}
-    with style.context("default"):
-        assert_no_texts_overlap(draw_case(picture))
-
-
-@pytest.mark.parametrize("zoom", [1, 4])
-def test_the_outline_is_where_the_foreground_is(zoom):
-    prediction = np.zeros((100 * zoom, 80 * zoom), int)
-    prediction[20 * zoom : 60 * zoom, 30 * zoom : 70 * zoom] = 1
-    maps = {"D0": {"E0": (np.ones(prediction.shape), 1.0)}}
-    figure = draw_case(CasePicture("case", np.ones(prediction.shape), prediction, (1.0, 1.0), {1: "head"}, maps))
-    (outline,) = [line for axis in figure.axes for line in axis.collections if isinstance(line, ContourSet)]
-    corners = np.array([outline.get_paths()[0].vertices.min(axis=0), outline.get_paths()[0].vertices.max(axis=0)])
-    np.testing.assert_allclose(corners, np.array([[30, 20], [70, 60]]) * zoom - 0.5, atol=zoom)

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.networks import planned_network
+from helpers.processes import run_ranks
 from helpers.routing import make_initialized_trainer, validate
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig
 from nnunet_xattnres.model.build import add_xattnres
@@ -51,7 +52,7 @@ def train_two_steps(rank: int, folder: Path, config: str, deep_supervision: bool
 
 @pytest.mark.parametrize("config, deep_supervision", [("stage", True), ("stage", False), ("block", True)])
 def test_two_processes_end_with_equal_weights(config, deep_supervision, tmp_path):
-    multiprocessing.spawn(train_two_steps, (tmp_path, config, deep_supervision), nprocs=2)
+    run_ranks(train_two_steps, tmp_path, config, deep_supervision)
     first, second = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
     untrained = build(config, deep_supervision).state_dict()
     for name, weights in first.items():
@@ -64,6 +65,7 @@ def test_two_processes_end_with_equal_weights(config, deep_supervision, tmp_path
 @pytest.mark.parametrize("deep_supervision", [True, False])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_parameter_of_ours_gets_a_gradient(config, deep_supervision):
+    """DistributedDataParallel waits for ever, or refuses, where one gets none."""
     network = build(config, deep_supervision)
     logits = network(torch.randn(1, 1, 8, 8, 8))
     sum(map(torch.sum, logits if deep_supervision else [logits])).backward()
@@ -101,16 +103,16 @@ def record_in_a_process(rank: int, folder: Path, nnunet: NnUNet) -> None:
         recorder = ValidationRecorder(recorder.network, CPU, 250)
     torch.save(recorder.means(), folder / f"first_of_rank{rank}.pth")
 
-    network = trainer.network
-    trainer.network = DistributedDataParallel(torch.compile(network, backend="eager"))
-    assert uncompiled(trainer.network) is network
+    wrapped = DistributedDataParallel(torch.compile(trainer.network, backend="eager"))
+    assert uncompiled(wrapped) is trainer.network
+    trainer.network = DistributedDataParallel(trainer.network)
     trainer.is_ddp, trainer.local_rank = True, rank
     validate(trainer, seed=rank)
     distributed.destroy_process_group()
 
 
 def test_processes_of_a_training_record_their_common_mean(nnunet_environment, tmp_path):
-    multiprocessing.spawn(record_in_a_process, (tmp_path, nnunet_environment), nprocs=2)
+    run_ranks(record_in_a_process, tmp_path, nnunet_environment)
     means, of_the_other = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
     assert means == of_the_other
     alone = [record_on(rank, distribute=False).means() for rank in range(2)]

@@ -165,11 +165,6 @@ def test_a_file_that_is_no_spec(text, complaint, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_without_what_reads_checkpoints_nothing_is_begun(content, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("torch.__version__", "2.5.1")
-    assert "pip install 'torch>=2.6'" in refusal(content, tmp_path, capsys)
-
-
 def test_a_missing_spec(tmp_path, capsys):
     assert main(["benchmark", "run", str(tmp_path / "spec.yaml"), "-o", str(tmp_path / "out")]) == 1
     assert "cannot read" in capsys.readouterr().err

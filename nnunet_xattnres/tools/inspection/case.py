@@ -17,7 +17,14 @@ from nnunet_xattnres.tools.inspection.trained_model import Model
 
 
 def inspect_case(model: Model, case: str, files: Sequence[str], folder: Path, formats: Sequence[str]) -> None:
-    """Write the maps of a case one after the other: all of them do not fit into memory."""
+    """Predict a case and write the segmentation, the weight maps, their means and pictures into `folder`.
+
+    files: the images of the case, one per channel. formats: of the pictures, "png" or "pdf".
+
+    The maps are written one by one, because all of them together do not fit into memory.
+
+    Raises `XAttnResError` for images that do not fit the model, and `OSError` if a file cannot be written.
+    """
     image, properties = model.read(files)
 
     def as_image(volume: Volume | LabelMap) -> nibabel.Nifti1Image:
@@ -27,10 +34,10 @@ def inspect_case(model: Model, case: str, files: Sequence[str], folder: Path, fo
     prediction = model.segmentation(logits, properties)
     try:
         model.reader.write_seg(prediction, str(folder / f"prediction{model.dataset_json['file_ending']}"), properties)
-    except RuntimeError as error:  # SimpleITK's for a full disk
+    except RuntimeError as error:  # SimpleITK raises it for a full disk
         raise OSError(one_line(str(error))) from None
-    everywhere = np.ones(logits.shape[1:], np.float32)
-    regions = Regions(prediction, model.in_image_geometry(everywhere, properties) > 0.5, model.labels)
+    inside = model.in_image_geometry(np.ones(logits.shape[1:], np.float32), properties) > 0.5
+    regions = Regions(prediction, inside, model.labels)
     shown = Slice(as_image(prediction))
     picture = CasePicture(
         f"{case}, {shown.name}" if shown.name else case,
@@ -39,6 +46,7 @@ def inspect_case(model: Model, case: str, files: Sequence[str], folder: Path, fo
         shown.spacing,
         model.labels,
     )
+    # By target, label, place and source.
     means: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     with tqdm(
         model.maps(weights, properties), total=model.num_maps, unit="map", disable=not model.predictor.allow_tqdm

@@ -1,13 +1,11 @@
 """The command `nnunet-xattnres inspect`."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from tempfile import mkdtemp
 
 import psutil
 import torch
@@ -15,6 +13,7 @@ from tqdm import tqdm
 
 from nnunet_xattnres.common.device import choose_device, is_out_of_memory, limit_memory
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.files import check_writable, temporary_folder
 from nnunet_xattnres.common.processes import termination_as_exception
 from nnunet_xattnres.nnunet.datasets import check_nifti_files
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
@@ -24,20 +23,20 @@ from nnunet_xattnres.tools.inspection.image_files import find_cases
 from nnunet_xattnres.tools.inspection.trained_model import Model
 
 OWN_FILES = re.compile(r"routing\.(json|png|pdf)|prediction\..+|[^.]+_from_[^.]+\.nii\.gz")
-NO_ROOM = (ENOSPC, EDQUOT, None)  # SimpleITK says no number
+DISK_FULL = (ENOSPC, EDQUOT, None)  # SimpleITK gives no number
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command takes.
+    """The options of the command.
 
-    model: a folder of nnUNet_results, TRAINER__PLANS__CONFIGURATION. fold: its number, or "all".
-    checkpoint: the name of a file in the fold's folder.
-    images: a folder, or files, named as nnU-Net wants them.
-    output: gets a folder per case.
-    targets: by name; None for all.
-    device: "cpu" or "cuda"; None for a GPU where there is one.
-    pdf: pictures as vectors too.
+    model: a model folder in nnUNet_results, TRAINER__PLANS__CONFIGURATION. fold: a number, or "all".
+    checkpoint: the name of a file in the folder of the fold.
+    images: folders, or files named as nnU-Net expects them.
+    output: the parent of the folders that are written, one for every case.
+    targets: their names. None: all.
+    device: "cpu" or "cuda". None: a GPU if there is one.
+    pdf: draw pictures as PDF too.
     trust_checkpoint: see `read_checkpoint`.
     """
 
@@ -53,10 +52,10 @@ class Options:
 
 
 def run_inspect(options: Options) -> None:
-    """Write what the model reads in every case.
+    """Write the attention weights of the model in every case.
 
-    Raises `XAttnResError` for a folder that holds no XAttnRes model, a target that the model does not have, images that
-    cannot be read or do not fit the model, and too little memory.
+    Raises `XAttnResError` for a folder without an XAttnRes model, a target that the model does not have, images that
+    cannot be read or do not fit the model, an output that cannot be written, and too little memory.
     """
     device = torch.device(choose_device(options.device))
     if device.type == "cpu":
@@ -64,33 +63,35 @@ def run_inspect(options: Options) -> None:
     model = Model(options.model, options.fold, options.checkpoint, options.targets, device, options.trust_checkpoint)
     cases = find_cases(options.images, model.dataset_json["file_ending"])
     for case in cases:
-        _check_place(options.output / case)
-    with _want_explained("the images", device):
+        _check_replaceable(options.output / case)
+    check_writable(options.output, "-o")
+    with _errors_explained("the images", device):
         check_nifti_files(Path(file) for files in cases.values() for file in files)
     history = _history_of(model) if options.pdf else None
     formats = ["png", "pdf"] if options.pdf else ["png"]
-    # A bar over the cases or, where there is only one, over its tiles and then its maps: they would break each other.
+    # Two progress bars would overwrite each other. With several cases there is one bar over the cases. With a single
+    # case there is one over its tiles, and then one over its maps.
     single = len(cases) == 1
     model.predictor.allow_tqdm = single
     with (
         termination_as_exception(),
-        _staging_folder(options.output) as staging,
+        temporary_folder(options.output) as temporary,
         tqdm(cases.items(), unit="case", disable=single) as progress,
     ):
         for case, files in progress:
             progress.set_postfix_str(case)
-            folder = staging / case
+            folder = temporary / case
             folder.mkdir()
-            with _want_explained(case, device):
+            with _errors_explained(case, device):
                 inspect_case(model, case, files, folder, formats)
-                _put(folder, options.output / case)
+                _move(folder, options.output / case)
         if history is not None:
-            with _want_explained("the training", device):
+            with _errors_explained("the training", device):
                 save_figure(lambda: draw_history(history), options.output / "training.pdf")
 
 
 def _history_of(model: Model) -> RoutingHistory | None:
-    """What the training has recorded, if it has."""
+    """The record of the training, or None if there is none."""
     try:
         return RoutingHistory.read(model.folder / RECORD)
     except FileNotFoundError:
@@ -100,12 +101,15 @@ def _history_of(model: Model) -> RoutingHistory | None:
 
 
 @contextmanager
-def _want_explained(what: str, device: torch.device) -> Iterator[None]:
-    """A full disk, a file that cannot be read or written, or too little memory, in one line."""
+def _errors_explained(what: str, device: torch.device) -> Iterator[None]:
+    """Turn a full disk, an unreadable or unwritable file and too little memory into a one-line `XAttnResError`.
+
+    what: what could not be processed, for the message.
+    """
     try:
         yield
     except OSError as error:
-        remedy = "make room or choose --targets" if error.errno in NO_ROOM else "see to that file and run again"
+        remedy = "make room or choose --targets" if error.errno in DISK_FULL else "see to that file and run again"
         raise XAttnResError(f"cannot go on with {what} ({error}): {remedy}") from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -114,33 +118,15 @@ def _want_explained(what: str, device: torch.device) -> Iterator[None]:
         raise XAttnResError(f"too little memory for {what}: {remedy}") from None
 
 
-@contextmanager
-def _staging_folder(output: Path) -> Iterator[Path]:
-    """A folder inside `output` from which finished cases are moved to their places. Gone afterwards."""
-    new = [folder for folder in (output, *output.parents) if not folder.exists()]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        staging = Path(mkdtemp(prefix=".inspect_", dir=output))
-    except OSError as error:
-        raise XAttnResError(f"cannot write to {output} ({error.strerror}): choose another -o") from None
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in new:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _check_place(place: Path) -> None:
-    """Raise `XAttnResError` if there is something that an earlier run has not written, for it would be replaced."""
+def _check_replaceable(place: Path) -> None:
+    """Raise `XAttnResError` if `place`, which will be replaced, holds anything that inspect has not written."""
     foreign = [place] if place.is_file() else [file for file in place.glob("*") if not OWN_FILES.fullmatch(file.name)]
     if foreign:
         raise XAttnResError(f"{foreign[0]} is not from inspect, which would replace {place}: choose another -o")
 
 
-def _put(folder: Path, place: Path) -> None:
-    """Move a finished folder to its place, which may hold an earlier result."""
+def _move(finished: Path, place: Path) -> None:
+    """Move a finished folder to its place. An earlier result there is moved away, to be removed."""
     if place.exists():
-        place.rename(folder.with_name(f"{folder.name}.old"))
-    folder.rename(place)
+        place.rename(finished.with_name(f"{finished.name}.old"))
+    finished.rename(place)

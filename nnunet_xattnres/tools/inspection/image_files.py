@@ -1,4 +1,4 @@
-"""The image files of cases, named as nnU-Net wants them."""
+"""The image files of cases, named as nnU-Net expects them."""
 
 import re
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from nnunet_xattnres.common.errors import XAttnResError
 
 
 def find_cases(images: Sequence[Path], file_ending: str) -> dict[str, list[str]]:
-    """By case, the files of its channels: CASE_0000, CASE_0001, ... and the dataset's ending.
+    """The files of every case, in the order of its channels: CASE_0000, CASE_0001, ... with the dataset's ending.
 
-    What a folder holds beside them is not looked at. Raises `XAttnResError` for a file of another name, and for a
-    channel that is missing or there twice.
+    images: files, and folders of files. Other files in a folder are ignored.
+
+    Raises `XAttnResError` if there is no image, for a file with another name, and for a missing or duplicate channel.
     """
     cases = _channels_by_case(images, file_ending)
     if not cases:

@@ -1,4 +1,4 @@
-"""Maps as NIfTI files that open over the image they belong to."""
+"""Maps as NIfTI images that viewers lay over the image that they belong to."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 
 def as_nifti(volume: NDArray[Any], properties: dict[str, Any], image: Path) -> nibabel.Nifti1Image:
-    """A volume [z, y, x] as float32, in the geometry of the image.
+    """A volume [z, y, x] as a float32 NIfTI image in the geometry of `image`.
 
-    properties: what nnU-Net's reader has said of `image`, as which axes `volume` has.
+    properties: of `image`, from the reader of nnU-Net that also defines the axes of `volume`.
     """
     nifti = nibabel.Nifti1Image(volume.astype(np.float32, copy=False).T, _affine(properties))
     if not image.name.endswith((".nii", ".nii.gz")):
@@ -21,7 +21,7 @@ def as_nifti(volume: NDArray[Any], properties: dict[str, Any], image: Path) -> n
     if _is_reoriented(properties):
         turned = ornt_transform(io_orientation(nifti.affine), io_orientation(original.affine))
         nifti = nifti.as_reoriented(turned)
-    # Exactly the image's affine, and what it says that space to be, but not the grey values it says to show.
+    # The affine and the codes of its coordinate system are copied exactly. The display range is that of the image.
     header = original.header.copy()
     header.set_data_dtype(np.float32)
     header["cal_min"] = header["cal_max"] = 0
@@ -35,7 +35,7 @@ def _is_reoriented(properties: dict[str, Any]) -> bool:
 
 
 def _affine(properties: dict[str, Any]) -> NDArray[np.floating]:
-    """From voxels [x, y, z] to NIfTI's millimetres."""
+    """From voxels [x, y, z] to the coordinates of NIfTI in mm."""
     if "nibabel_stuff" in properties:
         affines = properties["nibabel_stuff"]
         return affines.get("reoriented_affine", affines["original_affine"])
@@ -46,5 +46,5 @@ def _affine(properties: dict[str, Any]) -> NDArray[np.floating]:
         affine = np.eye(4)
         affine[:axes, :axes] = np.reshape(geometry["direction"], (axes, axes)) * geometry["spacing"]
         affine[:axes, 3] = geometry["origin"]
-    # ITK's x and y axes point the other way; so do those of a format without orientation, which viewers read with it.
+    # ITK's x and y axes point in the opposite direction. Viewers read formats without orientation with ITK.
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine

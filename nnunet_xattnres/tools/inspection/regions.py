@@ -1,4 +1,4 @@
-"""Mean weights by predicted label, in the interior of a label and at its boundary."""
+"""Mean weights of the voxels of every predicted label, separately for its interior and its boundary."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,10 +15,13 @@ LabelMap = NDArray[np.integer]
 
 
 class Regions:
-    """Where means are taken: by predicted label, boundary voxels (with a neighbour of another label) and interior.
+    """Sets of voxels over which weights are averaged: the interior and the boundary of every predicted label.
 
-    Only `inside`, where the network was: nnU-Net crops to the part of an image that is not zero.
-    voxels: how many, by label and place; what does not occur is left out.
+    A boundary voxel has a neighbour with another label. Only voxels inside the network's input count: nnU-Net crops an
+    image to its nonzero part.
+
+    prediction: label map [z, y, x]. inside: True where the network has seen the image. labels: the names of the values.
+    voxels: the number of voxels by label and place. Empty sets are left out.
     """
 
     def __init__(self, prediction: LabelMap, inside: NDArray[np.bool_], labels: Mapping[int, str]) -> None:
@@ -31,6 +34,7 @@ class Regions:
             self.voxels.setdefault(label, {})[place] = int(self._counts[region])
 
     def means(self, weight_map: Volume) -> dict[str, dict[str, float]]:
+        """The mean weight by label and place. Empty sets are left out."""
         sums = self._sums(weight_map)
         means: dict[str, dict[str, float]] = {}
         for region, label, place in self._regions():
@@ -38,7 +42,7 @@ class Regions:
         return means
 
     def foreground_mean(self, weight_map: Volume) -> float:
-        """Over all predicted labels but the background; over everything where nothing else is predicted."""
+        """The mean weight over all predicted labels except the background, or over all voxels if there are none."""
         start = 2 if self._counts[2:].any() else 0
         return float(self._sums(weight_map)[start:].sum() / self._counts[start:].sum())
 
@@ -51,7 +55,7 @@ class Regions:
 
 
 def on_boundary(labels: LabelMap) -> NDArray[np.bool_]:
-    """Which voxels have a neighbour, along an axis, of another label."""
+    """True for voxels that have a neighbour, along any axis, with another label."""
     boundary = np.zeros(labels.shape, bool)
     for axis in range(labels.ndim):
         differs = np.diff(labels.astype(np.int32), axis=axis) != 0

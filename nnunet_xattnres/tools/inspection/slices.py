@@ -1,4 +1,4 @@
-"""Slices of volumes as radiologists look at them."""
+"""Slices of volumes, oriented as radiologists view them."""
 
 from typing import Any
 
@@ -9,28 +9,29 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from nnunetv2.configuration import ANISO_THRESHOLD
 from numpy.typing import NDArray
 
-# Whatever the plane, rows and columns run to two of these directions: inferior, posterior, left.
+# In every plane, rows and columns run towards two of these directions: inferior, posterior, left.
 DIRECTIONS = axcodes2ornt("IPL")
 PLANES = ("axial", "coronal", "sagittal")
 
 
 class Slice:
-    """A slice of volumes in one geometry, turned: the head or else the front is up, the patient's right or else the
-    front on the left.
+    """The slice of a case that pictures show.
 
-    It is axial, or in the plane of acquisition where voxels are so long that nnU-Net calls them anisotropic. Of these
-    slices it is the one with most foreground, or the middle one where there is none.
+    Axial and coronal slices show the patient's right on the left. Sagittal slices show the front on the left. Axial
+    slices show the front at the top, the others the head.
 
-    foreground: not zero where a label is predicted.
+    The slice is axial. If the voxels are so thick along one axis that nnU-Net calls the image anisotropic, it is in the
+    plane of acquisition instead. The slice with the largest foreground is shown, or the middle one without foreground.
 
-    name: plane and voxel index in the file, from zero along its axis i, j or k; empty where there is one slice only.
+    foreground: nonzero where a label is predicted.
+    name: the plane, and the voxel index (from zero) along the axis i, j or k of the file. Empty if there is one slice.
     spacing: of rows and columns in mm.
     """
 
     def __init__(self, foreground: nibabel.Nifti1Image) -> None:
         self._turn = ornt_transform(io_orientation(foreground.affine), DIRECTIONS)
         turned = self._turned(foreground)
-        axes = self._turn[:, 0].astype(int)  # of the turned volume, by axis of the file
+        axes = self._turn[:, 0].astype(int)  # for every axis of the file, the axis of the turned volume
         spacing = np.empty(3)
         spacing[axes] = voxel_sizes(foreground.affine)
         thickness = np.where(np.equal(turned.shape, 1), np.inf, spacing)
@@ -44,7 +45,7 @@ class Slice:
         self.name = f"{PLANES[self._axis]} slice, {'ijk'[file_axis]} = {file_index}" if len(areas) > 1 else ""
 
     def of(self, volume: nibabel.Nifti1Image) -> NDArray[Any]:
-        """[row, column]"""
+        """The slice of a volume in the geometry of `foreground`, [row, column]."""
         return self._turned(volume).take(self._index, axis=self._axis)
 
     def _turned(self, volume: nibabel.Nifti1Image) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""A trained model, run through nnU-Net's preprocessing and inference together with its attention weights."""
+"""A trained model that puts out its attention weights, run with nnU-Net's own preprocessing and inference."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,16 +27,16 @@ from nnunet_xattnres.tools.inspection.regions import LabelMap, Volume
 from nnunet_xattnres.training.checkpoint import read_checkpoint
 from nnunet_xattnres.training.mixin import check_preset
 
-# nnU-Net blends tiles in half precision. The corner of a tile may count as little as 6e-8, the smallest number of that
-# precision, and up to eight centres, which count 10 each, may overlap. Attention weights times this factor neither
-# vanish in the corners nor overflow.
+# nnU-Net blends tiles in half precision. The corner of a tile can have the weight 6e-8, the smallest number of that
+# precision. The centre of a tile has the weight 10, and up to eight centres overlap. With this factor the attention
+# weights neither vanish in the corners nor overflow.
 BLENDING_SCALE = 256
 
 
 class NetworkWithWeights(nn.Module):
-    """Puts out the logits of a network and, as further channels, attention weights at the resolution of the image.
+    """A network whose output has additional channels: its attention weights at the resolution of the image.
 
-    nnU-Net's sliding window then mirrors and blends the weights, times `BLENDING_SCALE`, as it does logits.
+    nnU-Net's sliding window mirrors and blends these channels as it does logits. They are scaled by `BLENDING_SCALE`.
     """
 
     def __init__(self, network: PlannedUNet, targets: Sequence[str]) -> None:
@@ -53,10 +53,10 @@ class NetworkWithWeights(nn.Module):
 
 
 def shares(blended: Tensor) -> Iterator[Tensor]:
-    """The K weights of a target, one by one, in float32.
+    """The K attention weights of a target, one by one, (*size) in float32. They sum to one.
 
-    blended: (K, *size) in half precision, from the sliding window. The weights are divided by their sum, which removes
-    the scale and the rounding of half precision.
+    blended: (K, *size) in half precision, from the sliding window. Dividing by the sum over K removes the scale and
+    rounding errors.
     """
     total = torch.zeros(blended.shape[1:])
     for weights in blended:
@@ -66,9 +66,14 @@ def shares(blended: Tensor) -> Iterator[Tensor]:
 
 
 class Model:
-    """One fold of a trained model, ready to inspect cases with nnU-Net's own preprocessing and inference.
+    """One fold of a trained model, to inspect cases with nnU-Net's own preprocessing and inference.
 
-    sources: of the chosen targets.
+    folder: the model folder. checkpoint_name: of a file in the fold's folder. targets: their names. None: all.
+    trust_checkpoint: see `read_checkpoint`.
+    sources: the names of the sources of every chosen target.
+
+    Raises `XAttnResError` if there is no readable checkpoint of an XAttnRes trainer, for the second stage of a cascade,
+    and for an unknown target.
     """
 
     def __init__(
@@ -99,8 +104,9 @@ class Model:
         self.reader = self.plans.image_reader_writer_class()
         self.preprocessor = self.configuration.preprocessor_class(verbose=False)
         network = self._network(planned, checkpoint)
-        self.sources = {target: network.routing_sources[target] for target in _chosen(targets, network)}
-        # The predictor prints what it does on a CPU.
+        with network.routing(targets) as weights:  # raises for a target that the network does not have
+            self.sources = {target: network.routing_sources[target] for target in weights}
+        # The predictor prints a message on a CPU.
         with redirect_stdout(io.StringIO()):
             self.predictor = nnUNetPredictor(device=device, allow_tqdm=False)
             self.predictor.manual_initialization(
@@ -112,22 +118,26 @@ class Model:
                 self.trainer,
                 checkpoint.get("inference_allowed_mirroring_axes"),
             )
-        # The network is not compiled, whatever the environment says. The sliding window reads the number of channels.
+        # This replaces a network that nnU-Net may have compiled. The sliding window asks the label manager for the
+        # number of channels.
         self.predictor.network = NetworkWithWeights(network, list(self.sources))
         self.num_heads = self.label_manager.num_segmentation_heads
         self.num_maps = sum(map(len, self.sources.values()))
         self.predictor.label_manager = SimpleNamespace(num_segmentation_heads=self.num_heads + self.num_maps)
 
     def read(self, files: Sequence[str]) -> tuple[Volume, dict[str, Any]]:
-        """The image [channel, z, y, x], and its geometry as nnU-Net's reader returns it."""
-        complaints = io.StringIO()
+        """The image [channel, z, y, x], and its properties from nnU-Net's reader.
+
+        Raises `XAttnResError` for files that cannot be read, that hold NaN or infinity, or that do not fit the model.
+        """
+        printed = io.StringIO()
         try:
-            with redirect_stdout(complaints), redirect_stderr(io.StringIO()):
+            with redirect_stdout(printed), redirect_stderr(io.StringIO()):
                 image, properties = self.reader.read_images(files)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            reason = one_line(complaints.getvalue() or str(error)) or type(error).__name__
+            reason = one_line(printed.getvalue() or str(error)) or type(error).__name__
             raise XAttnResError(f"cannot read {', '.join(files)} ({reason}): get the files again") from None
         if not np.isfinite(image).all():
             raise XAttnResError(f"{', '.join(files)} hold values that are no numbers: replace them first")
@@ -141,9 +151,11 @@ class Model:
         return image, properties
 
     def predict(self, image: Volume, properties: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits and, by target, blended weights (K, *size) of the preprocessed image, both in half precision.
+        """Logits (classes, *size), and blended weights (K, *size) by target, of the preprocessed image.
 
-        nnU-Net's preprocessing adds to `properties`.
+        Both are in half precision. nnU-Net's preprocessing adds entries to `properties`.
+
+        Raises `XAttnResError` if the network puts out NaN or infinity.
         """
         data, _, _ = self.preprocessor.run_case_npy(
             image, None, properties, self.plans, self.configuration, self.dataset_json
@@ -160,12 +172,13 @@ class Model:
     def maps(
         self, weights: Mapping[str, Tensor], properties: dict[str, Any]
     ) -> Iterator[tuple[str, str, NDArray[np.float32]]]:
-        """Target, source, and weights in the geometry of the image, one map after the other."""
+        """Target, source and weight map [z, y, x] in the geometry of the image, one map after the other."""
         for target, sources in self.sources.items():
             for source, of_source in zip(sources, shares(weights[target]), strict=True):
                 yield target, source, self.in_image_geometry(of_source.numpy(), properties)
 
     def segmentation(self, logits: Tensor, properties: dict[str, Any]) -> LabelMap:
+        """The label map [z, y, x] in the geometry of the image."""
         return convert_predicted_logits_to_segmentation_with_correct_shape(
             logits,
             self.plans,
@@ -176,10 +189,10 @@ class Model:
         )
 
     def in_image_geometry(self, weights: Volume, properties: dict[str, Any]) -> NDArray[np.float32]:
-        """Resample, uncrop (zero outside) and transpose weights as nnU-Net does it with probabilities."""
+        """Resample, pad with zeros what was cropped, and transpose weights, as nnU-Net does with probabilities."""
         spacing = [properties["spacing"][axis] for axis in self.plans.transpose_forward]
         shape = properties["shape_after_cropping_and_before_resampling"]
-        # A 2D configuration leaves the slices as they are.
+        # A 2D configuration does not resample across slices.
         network_spacing = [*spacing[: len(shape) - len(self.configuration.spacing)], *self.configuration.spacing]
         resampled = self.configuration.resampling_fn_probabilities(weights[None], shape, network_spacing, spacing)
         whole = np.zeros(properties["shape_before_cropping"], np.float32)
@@ -204,12 +217,6 @@ class Model:
                 "use the version that trained it"
             ) from None
         return network
-
-
-def _chosen(targets: list[str] | None, network: PlannedUNet) -> list[str]:
-    # Raises for what the network does not have.
-    with network.routing(targets) as weights:
-        return list(weights)
 
 
 def _read_checkpoint(model: Path, path: Path, trusted: bool) -> dict[str, Any]:
