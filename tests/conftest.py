@@ -4,18 +4,15 @@ import numpy as np
 import pytest
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from PIL import Image
-from torch import Tensor
 
 from helpers.in_process import InProcess
 from helpers.phantom_dataset import ONE_SHORT_EPOCH, PHANTOM, plans_file, read_plans
 from helpers.training import train
 from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.common.processes import environment_with
-from nnunet_xattnres.model import block_level
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.phantom import write_phantom_dataset
 from nnunet_xattnres.nnunet.plans import add_small_configuration
-from nnunet_xattnres.ops import alignment
 
 pytest_plugins = ["integration.table"]
 
@@ -82,20 +79,3 @@ def trained_model(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> P
     with environment_with(**nnunet.folders() | own):
         folds = [train(PHANTOM, "2d_small", "nnUNetTrainerXAttnRes", fold=fold) for fold in (0, 1)]
     return Path(folds[0].output_folder_base)
-
-
-@pytest.fixture
-def projected_numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Fills with the numbers that every 1x1 convolution of ours puts out for one image."""
-    numbers: list[int] = []
-    project = alignment.project
-
-    def counting_project(features: Tensor, projection: Tensor | None) -> Tensor:
-        out = project(features, projection)
-        if projection is not None:
-            numbers.append(out[0].numel())
-        return out
-
-    for module in (alignment, block_level):
-        monkeypatch.setattr(module, "project", counting_project)
-    return numbers
