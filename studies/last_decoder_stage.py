@@ -1,9 +1,10 @@
-"""How long the attention before the last decoder stage takes, alone, and how far that is from copying what it reads.
+"""The time of the attention before the last decoder stage alone, beside the time that copying its tensors takes.
 
-    python benchmarks/last_decoder_stage.py msd04 msd03 msd06
+    python studies/last_decoder_stage.py msd04 msd03 msd06
 
-The planned 3d_fullres network of each preset, batch 1, CPU, streaming backend. The limit is a copy, at the machine's
-pace, of all sources and the output once for the forward pass and twice for the backward pass.
+It is measured in the planned 3d_fullres network of each preset, with batch size 1, on the CPU, with the streaming
+backend. The limit is the time that the machine takes to copy all sources and the output: once for the forward pass,
+twice for the backward pass.
 """
 
 import statistics
@@ -21,8 +22,8 @@ from nnunet_xattnres.nnunet.presets import build_preset
 
 REPEATS = 5
 MATRIX_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
-# More than a cache holds.
-NUMBERS_TO_COPY = 2**26
+# More than the cache holds.
+ELEMENTS_TO_COPY = 2**26
 GB = 1e9
 
 
@@ -38,7 +39,7 @@ def measure(preset: str) -> str:
 
     forward = _seconds("attention(x, pool)", attention=attention, x=x, pool=pool)
     both = _seconds("step()", step=forward_and_backward)
-    here, there = torch.ones(2, NUMBERS_TO_COPY)
+    here, there = torch.ones(2, ELEMENTS_TO_COPY)
     pace = 2 * here.nbytes / statistics.median(_seconds("there.copy_(here)", here=here, there=there))
     read, written = sum(source.nbytes for source in sources), x.nbytes
     limit = 3 * (read + written) / pace
@@ -52,7 +53,7 @@ def measure(preset: str) -> str:
 
 
 def _last_attention(preset: str) -> tuple[nn.Module, Tensor, list[Tensor]]:
-    """The attention, its input and its pool, as leaves that want gradients."""
+    """The attention of the last decoder stage, its input and its pool. Input and pool are leaves with gradients."""
     plans, dataset_json = build_preset(preset, "3d_fullres")
     configuration = PlansManager(plans).get_configuration("3d_fullres")
     channels, classes = len(dataset_json["channel_names"]), len(dataset_json["labels"])

@@ -1,10 +1,10 @@
-"""What sharing or factorising the projections of XAttnRes would save: parameters, and trainers to see what it costs.
+"""XAttnRes with fewer parameters: the projections shared, or factorised. Parameters, and trainers that measure Dice.
 
-    python benchmarks/shared_projections.py [2d | 3d_fullres]
+    python studies/shared_projections.py [2d | 3d_fullres]
 
-prints the parameters for the Decathlon's plans. The trainers are found by nnU-Net's commands with
+prints the number of parameters for the Decathlon's plans. nnU-Net's commands find the trainers after
 
-    export nnUNet_extTrainer=path/to/benchmarks
+    export nnUNet_extTrainer=path/to/studies
 
 full:        a projection (C_t, C_k) for every source k of every target t, as in the paper; the default
 shared:      one for all targets of the same width C_t that read source k

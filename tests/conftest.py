@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from nnunet_xattnres.nnunet.commands import NnUNet
 
 pytest_plugins = ["integration.table"]
@@ -64,23 +62,3 @@ def nnunet_environment(nnunet: NnUNet, tmp_path: Path, monkeypatch: pytest.Monke
     for name, value in (folders | {"nnUNet_n_proc_DA": "0"}).items():
         monkeypatch.setenv(name, value)
     return nnunet
-
-
-@pytest.fixture
-def projected_numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Fills with the numbers that every 1x1 convolution of ours puts out for one image."""
-    from nnunet_xattnres.model import block_level
-    from nnunet_xattnres.ops import alignment
-
-    numbers: list[int] = []
-    project = alignment.project
-
-    def counting_project(features: Tensor, projection: Tensor | None) -> Tensor:
-        out = project(features, projection)
-        if projection is not None:
-            numbers.append(out[0].numel())
-        return out
-
-    for module in (alignment, block_level):
-        monkeypatch.setattr(module, "project", counting_project)
-    return numbers

@@ -22,11 +22,16 @@ EPS = 1e-8
 
 
 class IntraStageAttention(nn.Module):
-    """ISAR with its spatial adaptive pseudo-query (SAPQ): the new input of a block, from earlier outputs of its stage.
+    """ISAR with its spatial adaptive pseudo-query (SAPQ): the new input of block i, read from the bank of its stage.
 
-    logits_k(p) = < W(p), RMSNorm(v_k(p)) > / (sqrt(C) * temperature), W = Conv1x1(current), softmax over k, out = sum
-    a_k v_k. The v_k are the bank and once more the current feature b_(i-1). The bank is b_1 .. b_(i-1), and where
-    configured the input of the stage before them. W is zero at initialisation, so all weights are equal.
+        query    W(p) = Conv1x1( b_(i-1) )(p)
+        scores   e_k(p) = < W(p) , RMSNorm(v_k)(p) > / ( sqrt(C) * temperature )
+        weights  a_k(p) = softmax over k of e_k(p)
+        output   out(p) = sum_k a_k(p) v_k(p)
+
+    The v_k are the bank and once more the current feature b_(i-1). The bank is b_1 .. b_(i-1), the outputs of the
+    earlier blocks. Where configured, the input of the stage comes before them. The convolution is zero at
+    initialisation, so all weights are equal.
 
     channels: C.
     """
@@ -37,8 +42,8 @@ class IntraStageAttention(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.zeros(channels, channels))
         self.norm_scale = nn.Parameter(torch.ones(channels))
-        # Saved with the weights. nnU-Net builds the network for prediction from the trainer class alone, and a later
-        # change of the class's temperature must not change what a trained network predicts.
+        # A buffer, so that it is saved with the weights. For prediction, nnU-Net builds the network from the trainer
+        # class alone. A later change of the temperature in the class must not change what a trained network predicts.
         self.register_buffer("temperature", torch.tensor(float(config.temperature)))
         self.attend = attention_backend(config.backend)
 
@@ -72,13 +77,16 @@ class InputProjection(nn.Module):
 
 
 class MemoryRouting(nn.Module):
-    """DKVMR, decoupled key-value memory routing: it replaces a skip connection.
+    """DKVMR, decoupled key-value memory routing. It replaces a skip connection.
 
-    [K_j | V_j] = Conv1x1(m_j) for every memory entry m_j, an output of a block of the encoder stage; Q = Conv1x1(x);
-    a = softmax over j of < Q(p), RMSNorm(K_j(p)) > / sqrt(d); out = sum_j a_j V_j. A memory of one entry leaves no
-    choice and has only V.
+        memory   [ K_j | V_j ] = Conv1x1( m_j )     m_1 .. m_n: the outputs of the blocks of the encoder stage
+        query    Q = Conv1x1( x )                   x: the upsampled decoder feature
+        weights  a_j(p) = softmax over j of < Q(p) , RMSNorm(K_j)(p) > / sqrt(d)
+        output   out(p) = sum_j a_j(p) V_j(p)
 
-    channels: C of the memory and of x. num_entries: memory entries. d = max(8, int(kv_ratio * C)).
+    Keys have d = max(8, int(kv_ratio * C)) channels. A memory of one entry leaves no choice, so it has V only.
+
+    channels: C, of the memory and of x. num_entries: n.
     """
 
     def __init__(self, channels: int, num_entries: int, config: BlockXAttnResConfig) -> None:
@@ -107,16 +115,16 @@ class MemoryRouting(nn.Module):
 
 
 def _query_field(x: Tensor, query: Tensor, norm_scale: Tensor, divisor: float | Tensor) -> Tensor:
-    """Conv1x1(x) * g / divisor. The factors enter the weight, so that only one field is kept for the backward pass."""
+    """Conv1x1(x) * g / divisor. The factors go into the weight: the backward pass then keeps one field only."""
     return project(x, query * norm_scale[:, None] / divisor)
 
 
 class BlockXAttnResUNet(PlannedUNet):
     """A planned U-Net with block-level XAttnRes: ISAR between the blocks of a stage, DKVMR in place of its skip.
 
-    A part that could not change anything is not created. The keys of `xattnres` name the parts. Stages count from 0, as
-    in nnU-Net, and blocks from 1, as in the formulas. `D0_memory` is DKVMR in place of a skip connection, `E1_block3`
-    is ISAR before the third block of a stage, `E1_input` is the projection of the stage's input that opens the bank.
+    A part that could not change anything is not created. The keys of `xattnres` name the parts: `D0_memory` is DKVMR in
+    place of a skip connection, `E1_block3` is ISAR before the third block of a stage, and `E1_input` is the projection
+    of the stage's input that opens the bank. Stages count from 0, as in nnU-Net, and blocks from 1, as in the formulas.
     """
 
     def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: BlockXAttnResConfig) -> None:
@@ -133,7 +141,7 @@ class BlockXAttnResUNet(PlannedUNet):
 
     @property
     def routing_sources(self) -> dict[str, list[str]]:
-        """Blocks count from 1 in their stage. Those of a memory count in the encoder stage of its resolution."""
+        """The sources of every target by name. Blocks of a memory are those of the encoder stage at its resolution."""
         sources = {}
         for target, part in self.xattnres.items():
             if isinstance(part, IntraStageAttention):
@@ -147,13 +155,13 @@ class BlockXAttnResUNet(PlannedUNet):
     def decoder_features(self, x: Tensor) -> list[Tensor]:
         memories = []  # by encoder stage, the outputs of its blocks
         for i, stage in enumerate(self.encoder.stages):
-            memories.append(self._runblocks_of(f"E{i}", stage, x))
+            memories.append(self._run_blocks(f"E{i}", stage, x))
             x = memories[-1][-1]
         features = []
         for d, stage in enumerate(self.decoder.stages):
             x = self.decoder.transpconvs[d](x)
             skip = self.xattnres[f"D{d}_memory"](x, memories[-2 - d])
-            x = self._runblocks_of(f"D{d}", stage, torch.cat((x, skip), dim=1))[-1]
+            x = self._run_blocks(f"D{d}", stage, torch.cat((x, skip), dim=1))[-1]
             features.append(x)
         return features
 
@@ -178,7 +186,7 @@ class BlockXAttnResUNet(PlannedUNet):
         # The second block has something to choose from only if the input opens the bank.
         return f"{name}_block2" in self.xattnres
 
-    def _runblocks_of(self, name: str, stage: nn.Module, x: Tensor) -> list[Tensor]:
+    def _run_blocks(self, name: str, stage: nn.Module, x: Tensor) -> list[Tensor]:
         """The outputs b_1, b_2, ... of a stage's blocks."""
         first, *others = blocks_of(stage)
         outputs = [first(x)]

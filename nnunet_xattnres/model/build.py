@@ -21,7 +21,7 @@ def build_network_from_plans(
     """Build the network of a planned configuration, with XAttnRes.
 
     configuration: `PlansManager("nnUNetPlans.json").get_configuration("3d_fullres")`, from nnU-Net.
-    config: default: `XAttnResConfig()`. A config that changes nothing gives the planned network.
+    config: `XAttnResConfig()` by default. A config that changes nothing gives the planned network.
 
     Raises `XAttnResError` if the planned architecture is not an encoder/decoder U-Net.
     """
@@ -38,7 +38,7 @@ def build_network_from_plans(
 
 
 def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet, config: Config) -> nn.Module:
-    """Add XAttnRes to a planned network. It is returned as it is where `config` changes nothing."""
+    """Add XAttnRes to a planned network. If `config` changes nothing, the network itself is returned."""
     if isinstance(config, BlockXAttnResConfig):
         return BlockXAttnResUNet(planned, config)
     return planned if config.is_planned_network else XAttnResUNet(planned, config)

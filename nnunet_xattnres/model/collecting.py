@@ -1,4 +1,4 @@
-"""Attention weights of the calls of a network, collected beside what the network computes."""
+"""The attention weights of the calls of a network, computed beside the network's own output."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from nnunet_xattnres.ops.reference import Attention
 from nnunet_xattnres.ops.streaming import streaming_weights
 
-# Called with the target and the weights of a call, (K, B, *size), which sum to one over the K sources.
+# A function that is called with a target and the weights of one call, (K, B, *size). They sum to 1 over the K sources.
 Receiver = Callable[[str, Tensor], None]
 
 
 @contextmanager
 def collected(attentions: Mapping[str, nn.Module], receive: Receiver) -> Iterator[None]:
-    """Give the weights of every call of the attentions to `receive`. attentions: modules by target."""
+    """Inside the `with` block, give the weights of every call to `receive`. attentions: modules by target."""
     backends: dict[str, Attention] = {target: module.attend for target, module in attentions.items()}  # type: ignore
     for target, module in attentions.items():
         module.attend = _also_collecting(backends[target], target, receive)  # type: ignore

@@ -12,13 +12,13 @@ BACKENDS = ("auto", "reference", "streaming", "triton")
 
 @dataclass(frozen=True)
 class XAttnResConfig:
-    """Stage-level XAttnRes: which stages read from the history pool, and how what they read enters the stage.
+    """Stage-level XAttnRes: which stages read from the history pool, and how the mixture enters a stage.
 
-    skip_connections: keep nnU-Net's skip connections beside the attention; without them the attention replaces them.
+    skip_connections: keep nnU-Net's skip connections beside the attention, or let the attention replace them.
     read_in_encoder, read_in_decoder: where stages read from the pool.
-    fusion: `"replace"` (the paper: the mixture over pool and input replaces the stage's input) or `"residual"`
-        (the input plus a per-channel gate, zero at initialisation, times the mixture over the pool alone).
-    backend: how the attention is computed, never what: `"auto"`, `"reference"`, `"streaming"` or `"triton"`.
+    fusion: `"replace"`, as in the paper: the mixture over pool and input replaces the stage's input. `"residual"`: the
+        mixture over the pool alone, times a gate per channel that is zero at initialisation, is added to the input.
+    backend: how the attention is computed: `"auto"`, `"reference"`, `"streaming"` or `"triton"`. All compute the same.
 
     Raises `XAttnResError` for a value that does not exist.
     """
@@ -36,7 +36,7 @@ class XAttnResConfig:
 
     @property
     def is_planned_network(self) -> bool:
-        """Whether nothing is added to the network that nnU-Net planned and nothing removed from it."""
+        """Whether the network is the one that nnU-Net planned, with nothing added and nothing removed."""
         return self.skip_connections and not self.read_in_encoder and not self.read_in_decoder
 
     def architecture(self) -> dict[str, Any]:
@@ -46,14 +46,15 @@ class XAttnResConfig:
 
 @dataclass(frozen=True)
 class BlockXAttnResConfig:
-    """Block-level XAttnRes: attention among the blocks of a stage (ISAR), and over the blocks behind a skip (DKVMR).
+    """Block-level XAttnRes: attention among the blocks of a stage (ISAR) and in place of a skip connection (DKVMR).
 
-    isar_in_encoder, isar_in_decoder: where blocks read from the earlier blocks of their stage. That takes three blocks
-        a stage, which of planned networks only ResEnc encoders have, or two with `bank_includes_input`.
+    isar_in_encoder, isar_in_decoder: where blocks read from the earlier blocks of their stage. This has an effect only
+        in stages of three or more blocks, which only the encoders of ResEnc plans have. With `bank_includes_input` two
+        blocks are enough.
     bank_includes_input: the stage's input opens the bank that its blocks read from (not in the authors' code).
-    kv_ratio: channels of DKVMR's keys as a fraction of the memory's.
+    kv_ratio: the number of channels of DKVMR's keys, as a fraction of the memory's.
     temperature: divides ISAR's scores.
-    backend: as in `XAttnResConfig`; `"triton"`, whose kernels know stage level only, is `"streaming"` here.
+    backend: as in `XAttnResConfig`. `"triton"` is `"streaming"` here, because its kernels compute stage level only.
 
     Raises `XAttnResError` for a value that does not exist.
     """

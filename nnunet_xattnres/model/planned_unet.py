@@ -22,7 +22,7 @@ from nnunet_xattnres.model.collecting import Receiver, collected
 
 
 class PlannedUNet(AbstractDynamicNetworkArchitectures):
-    """Base class of the networks: it takes over the encoder and the decoder of a planned network.
+    """Base class of our networks. It takes over the encoder and the decoder of a planned network.
 
     planned: the network that nnU-Net planned, initialised. `encoder.*` and `decoder.*` keep nnU-Net's names in the
         state dict. What a subclass adds is under `xattnres.*`.
@@ -78,12 +78,12 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
             weights["D0"]  # a tensor per call, (K, B, *size), which sums to one over its K sources
             network.routing_sources["D0"]  # the names of the sources: E0, E1, ..., current
 
-        B is the batch size, and size that of the target's input. The weights are computed beside the call, without
-        gradients, in float32 or float64. The call itself computes what it always does. A compiled network gives its
-        weights too, but is compiled again for them: call the uncompiled network.
+        B is the batch size, and `size` that of the target's input. The weights are computed beside the network's own
+        output, without gradients, in float32 or float64. A compiled network works too, but is compiled again: call the
+        uncompiled network.
 
-        targets: names of the targets; default: all.
-        receive: called with target and weights of every call. Nothing is kept then.
+        targets: names of the targets, by default all.
+        receive: a function that is called with the target and the weights of every call. Then nothing is kept.
 
         Raises `XAttnResError` for a target that the network does not have, and for a name that is not in a list.
         """
@@ -100,7 +100,7 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """The number of elements that all convolutions put out for one image of `input_size`, as nnU-Net counts it.
 
-        The count has the convolutions of the planned network and the 1x1 convolutions that are added.
+        The convolutions of the planned network and the added 1x1 convolutions are counted.
         """
         voxels = []  # of every encoder stage's output
         size = list(input_size)
@@ -126,7 +126,7 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
 def check_architecture(configuration: ConfigurationManager) -> None:
     """Raise `XAttnResError` if the planned architecture is not an encoder/decoder U-Net. Nothing is built."""
     network_class = locate(configuration.network_arch_class_name)
-    if isinstance(network_class, type):  # nnU-Net itself handles a class that has moved
+    if isinstance(network_class, type):  # a class that has moved is found by nnU-Net itself
         _check_class(network_class)
 
 
@@ -138,7 +138,7 @@ def uncompiled(network: nn.Module) -> nn.Module:
 
 
 def _check_class(network_class: type) -> None:
-    # A subclass is refused too, because its own forward would be lost.
+    # Subclasses are refused too, because their own forward would be lost.
     if network_class not in (PlainConvUNet, ResidualEncoderUNet):
         raise XAttnResError(
             f"XAttnRes cannot read in a {network_class.__name__}: choose plans whose architecture is a PlainConvUNet "

@@ -17,12 +17,12 @@ from nnunet_xattnres.ops.reference import Candidate
 class HistoryPool:
     """The global feature history pool H = [h_0, h_1, ...]: the outputs of the stages so far, in order of computation.
 
-    The pool averages outputs that are finer than the stage that reads them. Area averages compose, so every output is
-    averaged from one resolution to the next, once for all stages that read it.
+    The pool does the part of Resize that averages: a stage gets no output that is finer than its input. The average of
+    averages is the average, so every output is averaged from one resolution to the next, once for all stages.
     """
 
     def __init__(self) -> None:
-        self._averages: list[list[Tensor]] = []  # per output: the output itself, then coarser and coarser averages
+        self._averages: list[list[Tensor]] = []  # of every output h_k: h_k itself, then its averages, finest first
 
     def append(self, h: Tensor) -> None:
         self._averages.append([h])
@@ -32,31 +32,39 @@ class HistoryPool:
         return [averages[0] for averages in self._averages]
 
     def at(self, size: Sequence[int], count: int) -> list[Tensor]:
-        """The first `count` outputs, (B, C_k, *size_k), averaged where finer than `size`, the size of an output."""
-        resolutions = [h.shape[2:] for h in self.outputs]
+        """The first `count` outputs, (B, C_k, *size_k), those that are finer than `size` averaged to it.
+
+        size: that of an output in the pool.
+        """
+        # The steps from the finest resolution to `size`.
+        resolutions = [h.shape[2:] for h in self.outputs if not is_finer(size, h.shape[2:])]
         for averages in self._averages[:count]:
             for resolution in resolutions:
-                if is_finer(averages[-1].shape[2:], resolution) and not is_finer(size, resolution):
+                if is_finer(averages[-1].shape[2:], resolution):
                     averages.append(resize(averages[-1], resolution))
         return [next(h for h in averages if not is_finer(h.shape[2:], size)) for averages in self._averages[:count]]
 
 
 class HistoryAttention(nn.Module):
-    """Attention of one stage: its input x and the history pool h_0, h_1, ... become its new input.
+    """The attention before stage t: the stage's input x and the history pool h_0, h_1, ... become its new input.
 
-    replace:   out = sum_k a_k v_k, k over the pool and x
-    residual:  out = x + gamma * sum_k a_k v_k, k over the pool alone
+        replace    out = sum_k a_k v_k              k over the pool and x, which is one more candidate, unprojected
+        residual   out = x + gamma * sum_k a_k v_k  k over the pool alone
 
-    channels: C_t, the channels of x. source_channels: C_k of every source in the pool, in order of computation.
-    At initialisation w = 0 (all weights are equal), g = 1, gamma = 0, and the projections preserve the variance. They
-    are parameters and not convolutions, because nnU-Net's `initialize` would draw convolutions again.
+    v_k = Proj_{k,t}( Resize( h_k ) ), and the a_k are those of `ops.reference`, with the query w_t and the scale g_t.
+
+    At initialisation w_t = 0, so that all weights are equal, g_t = 1, gamma = 0, and the projections preserve the
+    variance. Projections are parameters and not convolutions, because nnU-Net's `initialize` would draw convolutions
+    again.
+
+    channels: C_t, the channels of x. source_channels: C_k of every source in the pool, in the order of computation.
     """
 
     def __init__(self, channels: int, source_channels: Sequence[int], config: XAttnResConfig) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(channels))  # w_t
         self.norm_scale = nn.Parameter(torch.ones(channels))  # g_t
-        self.projections = nn.ParameterList(torch.empty(channels, source) for source in source_channels)
+        self.projections = nn.ParameterList(torch.empty(channels, source) for source in source_channels)  # Proj_{k,t}
         self.gamma = nn.Parameter(torch.zeros(channels)) if config.fusion == "residual" else None
         self.attend = attention_backend(config.backend)
         for projection in self.projections:
@@ -75,13 +83,16 @@ class HistoryAttention(nn.Module):
 class XAttnResUNet(PlannedUNet):
     """A planned U-Net whose stages read from the global feature history pool.
 
-    Without skip connections the first convolution of every decoder stage is replaced by one of half the input channels.
+    Encoder stage i reads with x = h_(i-1) from h_0 .. h_(i-2), so stages 0 and 1 have nothing to read. A decoder stage
+    reads with x = the output of its transposed convolution from all that is computed before it.
+
+    Without skip connections, the first convolution of a decoder stage is replaced by one of half the input channels.
     """
 
     def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResConfig) -> None:
         super().__init__(planned)
         self.config = config
-        # Keys are the names of the stages that read: E2, E3, ... and D0, D1, ...
+        # The keys are the stages that read: E2, E3, ... and D0, D1, ...
         if config.read_in_encoder:
             for i in range(2, len(self.encoder_channels)):
                 pool = self.encoder_channels[: i - 1]
@@ -122,7 +133,7 @@ class XAttnResUNet(PlannedUNet):
         return pool.outputs[len(self.encoder.stages) :]
 
     def _projected_elements(self, voxels: list[int]) -> int:
-        # Every projection runs at the coarser of its two resolutions.
+        # A projection runs at the coarser of its two resolutions.
         total = 0
         pool = voxels + voxels[-2::-1]
         for stage, attention in self.xattnres.items():
@@ -138,7 +149,7 @@ class XAttnResUNet(PlannedUNet):
             return x
         attention = self.xattnres[stage]
         assert isinstance(attention, HistoryAttention)
-        # The pool of an encoder stage lacks the newest output, which is x itself.
+        # An encoder stage does not read the newest output, which is x itself.
         return attention(x, pool.at(x.shape[2:], len(attention.projections)))
 
 

@@ -18,7 +18,7 @@ from nnunet_xattnres.common.errors import XAttnResError
 
 
 def is_finer(source_size: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether a source of `source_size` must be averaged down to `size`; False if it is equal or coarser.
+    """Whether a source of `source_size` is finer than `size`, so that Resize averages it. False if equal or coarser.
 
     Raises `XAttnResError` if one size is not an integer multiple of the other along every axis.
     """
@@ -37,7 +37,7 @@ def project(features: Tensor, projection: Tensor | None) -> Tensor:
     """Proj: a 1x1 convolution without bias. (B, C_k, *size) -> (B, C_t, *size)"""
     if projection is None:
         return features
-    # An einsum would keep a permuted copy of the features for the backward pass.
+    # As a batched matrix product: an einsum would keep a permuted copy of the features for the backward pass.
     projected = torch.bmm(projection.expand(features.shape[0], -1, -1), features.flatten(2))
     return projected.unflatten(2, features.shape[2:])
 

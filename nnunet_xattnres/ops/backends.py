@@ -1,4 +1,4 @@
-"""The backends: ways to compute the one function that `attention` defines."""
+"""The backends: ways to compute the function that `reference.py` defines."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ def check_backend(name: str, device: str) -> None:
 
 
 def _attend_triton() -> Attention:
-    # Imported on request: Triton is not everywhere, and takes its time.
+    # Imported on request: Triton may be missing, and its import takes time.
     try:
         from nnunet_xattnres.ops.triton_operator import attend_triton
     except ModuleNotFoundError as error:
@@ -40,7 +40,7 @@ def _attend_triton() -> Attention:
     return attend_triton
 
 
-# Functions that return the backend.
+# The backends by name. Each is a function that returns the backend, so that Triton is imported on request.
 ATTENTION_BACKENDS: dict[str, Callable[[], Attention]] = {
     "reference": lambda: attend_reference,
     "streaming": lambda: attend_streaming,

@@ -1,4 +1,4 @@
-"""Linear interpolation by integer factors as a banded matrix per axis."""
+"""Linear interpolation by integer factors, as a product with a banded matrix per axis."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,11 +17,11 @@ BLOCK = 32
 
 
 class AxisMatrix(NamedTuple):
-    """Multiplies an axis by a matrix, as a whole or block by block.
+    """A matrix that multiplies one axis of a tensor, as a whole or block by block.
 
-    matrix: (outputs, inputs).
-    in_blocks: the matrix is that of one block, and all blocks are alike. Its columns are the inputs of the block and
-        one neighbour on either side. Beyond the ends of the axis the outermost input is repeated.
+    matrix: (outputs, inputs), of the axis or of one block.
+    in_blocks: whether the axis is cut into blocks, which all have the same matrix. The inputs of a block are its own
+        voxels and one neighbour on either side. Beyond the ends of the axis, the outermost voxel is repeated.
     """
 
     matrix: Tensor
@@ -35,7 +35,7 @@ class AxisMatrix(NamedTuple):
         else:
             blocks = features.unsqueeze(axis)
         if axis == features.ndim - 1:
-            # As one flat product: PyTorch would multiply overlapping blocks one by one.
+            # As one product with a flat matrix: PyTorch would multiply overlapping blocks one by one.
             product = blocks.reshape(-1, blocks.shape[-1]) @ self.matrix.T
             return product.reshape(*features.shape[:-1], -1)
         product = self.matrix @ blocks.flatten(axis + 2)
@@ -52,7 +52,7 @@ class Interpolation(NamedTuple):
 def upsampling_factors(source_size: Sequence[int], size: Sequence[int]) -> list[int]:
     """The integer factors from `source_size` to `size`, axis by axis.
 
-    Raises `XAttnResError` if there are none.
+    Raises `XAttnResError` if the target is not an integer multiple along every axis.
     """
     axes = list(zip(source_size, size, strict=True))
     if any(target % source for source, target in axes):
@@ -69,7 +69,7 @@ def axis_interpolation(source: int, target: int, like: Tensor) -> Interpolation:
     in_blocks = like.device.type == "cpu" and target >= MIN_EXTENT_FOR_BLOCKS
     if not in_blocks or target % BLOCK or BLOCK % factor:
         return dense
-    # The inputs of a block, and one neighbour on either side.
+    # The voxels of a block, and one neighbour on either side.
     seen = BLOCK // factor + 2
     matrix = interpolation_matrix(seen, seen * factor, like)[factor:-factor]
     return dense._replace(forward=AxisMatrix(matrix, in_blocks=True))

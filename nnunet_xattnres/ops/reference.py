@@ -1,12 +1,14 @@
-"""The attention over aligned candidates, as plain as its formulas: out(p) = sum_k a_k(p) value_k(p).
+"""The attention over candidates, written as its formulas. Every backend computes this function.
 
-    keys     K_k = g * key_k / sqrt( mean_c(key_k^2) + eps )  RMSNorm over channels, per position
-    scores   e_k(p) = < w , K_k(p) >                          w: the query, g: the scale of the norm
+    aligned  v_k = Proj_k( Resize( h_k ) )                    spatial alignment, then 1x1 channel projection
+    keys     K_k = g * v_k / sqrt( mean_c(v_k^2) + eps )      RMSNorm over channels, per position, with scale g
+    scores   e_k(p) = < w , K_k(p) >                          w: the query
     weights  a_k(p) = softmax over k of e_k(p)
+    output   out(p) = sum_k a_k(p) v_k(p)
 
-At stage level (XAttnRes, arXiv 2604.03297, after Attention Residuals, arXiv 2603.15031) key_k and value_k are both the
-aligned candidate v_k, and w is one learned vector, the pseudo-query. At block level w is a field, w(p), and memory
-entries bring keys of their own. Every backend computes this function, and every backend is tested against this one.
+This is the stage level (XAttnRes, arXiv 2604.03297, after Attention Residuals, arXiv 2603.15031): w is one learned
+vector, the pseudo-query. At block level, w is a field w(p). In DKVMR, the aligned candidate consists of a key and a
+value: K_k is computed from the key, and out from the value.
 """
 
 from collections.abc import Sequence
@@ -20,12 +22,12 @@ from torch import Tensor
 from nnunet_xattnres.ops.alignment import align
 
 EPS = 1e-6
-# PyTorch before 2.7 reports only exports to ONNX.
+# PyTorch before 2.7 tells only whether it exports to ONNX.
 _is_torch_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
 
 
 class Candidate(NamedTuple):
-    """Something to read from: features (B, C_k, *source_size) and the projection (C_t, C_k) that aligns its channels.
+    """What a target can read: features h_k (B, C_k, *source_size) and the projection (C_t, C_k) of its channels.
 
     The features are at the target's resolution or at a coarser one. Without a projection, C_k = C_t.
     """
@@ -38,14 +40,14 @@ class Attention(Protocol):
     """The function that every backend computes.
 
     query: w, a vector (C_key,) or a field (B, C_key, *size).
-    norm_scale: g, (C_key,). None means that the query is w * g already.
-    candidates: what is read. Aligned candidates have C_t channels each.
+    norm_scale: g, (C_key,), or None if the query is w * g already.
+    candidates: the h_k and their projections. Aligned candidates v_k have C_t channels.
     size: the spatial size of the target.
-    key_channels: None where an aligned candidate is both key and value (C_key = C_t). Otherwise its first
-        `key_channels` channels are the key and the others are the value.
+    key_channels: None if v_k is both key and value (C_key = C_t). Otherwise the first `key_channels` channels of v_k
+        are the key and the others are the value.
     eps: of the norm.
 
-    Returns (B, C_value, *size), in the dtype of the aligned candidates.
+    Returns out, (B, C_value, *size), in the dtype of the aligned candidates.
     """
 
     def __call__(
@@ -67,11 +69,11 @@ def attend_reference(
     key_channels: int | None = None,
     eps: float = EPS,
 ) -> Tensor:
-    """The formulas as they stand; see `Attention`."""
-    aligned = torch.stack([align(candidate.features, candidate.projection, size) for candidate in candidates])
+    """The formulas, line by line. For the arguments see `Attention`."""
+    aligned = torch.stack([align(candidate.features, candidate.projection, size) for candidate in candidates])  # v_k
     keys, values = (aligned, aligned) if key_channels is None else aligned.tensor_split([key_channels], dim=2)
     with without_autocast(values):
-        weights = attention_weights(query, norm_scale, keys, eps)
+        weights = attention_weights(query, norm_scale, keys, eps)  # a_k
         mixture = (weights.unsqueeze(2) * values.to(weights.dtype)).sum(dim=0)
     return mixture.to(values.dtype)
 
@@ -79,27 +81,27 @@ def attend_reference(
 def attention_weights(query: Tensor, norm_scale: Tensor | None, keys: Tensor, eps: float = EPS) -> Tensor:
     """a_k(p) of a stack of keys before the norm: (K, B, C_key, *size) -> (K, B, *size), in float32 or float64."""
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    keys = keys * inverse_rms(keys.square().mean(dim=2, keepdim=True), eps)
-    query = scaled_query(query, norm_scale)
+    keys = keys * inverse_rms(keys.square().mean(dim=2, keepdim=True), eps)  # K_k / g
+    query = scaled_query(query, norm_scale)  # < w , K_k > = < w * g , K_k / g >
     scores = torch.einsum("c,kbc...->kb...", query, keys) if query.ndim == 1 else (query * keys).sum(dim=2)
     return scores.softmax(dim=0)
 
 
 def inverse_rms(mean_square: Tensor, eps: float) -> Tensor:
-    """( mean_square + eps )^(-1/2)"""
+    """1 / sqrt( mean_square + eps )"""
     if is_exporting():
-        # PyTorch's ONNX exporter treats a summand of 1e-8 as zero and drops it.
+        # The same function: PyTorch's ONNX exporter takes a summand of 1e-8 for zero and drops it.
         return torch.rsqrt(mean_square / eps + 1) / sqrt(eps)
     return torch.rsqrt(mean_square + eps)
 
 
 def is_exporting() -> bool:
-    """Whether torch.export, torch.onnx.export or torch.jit.trace records the operations of a forward pass."""
+    """Whether torch.export, torch.onnx.export or torch.jit.trace is recording a forward pass."""
     return torch.jit.is_tracing() or _is_torch_exporting()
 
 
 def scaled_query(query: Tensor, norm_scale: Tensor | None) -> Tensor:
-    """w * g. Only this product enters the attention."""
+    """w * g: only this product enters the attention."""
     if norm_scale is None:
         return query
     return query * norm_scale.view(-1, *(1,) * (query.ndim - 2)) if query.ndim > 1 else query * norm_scale

@@ -1,7 +1,7 @@
 """The streaming backend: the attention computed chunk by chunk, forward and backward.
 
-The stack of aligned candidates never exists. A chunk is a part of the target that fits into the cache. Every chunk is
-aligned in the forward pass, and once more in the backward pass.
+A chunk is a part of the target that fits into the cache. The candidates are aligned to one chunk at a time, in the
+forward pass and once more in the backward pass, so that the stack of all aligned candidates never exists.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,9 +35,12 @@ def attend_streaming(
     key_channels: int | None = None,
     eps: float = EPS,
 ) -> Tensor:
-    """`attend_reference`, chunk by chunk; see `Attention`.
+    """`attend_reference`, chunk by chunk. For the arguments see `Attention`.
 
-    The backward pass keeps the query and the candidates at their own resolutions. An exported graph has one chunk.
+    For the backward pass, the query and the candidates at their own resolutions are kept. An exported graph has one
+    chunk.
+
+    Raises `XAttnResError` for a candidate that is finer than the target.
     """
     tensors = _distinct(_features_and_projections(candidates))
     arguments = scaled_query(query, norm_scale), tuple(size), key_channels, eps
@@ -55,7 +58,7 @@ def streaming_weights(
     key_channels: int | None = None,
     eps: float = EPS,
 ) -> Tensor:
-    """a_k(p) of a call with the arguments of `Attention`: (K, B, *size), in float32 or float64."""
+    """The weights a_k(p) of a call with these arguments: (K, B, *size), in float32 or float64."""
     with without_autocast(query):
         call = _StreamingCall(
             scaled_query(query, norm_scale), tuple(size), key_channels, eps, _features_and_projections(candidates)
@@ -157,7 +160,7 @@ class Chunk(NamedTuple):
 class _ChunkScores(NamedTuple):
     """The scores of one chunk.
 
-    partials: a tensor per candidate, see `ChunkAlignment.partial`. inverse_rms, scores: (K, B, *chunk size).
+    partials: `ChunkAlignment.partial` of every candidate. inverse_rms, scores: r_k and e_k, (K, B, *chunk size).
     """
 
     partials: Sequence[Tensor]
@@ -192,7 +195,7 @@ class _StreamingCall:
         ]
 
     def new_mixture(self) -> Tensor:
-        # The last candidate is the input of the stage where there is one. It is never an image in another precision.
+        # Candidates may differ in precision. The last one is the input of the stage wherever the stage reads that.
         last = self.alignments[-1]
         value_channels = last.channels - (self.key_channels or 0)
         return last.features.new_empty(last.features.shape[0], value_channels, *self.size)
@@ -201,11 +204,12 @@ class _StreamingCall:
         first = self.alignments[0]
         batch_size = first.features.shape[0]
         if is_exporting():
-            # A loop would fix the batch size of the graph.
+            # With a loop, the graph would take one batch size only.
             return iter([Chunk(slice(0, batch_size), slice(0, self.size[0]))])
-        # A compiler would unroll a loop over many small chunks.
-        known = {} if torch.compiler.is_compiling() else CHUNK_ELEMENTS
-        elements = known.get(self.query.device.type, CHUNK_ELEMENTS_ELSEWHERE)
+        elements = CHUNK_ELEMENTS.get(self.query.device.type, CHUNK_ELEMENTS_ELSEWHERE)
+        if torch.compiler.is_compiling():
+            # A compiler unrolls the loop over chunks.
+            elements = CHUNK_ELEMENTS_ELSEWHERE
         voxels = max(1, elements // (len(self.alignments) * first.channels))
         return chunks(batch_size, self.size, voxels)
 
@@ -252,7 +256,7 @@ def _features_and_projections(candidates: Sequence[Candidate]) -> list[Tensor | 
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Replaces repeated tensors by views: torch.compile does not trace a function that gets one tensor twice."""
+    """The tensors, repeated ones as views: torch.compile does not trace a function that gets one tensor twice."""
     distinct: list[Tensor | None] = []
     for number, tensor in enumerate(tensors):
         # PyTorch 2.11 cannot trace `id` of a computed tensor.
@@ -272,9 +276,9 @@ def _weighted_sum(weights: Tensor, values: Iterable[Tensor]) -> Tensor:
 
 
 def chunks(batch_size: int, size: Sequence[int], max_voxels: int) -> Iterator[Chunk]:
-    """Cut a target into chunks of at most `max_voxels` voxels: whole batch items if they fit, else rows of one item.
+    """Cut a target into chunks of at most `max_voxels` voxels, and of at least one row.
 
-    A chunk has at least one row.
+    A chunk has whole batch items if they fit, and else rows of one item.
     """
     items = max(1, max_voxels // prod(size))
     rows = min(size[0], max(1, max_voxels // prod(size[1:])))
@@ -286,18 +290,19 @@ def chunks(batch_size: int, size: Sequence[int], max_voxels: int) -> Iterator[Ch
 class ChunkAlignment:
     """A candidate aligned to one chunk of the target at a time, and the adjoint, which accumulates the gradients.
 
-    Linear interpolation by integer factors is a banded matrix W per axis. Aligning is a chain of matrix products, and
-    its adjoint is the chain of their transposes: exact and deterministic. `partial` leaves the last axis at the
-    resolution of the source, because the u_i of v(x) = sum_i W[x, i] u_i give what the attention needs of v at a
-    fraction of the voxels:
+    Linear interpolation by integer factors is a product with a banded matrix W per axis. Alignment is a chain of matrix
+    products, and its adjoint is the chain of their transposes: exact and deterministic.
+
+    `partial` leaves the last axis at the resolution of the source. There, v(x) = sum_i W[x, i] u_i, and two products of
+    v follow from products of the u_i, which have a fraction of the voxels:
 
         < w , v(x) >  = sum_i W[x, i] < w , u_i >
         | v(x) |^2    = sum_i W[x, i]^2 |u_i|^2 + 2 W[x, i] W[x, i+1] < u_i , u_(i+1) >
 
-    The second line holds because W is banded: a voxel lies between two neighbours.
+    The second line holds because every x lies between two neighbouring i.
 
     features: (B, C_k, *source_size), nowhere finer than the target. projection: (C_t, C_k) or None for the identity.
-    size: of the target. dtype: of all arithmetic. expand_last_axis: whether `partial` expands the last axis too.
+    size: of the target. dtype: of all arithmetic. expand_last_axis: whether `partial` interpolates the last axis too.
 
     Raises `XAttnResError` for features that are finer than the target.
     """
@@ -317,7 +322,8 @@ class ChunkAlignment:
         self.source_rows = features.shape[2]
         self.row_factor = upsampling_factors(features.shape[2:], size)[0]
         self.is_resized = tuple(features.shape[2:]) != tuple(size)
-        # Projected as a whole where chunks share source rows, else chunk by chunk, which holds no further feature map.
+        # A coarser source is projected as a whole, because chunks share its rows. A source of the target's size is
+        # projected chunk by chunk, which takes no memory for another feature map.
         self.source = project(features.to(dtype), self.projection) if self.is_resized else features
         (source_rows, rows), *others = zip(features.shape[2:], size, strict=True)
         self.rows = None if source_rows == rows else interpolation_matrix(source_rows, rows, self.source)
@@ -330,7 +336,7 @@ class ChunkAlignment:
             self.last_of_products = torch.cat((last.square(), 2 * last[:, :-1] * last[:, 1:]), dim=1)
 
     def partial(self, chunk: Chunk) -> Tensor:
-        """The u_i: aligned to the chunk along all axes but the last. (B, C_t, rows, ..., extent of the source)"""
+        """The u_i: aligned to the chunk along all axes but the last, (B, C_t, rows, ..., extent of the source)."""
         source = self._source_chunk(chunk).of(self.source)
         if self.is_resized:
             for axis, interpolation in self._interpolations(chunk):
@@ -339,14 +345,14 @@ class ChunkAlignment:
         return project(source.to(self.dtype), self.projection)
 
     def expand(self, partial: Tensor) -> Tensor:
-        """Interpolates the last axis of something linear in the u_i."""
+        """Interpolate the last axis of the u_i, or of something that is linear in them."""
         return partial if self.last is None else self.last.forward.multiply(partial, partial.ndim - 1)
 
     def squared_norm(self, partial: Tensor) -> Tensor:
         """| v |^2 over channels: the u_i (B, C, ..., I) -> (B, ..., X)
 
-        The rounding error scales with max |u_i|^2, not with | v |^2. Where neighbours are nearly opposite in all
-        channels, a norm below about 1e-6 max |u_i|^2 (in float32) is noise of that size, or 0.
+        The rounding error is in proportion to max |u_i|^2, not to | v |^2. Where neighbours are nearly opposite in all
+        channels, a norm below about 1e-6 max |u_i|^2 (in float32) is lost: it is 0 or an error of that size.
         """
         if self.last is None:
             return dot(partial, partial)
@@ -361,17 +367,18 @@ class ChunkAlignment:
         self.has_gradients = of_features or of_projection
         self.has_features_gradient = of_features
         if of_features or (of_projection and self.is_resized):
-            # Chunks share no rows of an unresized source. Nothing is summed, so its own precision is enough.
+            # Chunks share no rows of a source of the target's size. Nothing is summed, so its own precision is enough.
             allocate = torch.zeros_like if self.is_resized else torch.empty_like
             self.source_gradient = allocate(self.source)
         if of_projection and self.projection is not None:
             self.projection_gradient = torch.zeros_like(self.projection)
 
     def expand_adjoint(self, gradient: Tensor) -> Tensor:
+        """The gradient of what was given to `expand`, from that of its result."""
         return gradient if self.last is None else self.last.adjoint.multiply(gradient, gradient.ndim - 1)
 
     def add_squared_norm_adjoint(self, gradient: Tensor, partial: Tensor, partial_gradient: Tensor) -> None:
-        """Add to the gradient of the u_i what a gradient (B, ..., X) of `squared_norm` contributes."""
+        """Add what a gradient (B, ..., X) of `squared_norm` contributes to the gradient of the u_i."""
         if self.last is None:
             partial_gradient.addcmul_(partial, gradient.unsqueeze(1), value=2)
             return
@@ -382,7 +389,7 @@ class ChunkAlignment:
         partial_gradient[..., 1:].addcmul_(partial[..., :-1], of_neighbours)
 
     def accumulate_gradients(self, chunk: Chunk, gradient: Tensor) -> None:
-        """Add what the gradient of `partial` contributes."""
+        """Add what a gradient of `partial` contributes to those of features and projection."""
         source_chunk = self._source_chunk(chunk)
         if self.is_resized:
             for axis, interpolation in reversed(self._interpolations(chunk)):
@@ -404,7 +411,7 @@ class ChunkAlignment:
         """The part of the source that a chunk of the target is computed from."""
         if self.row_factor == 1:
             return chunk
-        # Target row r lies at source row (r + 1/2) / factor - 1/2, between the two source rows that it mixes.
+        # Target row r lies at source row (r + 1/2) / factor - 1/2, between the two source rows that it is made of.
         first = (2 * chunk.rows.start + 1 - self.row_factor) // (2 * self.row_factor)
         last = (2 * chunk.rows.stop - 1 - self.row_factor) // (2 * self.row_factor) + 1
         return Chunk(chunk.items, slice(max(first, 0), min(last + 1, self.source_rows)))
@@ -415,7 +422,7 @@ class ChunkAlignment:
         return [(axis, each) for axis, each in enumerate([rows, *self.others], start=2) if each is not None]
 
     def _project_adjoint(self, gradient: Tensor, projected_from: Tensor) -> Tensor | None:
-        """Add to the gradient of the projection and return that of the features, if wanted."""
+        """Add to the gradient of the projection, and return that of the features if it is wanted."""
         if self.projection_gradient is not None:
             projected_from = projected_from.to(self.dtype).flatten(2)
             self.projection_gradient += (gradient.flatten(2) @ projected_from.mT).sum(dim=0)

@@ -1,19 +1,22 @@
-"""Triton kernels of the stage-level attention. Sources are read at their own resolution and upsampled in registers.
+"""Triton kernels of the stage-level attention. They read a source at its own resolution and upsample it in registers.
 
-Shapes: query (C,), sources u_k (B, C, *source_size) of one dtype, tensors at the resolution of the target
-(B, C, *size), all contiguous. The kernels have three axes: a 2D image is a 3D image with a depth of 1. A factor is the
-size of the target over that of a source, per axis. Along an axis of factor F, a target position p lies at
-(p + 1/2) / F - 1/2 on the grid of the source, clamped to its ends. That is between two source positions, its taps, or
-on one where F is 1.
+Shapes: query (C,), sources u_k (B, C, *source_size), all of one dtype, and mixture and gradient (B, C, *size) at the
+resolution of the target. All tensors are contiguous. The kernels have three axes: a 2D image is a 3D image of depth 1.
 
-The formulas are those of `reference.py`; r_k(p) = (mean_c v_k(p)^2 + eps)^(-1/2), and q = w * g is the query. With
-d_k = < dout , v_k > the gradient of an aligned source is
+A factor is the size of the target divided by that of a source, per axis. Along an axis of factor F, target position p
+lies at (p + 1/2) / F - 1/2 on the grid of the source, clamped to the ends of the grid. The two source positions around
+it are its taps. Where F is 1, it has one tap.
+
+The formulas are those of `reference.py`, with q = w * g and r_k(p) = (mean_c v_k(p)^2 + eps)^(-1/2). The gradient of an
+aligned source is, with d_k = < dout , v_k >,
 
     dv_k = a_k dout + b_k q - n_k v_k      b_k = a_k (d_k - sum_j a_j d_j) r_k,  n_k = b_k e_k r_k / C
 
-The backward pass first writes the coefficients a_k, b_k, n_k of every source and target position. Then it sums, for
-every source position, over the target positions around it. There, v_k is a mixture of taps again, so its part is a sum
-of coefficients per tap, without channels, times the taps. All sums have a fixed order.
+The backward pass has two kernels. The first writes the coefficients a_k, b_k and n_k of every source and every target
+position. The second computes du_k: for every source position, it sums dv_k over the target positions that have it as a
+tap, times its weight there. In the term n_k v_k, v_k is a weighted sum of taps. The kernel therefore sums n_k times the
+weights of each tap, which has no channels, and multiplies every sum by the features of its tap once. All sums have a
+fixed order.
 """
 
 from collections.abc import Sequence
@@ -25,16 +28,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A tile holds all channels of its positions in registers, 16 elements per thread. Compiled for compute capabilities 8.0
-# and 9.0, the two kernels that do so take at most 160 registers in float32 and spill none.
+# `_mix_kernel` and `_coefficients_kernel` hold all channels of a tile of target positions in registers, 16 elements per
+# thread. Compiled for compute capabilities 8.0 and 9.0, they take at most 160 registers in float32, and spill none.
 MAX_CHANNELS = 512
 TILE_ELEMENTS = 2048
 ELEMENTS_PER_WARP = 512
 MIN_TILE_POSITIONS, MAX_TILE_POSITIONS = 16, 128
-# Offsets within a batch item, and between coefficients, have 32 bits.
+# Offsets within a batch item, and between coefficients, are 32-bit integers.
 MAX_ELEMENTS = 2**31 - 1
 
-# Sums over target positions: channels and target positions of a tile, and tiles per part of a sum.
+# `_source_gradient_kernel`: channels and target positions of a tile, and the most tiles that one part of a sum takes.
 SUM_CHANNELS = 32
 SUM_POSITIONS = 64
 SUM_TILES = 64
@@ -60,7 +63,7 @@ def mix(query: Tensor, sources: Sequence[Tensor], size: Sequence[int], eps: floa
 def mix_gradients(
     gradient: Tensor, query: Tensor, sources: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of `mix` with respect to query and sources, from that of its result."""
+    """The gradients of `mix` with respect to query and sources. gradient: that of the result."""
     size = gradient.shape[2:]
     precision = _precision(query, sources)
     coefficients = gradient.new_empty(len(sources), 3, len(gradient), prod(size), dtype=precision)
@@ -85,13 +88,13 @@ def mix_gradients(
 
 
 def _source_gradient(query: Tensor, source: Tensor, gradient: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """Contributions of a source to the gradient of the query, (parts, C), and its own gradient.
+    """What one source adds to the gradient of the query, (parts, C), to be summed over parts, and its own gradient.
 
-    coefficients: (3, B, positions).
+    coefficients: a, b and n of this source, (3, B, positions).
     """
     batch_size, channels, *source_size = source.shape
     factors = _factors(source, gradient.shape[2:])
-    # Along x a tile takes neighbouring target positions, and as many source positions as there is room for.
+    # A tile has up to 16 target positions along x for each of its source positions, and as many of those as fit.
     tile_x = min(triton.next_power_of_2(factors[2]), 16)
     tile_sources = SUM_POSITIONS // tile_x
     tiles_x = triton.cdiv(factors[2], tile_x)
@@ -99,7 +102,7 @@ def _source_gradient(query: Tensor, source: Tensor, gradient: Tensor, coefficien
     rows_per_part = min(rows, max(1, SUM_TILES // tiles_x))
     halves = prod(min(factor, 2) for factor in factors)
     parts = halves * triton.cdiv(rows, rows_per_part)
-    # Few source positions have many target positions each. Then every part has a program of its own.
+    # Large factors mean few source positions with long sums. Then every part of a sum has a program of its own.
     splits = parts if halves * rows * tiles_x > 2 * SUM_TILES else 1
     block_channels = min(triton.next_power_of_2(channels), SUM_CHANNELS)
     grid = (
@@ -135,7 +138,7 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _precision(query: Tensor, sources: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of all arithmetic: float32, or float64 where an argument is."""
+    """The dtype of all arithmetic: float32, or float64 where an argument is float64."""
     return torch.promote_types(torch.promote_types(query.dtype, sources[0].dtype), torch.float32)
 
 
@@ -167,7 +170,7 @@ def _tile_options(sources: Sequence[Tensor], size: Sequence[int], eps: float, pr
         "CHANNELS": channels,
         "BLOCK_CHANNELS": block_channels,
         "TILE": tile,
-        # A constant, because Triton passes numbers in float32.
+        # A compile-time constant, because Triton passes floats as float32.
         "EPS": eps,
         "PRECISION": _TRITON_DTYPES[precision],
         "num_warps": max(4, block_channels * tile // ELEMENTS_PER_WARP),
@@ -189,11 +192,12 @@ def _mix_kernel(
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Forward pass: out(p) = sum_k a_k(p) v_k(p) for a tile of target positions."""
     positions = size_z * size_y * size_x
     item, position, channel, inside = _tile(positions, CHANNELS, BLOCK_CHANNELS, TILE)
     q = tl.load(query + channel, mask=channel < CHANNELS, other=0.0).to(PRECISION)
 
-    # Softmax in one pass: sums are relative to the largest score so far.
+    # Softmax in one pass: the sums are relative to the largest score so far.
     largest = tl.full((TILE,), -float("inf"), PRECISION)
     total = tl.zeros((TILE,), PRECISION)
     weighted = tl.zeros((BLOCK_CHANNELS, TILE), PRECISION)
@@ -229,13 +233,14 @@ def _coefficients_kernel(
     PRECISION: tl.constexpr,
     BLOCK_SOURCES: tl.constexpr,
 ):
+    """Backward pass, first kernel: a_k(p), b_k(p) and n_k(p) of all sources for a tile of target positions."""
     positions = size_z * size_y * size_x
     item, position, channel, inside = _tile(positions, CHANNELS, BLOCK_CHANNELS, TILE)
     q = tl.load(query + channel, mask=channel < CHANNELS, other=0.0).to(PRECISION)
     at = channel[:, None] * positions + position[None, :]
     g = tl.load(gradient + item * CHANNELS * positions + at, mask=inside, other=0.0).to(PRECISION)
 
-    # Three numbers per source and position, which stay in registers.
+    # The scores e_k, the factors r_k and the products d_k of all sources stay in registers.
     row = tl.arange(0, BLOCK_SOURCES)[:, None]
     scores = tl.full((BLOCK_SOURCES, TILE), -float("inf"), PRECISION)
     inverse_rms = tl.zeros((BLOCK_SOURCES, TILE), PRECISION)
@@ -283,11 +288,15 @@ def _source_gradient_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient of TILE_SOURCES source positions, over PARTS parts of the target positions around them.
+    """Backward pass, second kernel: du_k of TILE_SOURCES source positions, and what they add to the query's gradient.
 
-    Along an axis of factor F > 1 these are two halves of F positions, one on either side; a part is some of the rows
-    (along x) of one combination of halves. All of its target positions have the same taps, a corner each of the cell
-    of source positions around them, the own one, 0, among them. A tile is TILE_X target positions of a row each.
+    A source position j is a tap of the target positions between its neighbours j - 1 and j + 1. Along an axis of factor
+    F > 1 these are two halves of F positions each: half 0 is on the side of j - 1, half 1 on that of j + 1. Along an
+    axis of factor 1 there is one position, in half 0. One half per axis makes a box of target positions that all have
+    the same taps: along every axis tap 0, which is j, and where F > 1 tap 1, the neighbour on the side of the half.
+
+    A part of a sum is ROWS rows along x of one box. A program sums PARTS parts, tile by tile. A tile has TILE_X target
+    positions of one row for each of the TILE_SOURCES source positions.
     """
     CHANNEL_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     HALVES_Z: tl.constexpr = min(FACTOR_Z, 2)
@@ -309,13 +318,13 @@ def _source_gradient_kernel(
     gradient += item * CHANNELS * positions
     coefficients += item * positions
 
-    # Per target position of the tile: its own source position, and where it is in its half cell along x.
+    # For every target position of a tile: the source position j that it is summed for.
     lane = tl.arange(0, TILE)
     j = tl.program_id(0) * TILE_SOURCES + lane // TILE_X
     j_z = j // (source_y * source_x)
     j_y = j // source_x % source_y
     j_x = j % source_x
-    # Per source position of the tile.
+    # The source positions themselves.
     own = tl.program_id(0) * TILE_SOURCES + tl.arange(0, TILE_SOURCES)
     own_z = own // (source_y * source_x)
     own_y = own // source_x % source_y
@@ -378,7 +387,7 @@ def _source_gradient_kernel(
     at = channel[:, None] * source_positions + own[None, :]
     part_of_item = (split * items + item) * CHANNELS
     tl.store(source_parts + part_of_item * source_positions + at, du.to(source_parts.dtype.element_ty), mask=own_inside)
-    # dq = sum over p of b_k v_k: the sum over target positions around a source position is the one above.
+    # dq is the sum of b_k(p) v_k(p) over p. That is the sum of along_query_of_source u_k over source positions.
     u = tl.load(source + at, mask=own_inside, other=0.0).to(PRECISION)
     dq = tl.sum(along_query_of_source[None, :] * u, axis=1)
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) * items * CHANNELS
@@ -387,7 +396,10 @@ def _source_gradient_kernel(
 
 @triton.jit
 def _tile(positions, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, TILE: tl.constexpr):
-    """A program's batch item, target positions and channels, and which (channels, positions) there are."""
+    """The batch item, target positions and channels of a program, and the mask of those that exist.
+
+    The mask is (channels, positions).
+    """
     item = tl.program_id(1).to(tl.int64)
     position = tl.program_id(0) * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, BLOCK_CHANNELS)
@@ -397,7 +409,7 @@ def _tile(positions, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, TILE:
 
 @triton.jit
 def _score(q, v, CHANNELS: tl.constexpr, EPS: tl.constexpr):
-    """e_k(p), and the norm's factor in it, for v_k (channels, positions)."""
+    """The score e_k(p), and its factor r_k(p). v: v_k, (channels, positions)."""
     inverse_rms = tl.rsqrt(tl.sum(v * v, axis=0) / CHANNELS + EPS)
     return tl.sum(q[:, None] * v, axis=0) * inverse_rms, inverse_rms
 
@@ -417,9 +429,9 @@ def _upsample(
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """v_k(p) for a tile of target positions, (channels, positions).
+    """v_k(p) of a tile of target positions, (channels, positions).
 
-    Sources and taps are loops, not unrolled: a compiler that sees all loads at once spills registers.
+    The loops over sources and taps are not unrolled: a compiler that sees all loads at once spills registers.
     """
     source = sources[0]
     factor_z, factor_y, factor_x = FACTORS[0]
@@ -451,8 +463,8 @@ def _upsample(
 
 @triton.jit
 def _below(position, factor, PRECISION: tl.constexpr):
-    """Along one axis: the source positions below target positions, and the weights of the ones above."""
-    # In units of 1 / (2 * factor), which keeps it in integers.
+    """Along one axis: the tap below every target position, and the weight of the tap above."""
+    # The position on the grid of the source, in units of 1 / (2 * factor), is an integer.
     at = tl.maximum(2 * position + 1 - factor, 0)
     below = at // (2 * factor)
     return below, (at - below * 2 * factor).to(PRECISION) / (2 * factor)
@@ -460,15 +472,15 @@ def _below(position, factor, PRECISION: tl.constexpr):
 
 @triton.jit
 def _tap(below, fraction, above, source):
-    """Along one axis: the source positions below (above=0) or above (1), and their weights."""
+    """Along one axis: the taps below (above=0) or above (above=1), and their weights."""
     return tl.minimum(below + above, source - 1), tl.where(above == 1, fraction, 1 - fraction)
 
 
 @triton.jit
 def _target(j, half, step, source, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """Along one axis: the target position at `step` of a half beside source position j, and the weight of j there.
+    """Along one axis: the target position number `step` in a half of source position j, and the weight of j there.
 
-    The weight is zero beyond the ends.
+    The weight is zero where there is no such target position.
     """
     position = j * FACTOR - FACTOR // 2 + half * FACTOR + step
     at = tl.minimum(tl.maximum(2 * position + 1 - FACTOR, 0), 2 * FACTOR * (source - 1))
@@ -478,9 +490,9 @@ def _target(j, half, step, source, FACTOR: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def _corner(own, half, TAP: tl.constexpr, source):
-    """Along one axis: the own source position (TAP 0), or the one on the other side of a half."""
+    """Along one axis: tap 0 of a half, the source position itself, or tap 1, its neighbour on that side."""
     return tl.minimum(tl.maximum(own + 2 * half - 1, 0), source - 1) if TAP else own
 
 
-# Whether they run under Triton's interpreter, which is decided where they are decorated.
+# Whether the kernels run under Triton's interpreter. Triton decides it when it decorates them.
 INTERPRETED = not isinstance(_mix_kernel, triton.JITFunction)

@@ -24,14 +24,15 @@ def attend_triton(
     key_channels: int | None = None,
     eps: float = EPS,
 ) -> Tensor:
-    """`attend_reference`, in Triton kernels that read projected candidates at their own resolutions.
+    """`attend_reference` in Triton kernels, which read projected candidates at their own resolutions.
 
-    The backward pass keeps the query and the projected candidates, coarser ones at their own resolution.
-    `attend_streaming` computes what the kernels do not: query fields, keys apart from values (block level), more than
-    512 channels, and feature maps of 2^31 elements per batch item. It also computes exported graphs, which must run
-    without this package.
+    For the backward pass, the query and the projected candidates at their own resolutions are kept.
 
-    Raises `XAttnResError` as `check_device` does, and for candidates that are finer than the target.
+    `attend_streaming` takes over what the kernels do not compute: query fields and separate keys (block level), more
+    than 512 channels, and 2^31 or more elements per batch item. It also takes over exports, because an exported graph
+    must run without this package.
+
+    Raises `XAttnResError` as `check_device` does, and for a candidate that is finer than the target.
     """
     if is_exporting():
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
@@ -47,7 +48,7 @@ def attend_triton(
 
 
 def check_device(device: str) -> None:
-    """Raise `XAttnResError` on a CPU, except under Triton's interpreter."""
+    """Raise `XAttnResError` for the CPU, except under Triton's interpreter."""
     if device == "cpu" and not INTERPRETED:
         raise XAttnResError("the backend 'triton' needs a GPU, and the network is on the CPU: use the backend 'auto'")
 
@@ -58,13 +59,13 @@ def _largest_offset(candidates: Sequence[Candidate], size: Sequence[int]) -> int
     return max(channels, 2 * len(features)) * prod(size)
 
 
-# `custom_op`, not `triton_op`: torch.compile must not see the aligned sources, or it may keep them for the backward
-# pass. Kernels under Triton's interpreter, which the tests need, cannot be traced at all.
+# `custom_op`, not `triton_op`: torch.compile must not look inside, because it may keep aligned sources for the backward
+# pass. It could not trace kernels under Triton's interpreter either, and the tests run those.
 @torch.library.custom_op("nnunet_xattnres::attend_upsampled", mutates_args=())
 def attend_upsampled(query: Tensor, sources: Sequence[Tensor], size: Sequence[int], eps: float) -> Tensor:
     """The attention over `sources`, (B, C, *source_size) and of one dtype, each upsampled to `size`.
 
-    query: w * g, (C,). Arithmetic is in float32 (float64 where an argument is), with or without autocast.
+    query: w * g, (C,). All arithmetic is in float32, or in float64 where an argument is, with or without autocast.
     """
     return mix(query.contiguous(), [source.contiguous() for source in sources], size, eps)
 

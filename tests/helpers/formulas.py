@@ -1,23 +1,25 @@
-"""XAttnRes written a second time from its formulas: loops over positions, float64, no autograd, nothing imported."""
+"""XAttnRes written a second time from its formulas, in NumPy and float64. Nothing is imported from the package.
 
-from itertools import product
+One image at a time: feature maps are (C, *size).
+"""
 
 import numpy as np
 
 
 def resize(h: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """(C, *source_size) -> (C, *size): linear (half-pixel centres, clamped) up, mean over blocks down."""
-    source_size = h.shape[1:]
-    out = np.zeros((len(h), *size))
-    for p in product(*map(range, size)):
-        corners = [_corners(*axis) for axis in zip(p, size, source_size, strict=True)]
-        for corner in product(*corners):
-            index, weights = zip(*corner, strict=True)
-            out[(slice(None), *p)] += np.prod(weights) * h[(slice(None), *index)]
-    return out
+    """(C, *source_size) -> (C, *size): linear (half-pixel centres, clamped) up, mean over blocks down, axis by axis."""
+    for axis, target in enumerate(size, start=1):
+        source = h.shape[axis]
+        rows = [
+            sum(weight * h.take(index, axis) for index, weight in _taps(position, target, source))
+            for position in range(target)
+        ]
+        h = np.stack(rows, axis)
+    return h
 
 
-def _corners(position: int, target: int, source: int) -> list[tuple[int, float]]:
+def _taps(position: int, target: int, source: int) -> list[tuple[int, float]]:
+    """Along one axis: the source positions that a target position is computed from, and their weights."""
     if source >= target:
         factor = source // target
         return [(position * factor + i, 1 / factor) for i in range(factor)]
@@ -28,18 +30,13 @@ def _corners(position: int, target: int, source: int) -> list[tuple[int, float]]
 
 
 def mixture(values: list[np.ndarray], query: np.ndarray, norm_scale: np.ndarray) -> np.ndarray:
-    """sum_k softmax_k( <w, RMSNorm(v_k(p))> ) v_k(p) for aligned values (C, *size)"""
-    out = np.zeros_like(values[0])
-    for p in product(*map(range, out.shape[1:])):
-        at = (slice(None), *p)
-        scores = []
-        for v in values:
-            rms = np.sqrt(np.mean(v[at] ** 2) + 1e-6)
-            scores.append(float(np.dot(query, norm_scale * v[at] / rms)))
-        exponentials = np.exp(np.array(scores) - max(scores))
-        for weight, v in zip(exponentials / exponentials.sum(), values, strict=True):
-            out[at] += weight * v[at]
-    return out
+    """out(p) = sum_k a_k(p) v_k(p) with a(p) = softmax over k of < w , RMSNorm(v_k(p)) >"""
+    v = np.stack(values)
+    rms = np.sqrt(np.mean(v**2, axis=1, keepdims=True) + 1e-6)
+    scores = np.sum(_per_channel(query * norm_scale, v[0]) * v / rms, axis=1)
+    exponentials = np.exp(scores - scores.max(axis=0))
+    weights = exponentials / exponentials.sum(axis=0)
+    return np.sum(weights[:, None] * v, axis=0)
 
 
 def read(
@@ -55,4 +52,9 @@ def read(
     values = [np.tensordot(P, resize(h, size), axes=1) for h, P in zip(pool, projections, strict=True)]
     if gamma is None:
         return mixture([*values, x], query, norm_scale)
-    return x + gamma.reshape(-1, *(1,) * len(size)) * mixture(values, query, norm_scale)
+    return x + _per_channel(gamma, x) * mixture(values, query, norm_scale)
+
+
+def _per_channel(vector: np.ndarray, feature_map: np.ndarray) -> np.ndarray:
+    """(C,) -> (C, 1, ...), which broadcasts over the positions of a feature map."""
+    return vector.reshape(-1, *(1,) * (feature_map.ndim - 1))

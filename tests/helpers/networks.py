@@ -1,10 +1,15 @@
 """Networks as nnU-Net plans them, small."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
-from torch import nn
+from torch import Tensor, nn
+
+from nnunet_xattnres.model import block_level
+from nnunet_xattnres.ops import alignment
 
 ISOTROPIC_3D = ((1, 1, 1), (2, 2, 2), (2, 2, 2))
 ANISOTROPIC_3D = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 2, 2))
@@ -58,3 +63,21 @@ def smallest_image(strides: Sequence[Sequence[int]], bottleneck: Sequence[int]) 
     for stride in strides:
         size = [extent * factor for extent, factor in zip(size, stride, strict=True)]
     return tuple(size)
+
+
+@contextmanager
+def projected_elements() -> Iterator[list[int]]:
+    """A list that is filled with the number of elements that each of our 1x1 convolutions puts out for one image."""
+    elements: list[int] = []
+    project = alignment.project
+
+    def counting_project(features: Tensor, projection: Tensor | None) -> Tensor:
+        out = project(features, projection)
+        if projection is not None:
+            elements.append(out[0].numel())
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (alignment, block_level):
+            patch.setattr(module, "project", counting_project)
+        yield elements

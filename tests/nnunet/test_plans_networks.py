@@ -10,6 +10,7 @@ from helpers.phantom_dataset import plans_file, read_plans
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig, build_network_from_plans
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.planned_unet import PlannedUNet
+from nnunet_xattnres.nnunet.presets import build_preset
 
 CONFIGS = {
     "skips": XAttnResConfig(),
@@ -19,27 +20,39 @@ CONFIGS = {
     "block-encoder": BlockXAttnResConfig(isar_in_encoder=True),
     "block-input": BlockXAttnResConfig(isar_in_encoder=True, bank_includes_input=True),
 }
+# The others have the parts of these, or fewer.
+DIFFERENT_SHAPES = ("skips", "no-skips", "block-input")
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", DIFFERENT_SHAPES)
 @pytest.mark.parametrize("identifier", ["nnUNetPlans", "nnUNetResEncUNetMPlans"])
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 def test_every_plan_becomes_a_network(nnunet, identifier, configuration, config):
     manager = PlansManager(str(plans_file(nnunet, identifier))).get_configuration(configuration)
-    network = build_network_from_plans(manager, 2, 3, config)
-    with torch.no_grad():
-        outputs = network(torch.randn(1, 2, *manager.patch_size))
+    with torch.device("meta"):  # shapes without arithmetic
+        network = build_network_from_plans(manager, 2, 3, CONFIGS[config])
+        outputs = network(torch.empty(1, 2, *manager.patch_size))
     assert isinstance(network, PlannedUNet)
     assert outputs[0].shape == (1, 3, *manager.patch_size)
     assert len(outputs) == len(manager.pool_op_kernel_sizes) - 1
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_2d_plans_with_many_stages(large_2d_plans, config):
-    manager = PlansManager(str(large_2d_plans)).get_configuration("2d")
+def test_a_planned_network_runs(nnunet, config):
+    manager = PlansManager(str(plans_file(nnunet))).get_configuration("2d")
+    network = build_network_from_plans(manager, 2, 3, config)
+    with torch.no_grad():
+        outputs = network(torch.randn(1, 2, *manager.patch_size))
+    assert all(output.isfinite().all() for output in outputs)
+
+
+@pytest.mark.parametrize("config", DIFFERENT_SHAPES)
+def test_2d_plans_with_many_stages(config):
+    plans, _ = build_preset("msd03", "2d")
+    manager = PlansManager(plans).get_configuration("2d")
     assert len(manager.pool_op_kernel_sizes) >= 7
-    with torch.device("meta"):  # shapes without arithmetic
-        network = build_network_from_plans(manager, 1, 2, config, deep_supervision=False)
+    with torch.device("meta"):
+        network = build_network_from_plans(manager, 1, 2, CONFIGS[config], deep_supervision=False)
         assert network(torch.empty(2, 1, 512, 512)).shape == (2, 2, 512, 512)
 
 

@@ -1,3 +1,5 @@
+"""The backends `reference` and `streaming`: against the formulas, and against each other."""
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -6,6 +8,7 @@ import torch
 
 from helpers import formulas
 from helpers.memory import saved_bytes
+from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops import streaming
 from nnunet_xattnres.ops.alignment import align, is_finer, resize
 from nnunet_xattnres.ops.reference import Candidate, attend_reference, attention_weights
@@ -18,9 +21,10 @@ CASES = {  # target size: source sizes
 CHANNELS = 5
 
 
-@pytest.fixture(params=[1, 50, 2**23], ids=lambda elements: f"chunk{elements}")
-def chunk_elements(request, monkeypatch):
-    monkeypatch.setitem(streaming.CHUNK_ELEMENTS, "cpu", request.param)
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of one or a few rows."""
+    monkeypatch.setitem(streaming.CHUNK_ELEMENTS, "cpu", 50)
 
 
 def _inputs(case: str, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], tuple[int, ...]]:
@@ -42,7 +46,7 @@ def _candidates(inputs: list[torch.Tensor]) -> list[Candidate]:
 
 
 def averaged(h: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """As the history pool gives it: averaged where it is finer."""
+    """What the history pool gives: features that are finer than the target are averaged."""
     return resize(h, size) if is_finer(h.shape[2:], size) else h
 
 
@@ -60,8 +64,9 @@ def test_it_computes_the_formulas(case, attend):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.usefixtures("chunk_elements")
-def test_streaming_equals_reference_in_output_and_every_gradient(case):
+@pytest.mark.parametrize("chunk_elements", [1, 50, 2**23])
+def test_streaming_equals_reference_in_output_and_every_gradient(case, chunk_elements, monkeypatch):
+    monkeypatch.setitem(streaming.CHUNK_ELEMENTS, "cpu", chunk_elements)
     inputs, size = _inputs(case)
     outputs = [
         attend(inputs[0], inputs[1], _candidates(inputs), size) for attend in (attend_reference, attend_streaming)
@@ -74,11 +79,10 @@ def test_streaming_equals_reference_in_output_and_every_gradient(case):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("frozen", ["features", "projections", "both"])
-@pytest.mark.usefixtures("chunk_elements")
-def test_streaming_computes_no_gradients_of_what_is_frozen(case, frozen, monkeypatch):
-    inputs, size = _inputs(case)
+@pytest.mark.usefixtures("small_chunks")
+def test_streaming_computes_no_gradients_of_what_is_frozen(frozen, monkeypatch):
+    inputs, size = _inputs("3d")
     gradient = torch.randn_like(inputs[2])
     num_sources = (len(inputs) - 3) // 2
     outputs = attend_streaming(inputs[0], inputs[1], _candidates(inputs), size)
@@ -120,7 +124,7 @@ def test_streaming_in_single_precision_is_as_exact_as_reference():
         torch.testing.assert_close(a.double(), b, atol=1e-4 * b.abs().max().item(), rtol=0)
 
 
-@pytest.mark.usefixtures("chunk_elements")
+@pytest.mark.usefixtures("small_chunks")
 def test_streaming_passes_gradcheck():
     torch.manual_seed(0)
     inputs = [
@@ -137,7 +141,7 @@ def test_streaming_passes_gradcheck():
 @pytest.mark.parametrize("field", [False, True])
 @pytest.mark.parametrize("key_channels", [None, 3])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.usefixtures("chunk_elements")
+@pytest.mark.usefixtures("small_chunks")
 def test_streaming_weights_equal_those_of_the_formulas(case, key_channels, field):
     inputs, size = _inputs(case)
     query_channels = key_channels or CHANNELS
@@ -148,6 +152,14 @@ def test_streaming_weights_equal_those_of_the_formulas(case, key_channels, field
     weights = streaming_weights(query, norm_scale, candidates, size, key_channels)
     assert not weights.requires_grad
     torch.testing.assert_close(weights, expected.detach(), atol=1e-9, rtol=0)
+
+
+def test_streaming_refuses_candidates_that_are_finer_than_the_target():
+    x, finer = torch.randn(1, CHANNELS, 4, 4), torch.randn(1, CHANNELS, 4, 8)
+    arguments = torch.randn(CHANNELS), torch.ones(CHANNELS), [Candidate(finer, None), Candidate(x, None)], (4, 4)
+    for refuses in (attend_streaming, streaming_weights):
+        with pytest.raises(XAttnResError, match=r"\(4, 8\) to \(4, 4\): average finer features first"):
+            refuses(*arguments)
 
 
 def test_a_zero_query_weighs_all_candidates_alike():
@@ -232,8 +244,26 @@ def test_streaming_keeps_no_aligned_copies_for_the_backward_pass(field, key_chan
     assert many < aligned_copy / 16 + field * aligned_copy
 
 
-def test_a_compiler_keeps_no_aligned_copies_either():
-    """It merges what forward and backward pass have in common, and does not like to compute a matrix product twice."""
+def test_compiled_streaming_computes_the_same_and_keeps_no_aligned_copies():
+    """A compiler that sees both passes may keep aligned features instead of aligning them once more."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attend_streaming, fullgraph=True, backend="aot_eager_decomp_partition")
+    features = [torch.randn(2, CHANNELS, *size, requires_grad=True) for size in [(16, 2), (16, 16)]]
+    query, projection = (torch.randn(*size, requires_grad=True) for size in [(CHANNELS,), (CHANNELS, CHANNELS)])
+    candidates = [Candidate(features[0], projection), Candidate(features[1], None)]
+    arguments = query, torch.ones(CHANNELS), candidates, (16, 16)
+    given, outputs = [query, projection, *features], []
+
+    saved = saved_bytes(lambda: outputs.append(compiled(*arguments)), given)
+    assert saved < features[1].nbytes / 16
+    outputs.append(attend_streaming(*arguments))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(out.square().mean(), given) for out in outputs]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_a_compiler_keeps_does_not_grow_with_the_number_of_candidates():
     torch._dynamo.reset()
     compiled = torch.compile(attend_streaming, fullgraph=True, backend="aot_eager_decomp_partition")
     few, many = (_saved_bytes(compiled, number, None, field=False) for number in (2, 6))
@@ -241,7 +271,10 @@ def test_a_compiler_keeps_no_aligned_copies_either():
 
 
 def test_a_compiled_graph_does_not_grow_with_the_number_of_chunks(monkeypatch):
-    inputs, size = _inputs("3d", torch.float32)
+    coarse, x = torch.randn(3, CHANNELS, 4, 3), torch.randn(3, CHANNELS, 4, 6)
+    arguments = torch.randn(CHANNELS), torch.ones(CHANNELS), [Candidate(coarse, None), Candidate(x, None)], (4, 6)
+    for tensor in (*arguments[:2], coarse, x):
+        tensor.requires_grad_()
 
     def compiled_nodes() -> int:
         graphs = []
@@ -252,7 +285,7 @@ def test_a_compiled_graph_does_not_grow_with_the_number_of_chunks(monkeypatch):
             return graph
 
         torch._dynamo.reset()
-        torch.compile(attend_streaming, fullgraph=True, backend=count)(inputs[0], inputs[1], _candidates(inputs), size)
+        torch.compile(attend_streaming, fullgraph=True, backend=count)(*arguments)
         return sum(len(graph.graph.nodes) for graph in graphs)
 
     nodes = compiled_nodes()

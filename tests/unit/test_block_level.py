@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.memory import saved_bytes
-from helpers.networks import ANISOTROPIC_2D, ANISOTROPIC_3D, ISOTROPIC_2D, ISOTROPIC_3D, planned_network, smallest_image
+from helpers.networks import (
+    ANISOTROPIC_2D,
+    ANISOTROPIC_3D,
+    ISOTROPIC_2D,
+    ISOTROPIC_3D,
+    planned_network,
+    projected_elements,
+    smallest_image,
+)
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.block_level import (
     EPS,
@@ -43,14 +51,23 @@ PLANS = {  # strides, network, the most features: the last two stages of some ha
 }
 
 
+# Every config with every kind of network, in 2D and in 3D.
+COVERING = [
+    ("plain-3d", "input"),
+    ("plain-3d-anisotropic", "reference"),
+    ("plain-3d-capped", "input"),
+    ("resenc-3d", "encoder"),
+    ("resenc-3d", "input"),
+    ("plain-2d", "encoder"),
+    ("resenc-2d-anisotropic", "reference"),
+    ("resenc-2d-anisotropic", "encoder"),
+    ("resenc-2d-capped", "input"),
+]
+
+
 @pytest.fixture(params=PLANS)
 def plan(request):
     return request.param
-
-
-@pytest.fixture(params=CONFIGS)
-def config(request):
-    return CONFIGS[request.param]
 
 
 def build_planned(plan: str) -> PlainConvUNet | ResidualEncoderUNet:
@@ -80,7 +97,7 @@ def rms_norm(v: Tensor, scale: Tensor) -> Tensor:
     return scale.reshape(-1, *(1,) * (v.ndim - 2)) * v / torch.sqrt((v**2).mean(1, keepdim=True) + 1e-8)
 
 
-def slow_isar(
+def isar_by_formulas(
     parts: nn.ModuleDict, stage: str, stage_input: Tensor, outputs: list[Tensor], config: BlockXAttnResConfig
 ) -> Tensor:
     """The input of the block after `outputs`."""
@@ -97,7 +114,7 @@ def slow_isar(
     return sum(a[k].unsqueeze(1) * v for k, v in enumerate(stack))
 
 
-def slow_dkvmr(part: MemoryRouting, x: Tensor, memory: list[Tensor], kv_ratio: float) -> Tensor:
+def dkvmr_by_formulas(part: MemoryRouting, x: Tensor, memory: list[Tensor], kv_ratio: float) -> Tensor:
     channels = x.shape[1]
     if len(memory) == 1:
         return conv1x1(part.key_value, memory[0])
@@ -109,12 +126,12 @@ def slow_dkvmr(part: MemoryRouting, x: Tensor, memory: list[Tensor], kv_ratio: f
     return sum(a[j].unsqueeze(1) * V for j, V in enumerate(values))
 
 
-def slow_forward(network: BlockXAttnResUNet, config: BlockXAttnResConfig, image: Tensor) -> list[Tensor]:
+def forward_by_formulas(network: BlockXAttnResUNet, config: BlockXAttnResConfig, image: Tensor) -> list[Tensor]:
     def run(name: str, blocks: nn.Sequential, x: Tensor, isar: bool) -> list[Tensor]:
         outputs = []
         for block in blocks:
             if isar and len(outputs) >= (1 if config.bank_includes_input else 2):
-                outputs.append(block(slow_isar(network.xattnres, name, x, outputs, config)))
+                outputs.append(block(isar_by_formulas(network.xattnres, name, x, outputs, config)))
             else:
                 outputs.append(block(outputs[-1] if outputs else x))
         return outputs
@@ -128,28 +145,30 @@ def slow_forward(network: BlockXAttnResUNet, config: BlockXAttnResConfig, image:
     logits = []
     for d, stage in enumerate(network.decoder.stages):
         x = network.decoder.transpconvs[d](x)
-        skip = slow_dkvmr(network.xattnres[f"D{d}_memory"], x, memories[-2 - d], config.kv_ratio)
+        skip = dkvmr_by_formulas(network.xattnres[f"D{d}_memory"], x, memories[-2 - d], config.kv_ratio)
         x = run(f"D{d}", stage.convs, torch.cat((x, skip), 1), config.isar_in_decoder)[-1]
         logits.insert(0, network.decoder.seg_layers[d](x))
     return logits
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_it_computes_the_formulas_and_their_gradients(plan, config):
     network, image = build(plan, config)
     network, image = network.double(), image.double()
     randomise(network)
-    slow = copy.deepcopy(network)
-    outputs, expected = network(image), slow_forward(slow, config, image)
+    other = copy.deepcopy(network)
+    outputs, expected = network(image), forward_by_formulas(other, config, image)
     for output, value in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output, value, atol=1e-9, rtol=0)
     for logits in (outputs, expected):
         sum(output.square().mean() for output in logits).backward()
-    for (name, parameter), other in zip(network.named_parameters(), slow.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, other.grad, atol=1e-9, rtol=0, msg=name)
+    for (name, parameter), exact in zip(network.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, exact.grad, atol=1e-9, rtol=0, msg=name)
 
 
-def test_backends_agree(plan, config):
-    outputs = []
+@pytest.mark.parametrize("plan", ["plain-2d", "resenc-3d"])
+def test_backends_agree(plan):
+    config, outputs = INPUT, []
     for backend in ("reference", "streaming"):
         network, _ = build(plan, config, backend)
         randomise(network)
@@ -237,8 +256,9 @@ def test_isar_starts_with_equal_weights_over_the_doubled_stack_and_survives_init
     torch.testing.assert_close(out, (stack[0] + 2 * stack[1]) / 3)
 
 
+@pytest.mark.parametrize("plan, config", COVERING)
 def test_every_part_learns(plan, config):
-    network, image = build(plan, config)
+    network, image = build(plan, CONFIGS[config])
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for step in range(2):
         optimizer.zero_grad()
@@ -250,9 +270,9 @@ def test_every_part_learns(plan, config):
         optimizer.step()
 
 
-def test_names_of_the_planned_network_stay(plan, config):
+def test_names_of_the_planned_network_stay(plan):
     planned = build_planned(plan).state_dict()
-    state = build(plan, config)[0].state_dict()
+    state = build(plan, INPUT)[0].state_dict()
     rest = {key: tensor.shape for key, tensor in state.items() if not key.startswith("xattnres.")}
     assert rest == {key: tensor.shape for key, tensor in planned.items()}
 
@@ -272,16 +292,17 @@ def test_a_temperature_is_as_exact_as_float32():
     parts = nn.ModuleDict({"E0_block3": IntraStageAttention(4, config)}).double()
     nn.init.normal_(parts["E0_block3"].query)
     bank = [torch.randn(2, 4, 5, 5, dtype=torch.float64) for _ in range(2)]
-    expected = slow_isar(parts, "E0", bank[0], bank, config)
+    expected = isar_by_formulas(parts, "E0", bank[0], bank, config)
     torch.testing.assert_close(parts["E0_block3"](bank), expected, atol=1e-6, rtol=0)
 
 
-def test_compute_conv_feature_map_size_adds_the_1x1_convolutions(plan, config, projected_numbers):
-    network, image = build(plan, config, "reference")
-    with torch.no_grad():
+@pytest.mark.parametrize("plan, config", COVERING)
+def test_compute_conv_feature_map_size_adds_the_1x1_convolutions(plan, config):
+    network, image = build(plan, CONFIGS[config], "reference")
+    with torch.no_grad(), projected_elements() as elements:
         network(image)
     size = image.shape[2:]
-    expected = build_planned(plan).compute_conv_feature_map_size(size) + sum(projected_numbers)
+    expected = build_planned(plan).compute_conv_feature_map_size(size) + sum(elements)
     assert network.compute_conv_feature_map_size(size) == expected
 
 

@@ -1,8 +1,9 @@
+"""The stage-level configuration: values that do not exist, and what belongs to the architecture."""
+
 import pytest
 
 from nnunet_xattnres import XAttnResConfig
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.ops.backends import attention_backend
 
 
 @pytest.mark.parametrize(
@@ -28,8 +29,3 @@ def test_the_backend_is_not_part_of_the_architecture():
 )
 def test_only_reading_nowhere_with_skip_connections_is_the_planned_network(config, planned):
     assert config.is_planned_network is planned
-
-
-def test_a_backend_that_is_not_available_here_says_which_are():
-    with pytest.raises(XAttnResError, match=r"'cuda' is not available here.*reference, streaming, triton$"):
-        attention_backend("cuda")

@@ -1,5 +1,9 @@
+"""Stage-level XAttnRes in networks as nnU-Net plans them: against the formulas, and beside the planned network."""
+
 import copy
-from itertools import pairwise
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from operator import floordiv
 
 import numpy as np
 import pytest
@@ -8,11 +12,19 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from helpers import formulas
-from helpers.networks import ANISOTROPIC_2D, ANISOTROPIC_3D, ISOTROPIC_2D, ISOTROPIC_3D, planned_network, smallest_image
+from helpers.networks import (
+    ANISOTROPIC_2D,
+    ANISOTROPIC_3D,
+    ISOTROPIC_2D,
+    ISOTROPIC_3D,
+    planned_network,
+    projected_elements,
+    smallest_image,
+)
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig, XAttnResUNet
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.build import add_xattnres
-from nnunet_xattnres.model.stage_level import HistoryAttention
+from nnunet_xattnres.model.stage_level import HistoryAttention, HistoryPool
 from nnunet_xattnres.ops import alignment
 from nnunet_xattnres.ops.reference import attention_weights
 
@@ -32,13 +44,26 @@ PLANS = {  # strides, network, input channels, classes, bottleneck
     "plain-2d": (ISOTROPIC_2D, PlainConvUNet, 1, 4, (1, 2)),
     "resenc-2d-anisotropic": (ANISOTROPIC_2D, ResidualEncoderUNet, 3, 2, (2, 1)),
 }
-
+# Every plan, every arrangement, and every plan with and without skip connections.
+COVERING = [
+    ("plain-3d", "skips"),
+    ("plain-3d", "residual-no-skips"),
+    ("plain-3d-anisotropic", "residual"),
+    ("plain-3d-anisotropic", "no-skips"),
+    ("resenc-3d", "encoder"),
+    ("resenc-3d", "no-skips"),
+    ("plain-2d", "decoder"),
+    ("plain-2d", "no-skips-no-reading"),
+    ("resenc-2d-anisotropic", "skips"),
+    ("resenc-2d-anisotropic", "residual-no-skips"),
+]
 # strides, config, batch sizes: the last batch of nnU-Net's predictor is smaller. Compiling takes seconds per stage.
 COMPILED = {
     "2d-skips": (ISOTROPIC_2D[:3], XAttnResConfig(), [2]),
     "3d-skips": (ISOTROPIC_3D[:2], XAttnResConfig(), [2, 1]),
     "2d-no-skips": (ISOTROPIC_2D[:2], XAttnResConfig(skip_connections=False), [2, 1]),
     "3d-residual": (ISOTROPIC_3D[:2], XAttnResConfig(fusion="residual"), [2]),
+    "2d-encoder": (ISOTROPIC_2D[:3], XAttnResConfig(read_in_decoder=False), [2, 1]),
     "2d-block": (ISOTROPIC_2D[:2], BlockXAttnResConfig(bank_includes_input=True), [2]),
 }
 
@@ -46,11 +71,6 @@ COMPILED = {
 @pytest.fixture(params=PLANS)
 def plan(request):
     return request.param
-
-
-@pytest.fixture(params=ARRANGEMENTS)
-def config(request):
-    return ARRANGEMENTS[request.param]
 
 
 def build(plan: str, deep_supervision: bool = False) -> tuple[nn.Module, torch.Tensor]:
@@ -69,16 +89,20 @@ def randomise(network: XAttnResUNet) -> None:
             nn.init.normal_(parameter)
 
 
-class TestEveryArrangementOfEveryPlan:
-    def test_it_computes_the_formulas(self, plan, config):
-        planned, image = build(plan)
-        network = XAttnResUNet(planned, config).double()
-        randomise(network)
-        with torch.no_grad():
-            expected = slow_forward(network, image[:1].double())
-            torch.testing.assert_close(network(image[:1].double()), expected, atol=1e-9, rtol=0)
+@pytest.mark.parametrize("config", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+def test_it_computes_the_formulas(plan, config):
+    planned, image = build(plan)
+    network = XAttnResUNet(planned, config).double()
+    randomise(network)
+    with torch.no_grad():
+        expected = forward_by_formulas(network, image[:1].double())
+        torch.testing.assert_close(network(image[:1].double()), expected, atol=1e-9, rtol=0)
 
-    def test_it_keeps_the_names_and_shapes_of_the_planned_network(self, plan, config):
+
+@pytest.mark.parametrize("plan, arrangement", COVERING)
+class TestBesideThePlannedNetwork:
+    def test_it_keeps_names_and_shapes(self, plan, arrangement):
+        config = ARRANGEMENTS[arrangement]
         planned, _ = build(plan)
         planned_shapes = {key: tensor.shape for key, tensor in planned.state_dict().items()}
         network = XAttnResUNet(planned, config)
@@ -96,9 +120,9 @@ class TestEveryArrangementOfEveryPlan:
         reads = config.read_in_encoder or config.read_in_decoder
         assert any(key.startswith("xattnres.") for key in network.state_dict()) == reads
 
-    def test_deep_supervision_is_switched_at_run_time(self, plan, config):
+    def test_deep_supervision_is_switched_at_run_time(self, plan, arrangement):
         planned, image = build(plan, deep_supervision=True)
-        network = XAttnResUNet(planned, config).eval()
+        network = XAttnResUNet(planned, ARRANGEMENTS[arrangement]).eval()
         with torch.no_grad():
             outputs = network(image)
             network.decoder.deep_supervision = False
@@ -108,19 +132,21 @@ class TestEveryArrangementOfEveryPlan:
         assert output.shape[2:] == image.shape[2:]
         assert all(finer.shape[2] >= coarser.shape[2] for finer, coarser in pairwise(outputs))
 
-    def test_an_indivisible_image_is_an_error(self, plan, config):
-        planned, image = build(plan)
-        network = XAttnResUNet(planned, config)
-        with pytest.raises(XAttnResError, match="must be divisible"):
-            network(image[..., :-1])
-
-    def test_compute_conv_feature_map_size_adds_the_projections(self, plan, config, projected_numbers):
+    def test_compute_conv_feature_map_size_adds_the_projections(self, plan, arrangement):
+        config = replace(ARRANGEMENTS[arrangement], backend="reference")
         planned, image = build(plan)
         planned_size = planned.compute_conv_feature_map_size(image.shape[2:])
-        network = XAttnResUNet(planned, XAttnResConfig(**{**config.architecture(), "backend": "reference"}))
-        with torch.no_grad():
+        network = XAttnResUNet(planned, config)
+        with torch.no_grad(), projected_elements() as elements:
             network(image)
-        assert network.compute_conv_feature_map_size(image.shape[2:]) == planned_size + sum(projected_numbers)
+        assert network.compute_conv_feature_map_size(image.shape[2:]) == planned_size + sum(elements)
+
+
+def test_an_indivisible_image_is_an_error(plan):
+    planned, image = build(plan)
+    network = XAttnResUNet(planned, XAttnResConfig())
+    with pytest.raises(XAttnResError, match="must be divisible"):
+        network(image[..., :-1])
 
 
 @pytest.mark.parametrize(
@@ -147,8 +173,8 @@ def test_gradients_wake_in_the_order_of_the_formulas(plan, config, silent_at_fir
                 assert parameter.grad.any().item() == (name.split(".")[0] not in expected | idle), (stage, name)
 
 
-def slow_forward(network: XAttnResUNet, image: torch.Tensor) -> torch.Tensor:
-    """The network's output for one image, its reading computed by `slow`."""
+def forward_by_formulas(network: XAttnResUNet, image: torch.Tensor) -> torch.Tensor:
+    """The network's output for one image. What its stages read is computed by `helpers.formulas`."""
 
     def read(stage: str, x: torch.Tensor, pool: list[torch.Tensor]) -> torch.Tensor:
         prefix = f"xattnres.{stage}."
@@ -224,6 +250,28 @@ def test_pools_hold_everything_computed_before():
     assert sources == {"E2": 1, "E3": 2, "E4": 3, "D0": 5, "D1": 6, "D2": 7, "D3": 8}
 
 
+@pytest.mark.parametrize("strides", [ISOTROPIC_2D, ANISOTROPIC_3D], ids=["2d", "3d-anisotropic"])
+def test_the_pool_gives_every_stage_what_the_formula_says(strides):
+    """Outputs that are finer than the stage are averaged to its resolution, the others are given as they are."""
+    image = smallest_image(strides, (1, 2, 1)[: len(strides[0])])
+    encoder = list(accumulate(strides, lambda size, stride: tuple(map(floordiv, size, stride)), initial=image))[1:]
+    sizes = [*encoder, *encoder[-2::-1]]  # of all stages, in the order of computation
+    torch.manual_seed(0)
+    outputs = [torch.randn(1, 2, *size, dtype=torch.float64) for size in sizes]
+    pool = HistoryPool()
+    for count, h in enumerate(outputs, start=1):
+        pool.append(h)
+        for size in sizes[:count]:
+            for number in (count - 1, count):  # an encoder stage does not read the newest output
+                given = pool.at(size, number)
+                assert len(given) == number
+                for source, features in zip(outputs, given, strict=False):
+                    if source[0, 0].numel() <= np.prod(size):
+                        assert features is source
+                    else:
+                        np.testing.assert_allclose(features[0], formulas.resize(source[0].numpy(), size), atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "config, averaged",
     [
@@ -246,14 +294,14 @@ def test_outputs_are_averaged_once_per_resolution_and_only_for_who_reads(config,
     assert sizes == averaged
 
 
-@pytest.mark.parametrize("strides, config, batch_sizes", COMPILED.values(), ids=COMPILED)
-def test_compiled_as_one_graph_it_computes_the_same(strides, config, batch_sizes):
+def assert_compiled_computes_the_same(name: str, backend: str) -> None:
+    strides, config, batch_sizes = COMPILED[name]
     torch._dynamo.reset()
     network = add_xattnres(planned_network(strides, deep_supervision=True), config).double()
-    for name, parameter in network.xattnres.named_parameters():
-        if "query" in name or "gamma" in name:
+    for parameter_name, parameter in network.xattnres.named_parameters():
+        if "query" in parameter_name or "gamma" in parameter_name:
             nn.init.normal_(parameter)
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(network, fullgraph=True, backend=backend)
     for batch_size in batch_sizes:
         image = torch.randn(batch_size, 1, *smallest_image(strides, (2,) * len(strides[0])), dtype=torch.float64)
         results = []
@@ -265,12 +313,15 @@ def test_compiled_as_one_graph_it_computes_the_same(strides, config, batch_sizes
             torch.testing.assert_close(computed, expected, atol=1e-9, rtol=0)
 
 
-def test_torch_compile_finds_no_graph_breaks():
-    torch._dynamo.reset()
-    network = add_xattnres(planned_network(ISOTROPIC_3D[:2], deep_supervision=True), XAttnResConfig())
-    explanation = torch._dynamo.explain(network)(torch.randn(1, 1, 4, 4, 4))
-    assert explanation.break_reasons == []
-    assert explanation.graph_count == 1
+@pytest.mark.parametrize("name", ["2d-encoder", "3d-residual", "2d-block"])
+def test_traced_as_one_graph_it_computes_the_same(name):
+    assert_compiled_computes_the_same(name, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_as_one_graph_it_computes_the_same(name):
+    assert_compiled_computes_the_same(name, "aot_eager")
 
 
 @pytest.mark.slow
@@ -329,6 +380,6 @@ def test_an_architecture_without_encoder_and_decoder_is_an_error():
             XAttnResUNet(network, XAttnResConfig())
 
 
-def test_the_slow_formulas_agree_with_numpy_where_nothing_is_to_align():
+def test_the_formulas_of_the_tests_give_the_mean_for_a_query_of_zero():
     values = [np.random.default_rng(k).normal(size=(3, 2, 2)) for k in range(2)]
     np.testing.assert_allclose(formulas.mixture(values, np.zeros(3), np.ones(3)), (values[0] + values[1]) / 2)

@@ -1,12 +1,13 @@
-"""The study `benchmarks/shared_projections.py`."""
+"""The study `studies/shared_projections.py`."""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from helpers.phantom_dataset import make_trainer
+from helpers.plans import planned
 from nnunet_xattnres.nnunet.presets import build_preset
 
 FILE = Path(__file__).parents[2] / "studies" / "shared_projections.py"
@@ -29,14 +30,12 @@ def test_shared_and_factorised_projections_are_fewer_parameters(study, configura
 
 
 @pytest.mark.parametrize("arm", ["full", "shared", "factorised"])
-def test_a_training_step_moves_every_projection(study, nnunet_environment, arm):
+def test_a_training_step_moves_every_projection(study, arm):
     torch.manual_seed(0)
-    trainer = make_trainer(nnunet_environment, study.ARMS[arm], "2d_small")
-    trainer.initialize()
-    trainer.set_deep_supervision_enabled(False)
-    network = trainer.network
+    manager = PlansManager(planned([[1, 1], [2, 2], [2, 2]], [16, 16]))
+    network = study.ARMS[arm].build_network_architecture(manager, manager.get_configuration("full"), 1, 3, False)
     before = {name: weights.detach().clone() for name, weights in network.named_parameters()}
-    network(torch.randn(2, 1, *trainer.configuration_manager.patch_size)).square().mean().backward()
+    network(torch.randn(2, 1, 16, 16)).square().mean().backward()
     torch.optim.SGD(network.parameters(), lr=1).step()
     projections = {name: weights for name, weights in network.named_parameters() if ".projections." in name}
     assert projections
