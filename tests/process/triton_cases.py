@@ -17,7 +17,7 @@ CASES = {  # batch size, target size, source sizes; small, because the interpret
     "2d, one source": (2, (1, 4), [(1, 2)]),
     "2d, odd sizes and factors": (1, (3, 10), [(1, 2), (3, 5)]),
     "2d, several tiles along x": (1, (2, 36), [(1, 2)]),
-    "3d": (1, (2, 4, 2), [(1, 2, 1), (2, 1, 2)]),
+    "3d": (1, (2, 4, 2), [(1, 2, 1)]),
 }
 SLOW_CASES = {
     "2d, several tiles": (2, (5, 7), [(5, 7), (5, 1)]),
@@ -72,7 +72,7 @@ def test_sums_of_several_parts_equal_the_reference(monkeypatch):
 
 
 def test_values_as_small_as_eps_equal_the_reference():
-    inputs, size = _inputs("2d")
+    inputs, size = _inputs("2d, one source")
     inputs = [inputs[0], inputs[1], *((1e-4 * tensor).detach().requires_grad_() for tensor in inputs[2:])]
     computed = _output_and_gradients(attend_triton, inputs, size)
     for a, b in zip(computed, _output_and_gradients(attend_reference, inputs, size), strict=True):
@@ -86,7 +86,7 @@ def test_channels_of_several_blocks_equal_the_reference():
 # Rounding errors of sources and results in half precision, some of which add up in the gradients.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
 def test_lower_precisions_come_close(dtype, tolerance):
-    inputs, size = _inputs("2d", dtype=dtype)
+    inputs, size = _inputs("2d, one source", dtype=dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     computed = _output_and_gradients(attend_triton, inputs, size)
     assert all(tensor.dtype == dtype for tensor in computed)
