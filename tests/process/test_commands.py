@@ -112,7 +112,10 @@ def test_interruption_ends_the_command_and_its_workers(command, tmp_path, monkey
 def wait_until_ended(pid, seconds=10.0):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.05)
     os.kill(pid, signal.SIGKILL)
