@@ -30,7 +30,7 @@ def test_the_folder_of_the_trainers_is_printed_without_importing_torch(run):
     """The command is meant for the start-up files of shells."""
     done = run("trainers")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{CHECKOUT / 'trainers'}\n"
+    assert (Path(done.stdout.strip()) / "nnUNetTrainerXAttnRes.py").is_file()
 
 
 def test_doctor_names_everything_that_is_broken(run, tmp_path):

@@ -6,9 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.nnunet import commands
 from nnunet_xattnres.nnunet.commands import NnUNet, find_command
 
 
@@ -16,6 +18,7 @@ from nnunet_xattnres.nnunet.commands import NnUNet, find_command
 def command(tmp_path, monkeypatch):
     """Makes a console command on PATH out of Python source."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(commands, "POLL_SECONDS", 0.1)
 
     def make(source, name="nnUNetv2_pretend"):
         path = tmp_path / "bin" / name
@@ -110,8 +113,9 @@ def wait_until_ended(pid, seconds=10.0):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.05)
     os.kill(pid, signal.SIGKILL)
