@@ -1,5 +1,8 @@
 """The figures of a report."""
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from nnunet_xattnres.benchmark.comparisons import case_values
+from nnunet_xattnres.benchmark.results import Results
 from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
-from nnunet_xattnres.common.figures import COLOURS
+from nnunet_xattnres.benchmark.tables import SET, Tables
+from nnunet_xattnres.common.figures import COLOURS, figure_style, write_figure
 from nnunet_xattnres.overhead.results import PREFIX
 
 # Without yellow, which is too light for lines and points on white.
@@ -22,9 +28,30 @@ VERDICT_STYLES: dict[str, dict[str, Any]] = {
     NO_DIFFERENCE: {"color": "0.45", "marker": "o", "markerfacecolor": "white"},
 }
 POINTS = 100  # Dice is drawn in percent
+FORMATS = ("png", "pdf")
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 7
 PANELS_PER_ROW = 3
+
+
+def write_figures(tables: Tables, results: Results, output: Path) -> list[str]:
+    """Write all figures to the folder `output`, in every format. Returns their names."""
+    trainers = list(tables.trainers.trainer)
+    values = case_values(tables.cases)
+    figures: dict[str, Callable[[], Figure]] = {}
+    differences = [row for row in results.with_first if row["metric"] == "dice"]
+    if differences:
+        figures["paired_differences"] = partial(draw_differences, differences)
+    for key, of_set in values.groupby(SET, sort=False):
+        figures["_".join(["dice", *key])] = partial(draw_cases, of_set, trainers)
+    for key, of_curves in tables.curves.groupby(SET[:2], sort=False):
+        figures["_".join(["curves", *key])] = partial(draw_curves, of_curves, trainers)
+    with figure_style():
+        for name, draw in figures.items():
+            figure = draw()
+            for kind in FORMATS:
+                write_figure(figure, output / f"{name}.{kind}")
+    return list(figures)
 
 
 def short_name(trainer: str) -> str:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from nnunet_xattnres.benchmark.collecting import check_names, take_over
 from nnunet_xattnres.benchmark.machines import make_machine
-from nnunet_xattnres.benchmark.preparation import check_spec, prepare
-from nnunet_xattnres.benchmark.running import run_cells
+from nnunet_xattnres.benchmark.preparation import prepare
+from nnunet_xattnres.benchmark.scheduling import run_cells
 from nnunet_xattnres.benchmark.spec import read_spec
+from nnunet_xattnres.benchmark.spec_check import check_spec
 from nnunet_xattnres.benchmark.tables import read_tables
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import make_writable_folder
@@ -14,9 +15,9 @@ from nnunet_xattnres.training.checkpoint import why_unrestricted_only
 
 
 def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> None:
-    """Prepare and run the matrix in the folder `root`, which holds everything afterwards; again continues.
+    """Prepare and run the matrix in the folder `root`, which holds everything afterwards. Run again, it continues.
 
-    report: of trainings of this matrix that were finished elsewhere, and are not trained again.
+    report: a report on trainings of this matrix that were finished elsewhere; they are not trained again.
 
     Raises `XAttnResError` for a spec that cannot be run, before anything is trained, and if cells have failed.
     """
@@ -24,13 +25,13 @@ def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> No
     if problem := why_unrestricted_only():
         raise XAttnResError(problem)
     earlier = None if report is None else read_tables(report)
-    spec, sources = check_spec(read_spec(spec_file))
+    spec, inputs = check_spec(read_spec(spec_file))
     if earlier is not None:
         check_names(earlier, spec)
     make_writable_folder(root, "-o")
     root = root.resolve()
     machine = make_machine(root, spec.executor)
-    cells = prepare(root, spec, sources)
+    cells = prepare(root, spec, inputs)
     if earlier is not None:
         take_over(earlier, root)
     run_cells(root, cells, machine)
