@@ -174,27 +174,26 @@ class DatasetPreparation:
     def _add_widened(self, plans: dict[str, Any], configuration: Configuration, arm: Arm) -> None:
         name = planned_name(configuration, arm)
         if name not in plans["configurations"]:
-            width = arm.width or self._matching_width(plans, configuration, arm)
+            width = arm.width or self._matching_width(plans, configuration.name, arm)
             add_wide_configuration(plans, name, configuration.name, width)
 
-    def _matching_width(self, plans: dict[str, Any], configuration: Configuration, arm: Arm) -> float:
+    def _matching_width(self, plans: dict[str, Any], configuration: str, arm: Arm) -> float:
         """The width at which `arm` comes closest to the number of parameters of the trainer `parameters_of`."""
         dataset_json = read_dataset_json(self.folder)
+        trainer, other_trainer = find_trainer(arm.trainer), find_trainer(arm.parameters_of or arm.trainer)
 
-        def parameters(trainer: str, width: float) -> int:
+        def parameters(trainer: type[nnUNetTrainer], width: float) -> int:
             changed = json.loads(json.dumps(plans))
-            add_wide_configuration(changed, "wide", configuration.name, width)
-            return _count_parameters(
-                PlannedNetwork(self.dataset.name, changed, "wide", dataset_json), find_trainer(trainer)
-            )
+            add_wide_configuration(changed, "wide", configuration, width)
+            return _count_parameters(PlannedNetwork(self.dataset.name, changed, "wide", dataset_json), trainer)
 
-        wanted = parameters(arm.parameters_of or "", 1.0)
+        wanted = parameters(other_trainer, 1.0)
         low, high = WIDTHS
         # Channels are whole numbers. Twelve halvings resolve every one of them.
         for _ in range(12):
             middle = (low + high) / 2
-            low, high = (middle, high) if parameters(arm.trainer, middle) < wanted else (low, middle)
-        return min(low, high, key=lambda width: abs(parameters(arm.trainer, width) - wanted))
+            low, high = (middle, high) if parameters(trainer, middle) < wanted else (low, middle)
+        return min(low, high, key=lambda width: abs(parameters(trainer, width) - wanted))
 
     def split(self) -> None:
         """Write the folds, the user's own or nnU-Net's, before several trainings write them at the same time."""
