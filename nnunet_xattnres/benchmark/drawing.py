@@ -19,7 +19,7 @@ from nnunet_xattnres.benchmark.tables import SET, Tables
 from nnunet_xattnres.common.figures import COLOURS, figure_style, write_figure
 from nnunet_xattnres.overhead.results import PREFIX
 
-# Without yellow, which is too light for lines and points on white.
+# Yellow is too light for lines and points on white.
 LINE_COLOURS = ("black", *(colour for colour in COLOURS if colour != "#F0E442"))
 LINE_STYLES = ("-", "--", ":")
 VERDICT_STYLES: dict[str, dict[str, Any]] = {
@@ -59,14 +59,15 @@ def short_name(trainer: str) -> str:
 
 
 def set_title(row: Any) -> str:
-    """Of a row with the columns that name a set."""
+    """A set's name, from a row with the columns of `SET`."""
     return f"{row['dataset']}\n{row['configuration']}, {row['set']}"
 
 
 def draw_differences(rows: list[dict[str, Any]]) -> Figure:
-    """A panel per set or family of several, a line per trainer: mean difference in Dice and its interval.
+    """A panel per set and per family of several sets, a line per trainer: its mean difference in Dice and the interval.
 
-    rows: of `compare`, of one metric and one second. The verdict of a set that shares its family's test is drawn there.
+    rows: of `compare`, of one metric and one second trainer. The verdict on a family of several sets is drawn in the
+        family's panel.
     """
     trainers = list(dict.fromkeys(row["first"] for row in rows))
     panels: dict[str, list[dict[str, Any]]] = {}
@@ -111,12 +112,12 @@ def _draw_panel_of_differences(axis: Axes, rows: list[dict[str, Any]], trainers:
 
 
 def draw_cases(values: pandas.DataFrame, trainers: list[str]) -> Figure:
-    """A box per trainer over a point per case. values: of one set, from `case_values`."""
+    """A box per trainer, and a point per case. values: of one set, from `case_values`."""
     per_case = values.groupby(["trainer", "case"], sort=False).dice.mean() * POINTS
     trainers = [trainer for trainer in trainers if trainer in per_case.index]
     figure = Figure(figsize=(6.4, 0.9 + 0.45 * len(trainers)), layout="constrained")
     axis = figure.subplots()
-    # The same places whenever it is drawn.
+    # Points have the same places whenever the figure is drawn.
     rng = np.random.default_rng(0)
     for position, trainer in enumerate(trainers):
         dice = per_case[trainer].to_numpy()
@@ -160,7 +161,7 @@ def draw_curves(curves: pandas.DataFrame, trainers: list[str]) -> Figure:
     panels = {"pseudo_dice": "pseudo-Dice", "train_loss": "training loss", "val_loss": "validation loss"}
     for axis, (column, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for (trainer, _, _), of_cell in curves.groupby(["trainer", "fold", "seed"], sort=False):
-            # A single epoch makes no line.
+            # A single epoch would make no line.
             marker = "." if len(of_cell) == 1 else ""
             axis.plot(of_cell.epoch, of_cell[column], marker=marker, alpha=0.75, **_line(present.index(trainer)))
         axis.set_title(title, fontsize=FONT_SIZE)
