@@ -356,7 +356,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _benchmark_run(arguments: argparse.Namespace) -> None:
     check_installed("submitit", "yaml")
-    from nnunet_xattnres.benchmark.command import run_benchmark
+    from nnunet_xattnres.benchmark.run import run_benchmark
 
     run_benchmark(arguments.spec, arguments.output, arguments.continue_from)
 
@@ -374,6 +374,6 @@ def _benchmark_fetch(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark_report(arguments: argparse.Namespace) -> None:
-    from nnunet_xattnres.benchmark.reporting import run_report
+    from nnunet_xattnres.benchmark.report import run_report
 
     run_report(arguments.results, arguments.output)

@@ -16,7 +16,11 @@ import pytest
 import SimpleITK as sitk
 import yaml
 
-from nnunet_xattnres.benchmark.matrix import FINISHED, LOCK, is_locked, read_cells
+from nnunet_xattnres.benchmark.cells import FINISHED, read_cells
+from nnunet_xattnres.benchmark.locks import is_locked
+from nnunet_xattnres.benchmark.preparation import prepare
+from nnunet_xattnres.benchmark.spec import read_spec
+from nnunet_xattnres.benchmark.spec_check import check_spec
 from nnunet_xattnres.benchmark.tables import read_tables
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.nnunet.phantom import write_phantom_dataset
@@ -47,9 +51,6 @@ def prepared(tmp_path_factory):
         "seeds": [0],
     }
     write_spec(folder, spec)
-    from nnunet_xattnres.benchmark.preparation import check_spec, prepare
-    from nnunet_xattnres.benchmark.spec import read_spec
-
     checked, inputs = check_spec(read_spec(folder / "spec.yaml"))
     (folder / "out").mkdir()
     prepare(folder / "out", checked, inputs)
@@ -156,7 +157,7 @@ def test_a_matrix_that_is_killed_continues_and_does_nothing_twice(folder):
     eventually((first.folder(out) / "checkpoint_latest.pth").exists)
     kill_everything_in(folder)
     run.communicate()
-    eventually(lambda: not is_locked(first.folder(out) / LOCK))
+    eventually(lambda: not is_locked(first.lock(out)))
 
     finish(start(folder))
     check_finished(folder)
@@ -188,11 +189,11 @@ def test_a_killed_run_leaves_its_trainings_to_the_next(folder):
     out = folder / "out"
     first, _ = read_cells(out)
     run = start(folder)
-    eventually(lambda: is_locked(first.folder(out) / LOCK))
+    eventually(lambda: is_locked(first.lock(out)))
     os.kill(run.pid, signal.SIGKILL)
     # Its output ends with the training that it has left.
     run.wait()
-    assert is_locked(first.folder(out) / LOCK)
+    assert is_locked(first.lock(out))
     finish(start(folder))
     check_finished(folder)
     assert epochs_begun(out, first) == list(range(NUM_EPOCHS))
@@ -207,7 +208,7 @@ def test_a_run_that_is_ended_ends_its_training(in_background, folder):
     run.terminate()
     run.communicate(timeout=60)
     assert run.returncode
-    assert not is_locked(first.folder(out) / LOCK)
+    assert not is_locked(first.lock(out))
 
 
 @pytest.fixture

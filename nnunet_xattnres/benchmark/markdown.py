@@ -1,170 +1,21 @@
-"""The command `nnunet-xattnres benchmark report`: tables as Markdown, CSV and JSON, and figures."""
+"""A report as Markdown."""
 
-import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas
-from matplotlib.figure import Figure
 
-from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences, short_name
-from nnunet_xattnres.benchmark.matrix import FINISHED, MATRIX
-from nnunet_xattnres.benchmark.statistics import (
-    BETTER,
-    COSTS,
-    MEAN_LABEL,
-    NO_DIFFERENCE,
-    RESAMPLES,
-    SET,
-    SIGNIFICANCE,
-    WORSE,
-    case_values,
-    compare,
-    spreads,
-    summarise,
-    unrelated_datasets,
-)
-from nnunet_xattnres.benchmark.tables import COLUMNS, Tables, has_tables, read_tables, write_csv, write_tables
-from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.common.figures import figure_style, write_figure
-from nnunet_xattnres.common.files import make_writable_folder, write_text_atomically
-from nnunet_xattnres.nnunet.installation import check_installed
+from nnunet_xattnres.benchmark.cells import FINISHED
+from nnunet_xattnres.benchmark.comparisons import SIGNIFICANCE, unrelated_datasets
+from nnunet_xattnres.benchmark.costs import COSTS
+from nnunet_xattnres.benchmark.drawing import short_name
+from nnunet_xattnres.benchmark.results import UNKNOWN_DEVICE, Results, Rows, versions_of
+from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, RESAMPLES, WORSE
+from nnunet_xattnres.benchmark.summaries import MEAN_LABEL
+from nnunet_xattnres.benchmark.tables import SET, Tables
 from nnunet_xattnres.overhead.results import PREFIX
 
 NOTHING = "-"
-UNKNOWN_DEVICE = "unknown device"
-FORMATS = ("png", "pdf")
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Results:
-    """What follows from the tables."""
-
-    summary: Rows
-    comparisons: Rows
-    spreads: Rows
-
-    @property
-    def first(self) -> str | None:
-        """The first trainer that there are comparisons with; None where there are none."""
-        return self.comparisons[0]["second"] if self.comparisons else None
-
-    @property
-    def with_first(self) -> Rows:
-        return [row for row in self.comparisons if row["second"] == self.first]
-
-    @property
-    def without_first(self) -> Rows:
-        return [row for row in self.comparisons if row["second"] != self.first]
-
-
-def run_report(source: Path, output: Path) -> None:
-    """Report on a benchmark's folder, or again on the CSV files of a report.
-
-    Raises `XAttnResError` if there is nothing to report on, if it is damaged, if `output` cannot be written, and if it
-    holds a report on trainings that this one lacks.
-    """
-    if (output / MATRIX).exists():
-        raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
-    tables = _read(source, partial(_check_nothing_is_lost, output))
-    make_writable_folder(output, "-o")
-    write_tables(tables, output)
-    # From the files, so that a report on them is the same.
-    tables = read_tables(output)
-    results = Results(summarise(tables), compare(tables), spreads(tables))
-    for name in ("summary", "comparisons", "spreads"):
-        write_csv(pandas.DataFrame(getattr(results, name)), output / f"{name}.csv")
-    write_text_atomically(json.dumps(_without_nan(_record(tables, results)), indent=1) + "\n", output / "report.json")
-    figures = _draw(tables, results, output)
-    write_text_atomically(markdown(tables, results, figures), output / "report.md")
-    print(f"Report: {output / 'report.md'}")
-
-
-def _check_nothing_is_lost(output: Path, tables: Tables) -> None:
-    """A report may be all that is left of trainings: it is replaced only by one that has them too."""
-    if not all((output / f"{name}.csv").is_file() for name in COLUMNS):
-        # No report, or one that was interrupted.
-        return
-    try:
-        there = read_tables(output).finished
-    except XAttnResError:
-        raise XAttnResError(f"{output} holds a damaged report, which may be mended: choose another -o") from None
-    here = tables.finished
-    lost = [key for key, settings in there.items() if here.get(key) != settings]
-    if lost:
-        raise XAttnResError(
-            f"{output} is a report with trainings that this one would lack ({len(lost)} of {len(there)}): choose "
-            "another -o, or let `nnunet-xattnres benchmark run` continue from it first"
-        )
-
-
-def _read(source: Path, check: Callable[[Tables], None]) -> Tables:
-    """check: is given what the report will be on, before anything is measured."""
-    if has_tables(source) and not (source / MATRIX).exists():
-        tables = read_tables(source)
-        check(tables)
-        return tables
-    # What a report on CSV files can do without.
-    check_installed("monai", "yaml")
-    from nnunet_xattnres.benchmark.collecting import collect
-
-    return collect(source, check)
-
-
-def _record(tables: Tables, results: Results) -> dict[str, Any]:
-    unfinished = tables.cells[tables.cells.state != FINISHED]
-    return {
-        "summary": results.summary,
-        "comparisons": results.comparisons,
-        "spreads": results.spreads,
-        "unfinished_cells": json.loads(unfinished.to_json(orient="records")),
-        "versions": _versions(tables),
-    }
-
-
-def _without_nan(content: Any) -> Any:
-    """JSON has neither NaN, which becomes null, nor infinity, which becomes a text."""
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_without_nan(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None if math.isnan(content) else "inf"
-    return content
-
-
-def _versions(tables: Tables) -> list[str]:
-    finished = tables.cells[tables.cells.state == FINISHED]
-    trained = sorted({f"trained: {row.versions}; {row.device or UNKNOWN_DEVICE}" for row in finished.itertuples()})
-    measured = "; ".join(f"{row.package} {row.version}" for row in tables.versions.itertuples())
-    several = ", ".join(tables.versions.package[tables.versions.package.duplicated()].unique())
-    mixed = [f"measured by several versions of {several}: trainings were taken over from another report"]
-    return [*trained, f"measured: {measured}", *(mixed if several else [])]
-
-
-def _draw(tables: Tables, results: Results, output: Path) -> list[str]:
-    """Write all figures; returns their names."""
-    trainers = list(tables.trainers.trainer)
-    values = case_values(tables.cases)
-    figures: dict[str, Callable[[], Figure]] = {}
-    differences = [row for row in results.with_first if row["metric"] == "dice"]
-    if differences:
-        figures["paired_differences"] = partial(draw_differences, differences)
-    for key, of_set in values.groupby(SET, sort=False):
-        figures["_".join(["dice", *key])] = partial(draw_cases, of_set, trainers)
-    for key, of_curves in tables.curves.groupby(SET[:2], sort=False):
-        figures["_".join(["curves", *key])] = partial(draw_curves, of_curves, trainers)
-    with figure_style():
-        for name, draw in figures.items():
-            figure = draw()
-            for kind in FORMATS:
-                write_figure(figure, output / f"{name}.{kind}")
-    return list(figures)
 
 
 def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
@@ -198,7 +49,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         "## Trainings",
         *(f"![{name}]({name}.png)" for name in figures if name.startswith("curves")),
         "Versions:",
-        "\n".join(f"- {line}" for line in _versions(tables)),
+        "\n".join(f"- {line}" for line in versions_of(tables)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,4 +1,4 @@
-"""One cell of a matrix: trained, validated, predicted and recorded."""
+"""What a job does: train, validate and predict one cell, and record the result."""
 
 import os
 import shutil
@@ -13,17 +13,9 @@ from typing import Any
 
 from submitit.helpers import Checkpointable
 
-from nnunet_xattnres.benchmark.launch import recorded_costs
-from nnunet_xattnres.benchmark.matrix import (
-    FAILED,
-    FINISHED,
-    LOCK,
-    RUNNING,
-    SECONDS_FOR_A_LOOK,
-    Busy,
-    Cell,
-    locked,
-)
+from nnunet_xattnres.benchmark.cells import FAILED, FINISHED, RUNNING, Cell
+from nnunet_xattnres.benchmark.cost_recording import recorded_costs
+from nnunet_xattnres.benchmark.locks import SECONDS_FOR_A_LOOK, Busy, locked
 from nnunet_xattnres.common.device import choose_device
 from nnunet_xattnres.common.errors import one_line
 from nnunet_xattnres.nnunet.commands import NnUNet
@@ -34,17 +26,17 @@ RECORDED_VERSIONS = ("nnunet-xattnres", "nnunetv2", "torch", "numpy")
 
 
 class CellTask(Checkpointable):
-    """What submitit runs. Slurm may interrupt it at a time limit and put it back into the queue: it continues."""
+    """What submitit runs. It can continue: at a time limit, Slurm interrupts the job and queues it again."""
 
     def __call__(self, root: Path, cell: Cell, num_gpus: int, share: Mapping[str, str]) -> None:
-        """share: environment variables that say which part of the machine it gets; empty for all that it sees."""
+        """share: environment variables that limit the job to its part of the machine; empty for all that it sees."""
         os.environ.update(share)
         run_cell(root, cell, choose_device(), num_gpus)
 
 
 def run_cell(root: Path, cell: Cell, device: str, num_gpus: int) -> None:
-    """Do what is left to do of a cell and record it; nothing, if another process does it already."""
-    with suppress(Busy), locked(cell.folder(root) / LOCK, SECONDS_FOR_A_LOOK) as lock:
+    """Do what is left of a cell and record the result. Does nothing if another process has the cell's lock."""
+    with suppress(Busy), locked(cell.lock(root), SECONDS_FOR_A_LOOK) as lock:
         if cell.record(root).get("state") == FINISHED:
             return
         cell.write_record(root, RUNNING)
@@ -67,7 +59,7 @@ class _Steps:
     lock: int
 
     def train(self) -> None:
-        """Train, continue, or validate what is trained."""
+        """Train, or continue a training, or validate a finished one."""
         cell, folder = self.cell, self.cell.folder(self.root)
         if cell.is_trained(self.root) and cell.is_validated(self.root):
             return
@@ -78,7 +70,7 @@ class _Steps:
         if cell.is_trained(self.root):
             command.append("--val")
         else:
-            # Of another training, it would pass for this one's.
+            # A summary of an earlier training must not pass for this one's.
             cell.validation_summary(self.root).unlink(missing_ok=True)
             if any(folder.glob("checkpoint_*.pth")):
                 command.append("--c")
@@ -98,7 +90,7 @@ class _Steps:
         incomplete.rename(predictions)
 
     def _run(self, step: str, *command: str) -> None:
-        logs = self.cell.log(self.root)
+        logs = self.cell.logs(self.root)
         attempt = 1 + len(list(logs.glob(f"{step}_*.log")))
         self.nnunet.run(
             *(sys.executable, *LAUNCH, str(self.cell.seed), str(self.lock), str(self.cell.folder(self.root)), *command),
@@ -117,7 +109,7 @@ def _results(root: Path, cell: Cell) -> dict[str, Any]:
         "epochs": len(seconds),
         "seconds_per_epoch": statistics.median(seconds),
         "peak_memory_gb": costs["peak_memory_gb"],
-        # A training may have been continued elsewhere.
+        # Several, if the training was continued on another machine.
         "device": " and ".join(costs["devices"]),
         "versions": {package: version(package) for package in RECORDED_VERSIONS} | {"python": sys.version.split()[0]},
     }

@@ -4,17 +4,18 @@ from pathlib import Path
 
 from nnunet_xattnres.benchmark.collecting import check_names, take_over
 from nnunet_xattnres.benchmark.machines import make_machine
-from nnunet_xattnres.benchmark.preparation import check_spec, prepare
-from nnunet_xattnres.benchmark.running import run_cells
+from nnunet_xattnres.benchmark.preparation import prepare
+from nnunet_xattnres.benchmark.scheduling import run_cells
 from nnunet_xattnres.benchmark.spec import read_spec
+from nnunet_xattnres.benchmark.spec_check import check_spec
 from nnunet_xattnres.benchmark.tables import read_tables
 from nnunet_xattnres.common.files import make_writable_folder
 
 
 def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> None:
-    """Prepare and run the matrix in the folder `root`, which holds everything afterwards; again continues.
+    """Prepare and run the matrix in the folder `root`, which holds everything afterwards. Run again, it continues.
 
-    report: of trainings of this matrix that were finished elsewhere, and are not trained again.
+    report: a report on trainings of this matrix that were finished elsewhere; they are not trained again.
 
     Raises `XAttnResError` for a spec that cannot be run, before anything is trained, and if cells have failed.
     """
