@@ -355,7 +355,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark_run(arguments: argparse.Namespace) -> None:
-    check_installed("submitit", "yaml")
+    check_installed("pydantic", "submitit", "yaml")
     from nnunet_xattnres.benchmark.run import run_benchmark
 
     run_benchmark(arguments.spec, arguments.output, arguments.continue_from)
