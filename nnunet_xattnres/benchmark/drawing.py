@@ -17,7 +17,7 @@ from nnunet_xattnres.benchmark.results import Results
 from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
 from nnunet_xattnres.benchmark.tables import SET, Tables
 from nnunet_xattnres.common.figures import COLOURS, figure_style, write_figure
-from nnunet_xattnres.overhead.results import PREFIX
+from nnunet_xattnres.nnunet.installation import short_name
 
 # Yellow is too light for lines and points on white.
 LINE_COLOURS = ("black", *(colour for colour in COLOURS if colour != "#F0E442"))
@@ -52,10 +52,6 @@ def write_figures(tables: Tables, results: Results, output: Path) -> list[str]:
             for kind in FORMATS:
                 write_figure(figure, output / f"{name}.{kind}")
     return list(figures)
-
-
-def short_name(trainer: str) -> str:
-    return trainer.removeprefix(PREFIX) or trainer
 
 
 def set_title(row: Any) -> str:

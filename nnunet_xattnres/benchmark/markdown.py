@@ -8,12 +8,11 @@ import pandas
 from nnunet_xattnres.benchmark.cells import FINISHED
 from nnunet_xattnres.benchmark.comparisons import SIGNIFICANCE, unrelated_datasets
 from nnunet_xattnres.benchmark.costs import COSTS
-from nnunet_xattnres.benchmark.drawing import short_name
 from nnunet_xattnres.benchmark.results import UNKNOWN_DEVICE, Results, Rows, versions_of
 from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, RESAMPLES, WORSE
 from nnunet_xattnres.benchmark.summaries import MEAN_LABEL
 from nnunet_xattnres.benchmark.tables import SET, Tables
-from nnunet_xattnres.overhead.results import PREFIX
+from nnunet_xattnres.nnunet.installation import TRAINER_PREFIX, short_name
 
 NOTHING = "-"
 
@@ -59,7 +58,8 @@ def _overview(tables: Tables) -> str:
     finished = cells[cells.state == FINISHED]
     tolerances = "; ".join(f"{row.dataset} {row.nsd_tolerance_mm:g} mm" for row in tables.datasets.itertuples())
     lines = [
-        f"{len(finished)} of {len(cells)} trainings of the matrix are finished. Trainers are named without `{PREFIX}`. "
+        f"{len(finished)} of {len(cells)} trainings of the matrix are finished. "
+        f"Trainers are named without `{TRAINER_PREFIX}`. "
         f"Tolerance of NSD: {tolerances}."
     ]
     lines += [

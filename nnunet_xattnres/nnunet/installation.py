@@ -13,6 +13,7 @@ from nnunet_xattnres.common.errors import XAttnResError
 
 # 2.8 is the first release that looks for trainers in the folders of `nnUNet_extTrainer`.
 SUPPORTED_NNUNET = ">=2.8,<3"
+TRAINER_PREFIX = "nnUNetTrainer"
 
 
 def trainers_folder() -> Path:
@@ -62,3 +63,8 @@ def external_trainers() -> str:
     """The value for `nnUNet_extTrainer`: the folders that it names already, and this plugin's."""
     already_set = os.environ.get("nnUNet_extTrainer", "").split(os.pathsep)
     return os.pathsep.join(dict.fromkeys([*filter(None, already_set), str(trainers_folder())]))
+
+
+def short_name(trainer: str) -> str:
+    """The name of a trainer without `nnUNetTrainer`, for tables and figures."""
+    return trainer.removeprefix(TRAINER_PREFIX) or trainer

@@ -16,11 +16,11 @@ from matplotlib.patches import Patch
 
 from nnunet_xattnres.common.figures import COLOURS
 from nnunet_xattnres.common.text import align_columns
+from nnunet_xattnres.nnunet.installation import TRAINER_PREFIX, short_name
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, Answer
 
 NOTHING = "-"
-PREFIX = "nnUNetTrainer"
 BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0}
 CHART_PANELS = {
     "step_seconds_ratio": "training step time",
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return self.trainer.removeprefix(PREFIX) or self.trainer
+        return short_name(self.trainer)
 
     def first(self, name: str) -> Any:
         """The value of a field that is the same in all rounds."""
@@ -127,7 +127,7 @@ def cost_table(comparison: Comparison) -> str:
     """A line per trainer, at most 120 columns wide. Below: the stages that read, and the reasons of failures."""
     figures = [comparison.figures(row) for row in comparison.rows]
     flops_unit, flops_name = (1e12, "TFLOPs") if any((f["flops"] or 0) >= 1e12 for f in figures) else (1e9, "GFLOPs")
-    rows = [[PREFIX, "parameters", flops_name, "step s", "memory GB", "inference s"]]
+    rows = [[TRAINER_PREFIX, "parameters", flops_name, "step s", "memory GB", "inference s"]]
     for row, f in zip(comparison.rows, figures, strict=True):
         spread = f"[{_number(f['step_seconds_min'])}, {_number(f['step_seconds_max'])}]"
         step = _with_ratio(f"{_number(f['step_seconds'])} {spread}", f["step_seconds_ratio"])
