@@ -15,6 +15,10 @@ from nnunet_xattnres.ops.reference import EPS, Candidate, is_exporting, scaled_q
 from nnunet_xattnres.ops.streaming import attend_streaming
 from nnunet_xattnres.ops.triton_kernels import INTERPRETED, MAX_CHANNELS, MAX_ELEMENTS, mix, mix_gradients
 
+# PyTorch before 2.7 cannot infer them from annotations with collections.abc.Sequence.
+FORWARD_SCHEMA = "(Tensor query, Tensor[] sources, SymInt[] size, float eps) -> Tensor"
+BACKWARD_SCHEMA = "(Tensor gradient, Tensor query, Tensor[] sources, float eps) -> (Tensor, Tensor[])"
+
 
 def attend_triton(
     query: Tensor,
@@ -61,7 +65,7 @@ def _largest_offset(candidates: Sequence[Candidate], size: Sequence[int]) -> int
 
 # `custom_op`, not `triton_op`: torch.compile must not look inside, because it may keep aligned sources for the backward
 # pass. It could not trace kernels under Triton's interpreter either, and the tests run those.
-@torch.library.custom_op("nnunet_xattnres::attend_upsampled", mutates_args=())
+@torch.library.custom_op("nnunet_xattnres::attend_upsampled", mutates_args=(), schema=FORWARD_SCHEMA)
 def attend_upsampled(query: Tensor, sources: Sequence[Tensor], size: Sequence[int], eps: float) -> Tensor:
     """The attention over `sources`, (B, C, *source_size) and of one dtype, each upsampled to `size`.
 
@@ -70,7 +74,7 @@ def attend_upsampled(query: Tensor, sources: Sequence[Tensor], size: Sequence[in
     return mix(query.contiguous(), [source.contiguous() for source in sources], size, eps)
 
 
-@torch.library.custom_op("nnunet_xattnres::attend_upsampled_backward", mutates_args=())
+@torch.library.custom_op("nnunet_xattnres::attend_upsampled_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def attend_upsampled_backward(
     gradient: Tensor, query: Tensor, sources: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, list[Tensor]]:
