@@ -1,4 +1,4 @@
-"""nnU-Net's commands without processes of their own: the same entry points, no imports again and again."""
+"""nnU-Net's commands, called through their entry points in the process of the test."""
 
 import multiprocessing
 import runpy

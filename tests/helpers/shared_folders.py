@@ -55,7 +55,7 @@ def _sizes_and_times(folder: Path) -> dict[str, list[int]]:
 
 
 def plan_phantoms(workdir: Path) -> None:
-    """What the fixture `nnunet` says."""
+    """Fill a working directory as the fixture `nnunet` describes it."""
     nnunet = InProcess(workdir, "cpu")
     write_phantom_dataset(nnunet.raw / PHANTOM, num_cases=6, seed=0)
     nnunet.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "3d_fullres", "-npfp", "2", log="plan")
@@ -72,7 +72,7 @@ def plan_phantoms(workdir: Path) -> None:
 
 
 def plan_large_2d(workdir: Path) -> None:
-    """Plans for 512 x 512 images."""
+    """Fill a working directory with plans for 512 x 512 images."""
     nnunet = InProcess(workdir, "cpu")
     folder = nnunet.raw / LARGE_2D
     rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def plan_large_2d(workdir: Path) -> None:
 
 
 def train_two_folds(nnunet: NnUNet, results: Path) -> None:
-    """What the fixture `trained_model` says."""
+    """Fill a results folder as the fixture `trained_model` describes it."""
     own = {"nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}
     with environment_with(**nnunet.folders() | own):
         fold_0 = Path(train(PHANTOM, "2d_small", "nnUNetTrainerXAttnRes").output_folder)

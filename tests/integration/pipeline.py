@@ -1,4 +1,4 @@
-"""nnU-Net's commands from raw dataset to evaluated predictions, and what a prediction without a look would score."""
+"""nnU-Net's commands, from a raw dataset to evaluated predictions, and the Dice that a guess would reach."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ BATCH_SIZE = {"2d": 8, "3d_lowres": 2, "3d_fullres": 2}
 
 @dataclass(frozen=True)
 class Size:
-    """Of networks and their trainings. By configuration: num_iterations, per epoch; max_patch_voxels."""
+    """The size of networks and trainings. By configuration: num_iterations (per epoch) and max_patch_voxels."""
 
     base_features: int
     num_epochs: int
@@ -33,7 +33,7 @@ class Size:
     max_patch_voxels: Mapping[str, int]
 
 
-# Networks with fewer channels take several times as many steps until they see anything but background.
+# Networks with fewer channels take several times as many steps until they predict anything but background.
 LEARNS = Size(
     base_features=32,
     num_epochs=4,
@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 
 def once(step: Callable[..., Result]) -> Callable[..., Result]:
-    """A step that is run when its result is first needed. Whoever needs it again gets the same result, or the error."""
+    """Run a step when its result is first needed. Later calls return the same result or raise the same error."""
     outcomes: dict[tuple, Callable[[], Result]] = {}
 
     @wraps(step)
@@ -69,7 +69,7 @@ def _raising(error: Exception) -> Callable[[], Any]:
 
 
 def run_module(nnunet: NnUNet, module: str, *arguments: str) -> None:
-    """One of the scripts that nnU-Net has no command for."""
+    """Run one of the scripts for which nnU-Net has no command."""
     nnunet.run(sys.executable, "-m", module, *arguments, log=module)
 
 
@@ -80,7 +80,7 @@ def shrink(
     plans: str = "nnUNetPlans",
     size: Size = LEARNS,
 ) -> None:
-    """Make configurations CPU-sized under their own names; what was planned stays as `<name>_planned`."""
+    """Make configurations small enough for a CPU. The planned ones are kept as `<name>_planned`."""
     path = nnunet.preprocessed / dataset / f"{plans}.json"
     content = json.loads(path.read_text())
     for name in configurations:
@@ -103,7 +103,7 @@ def shrink(
 
 
 def make_label_scenario(nnunet: NnUNet, dataset: str, size: Size = LEARNS) -> None:
-    """From dataset 4, by nnU-Net's own script: planned, with lowres and cascade configurations, preprocessed."""
+    """Make a dataset from dataset 4 with nnU-Net's own script, add lowres and cascade, and preprocess."""
     number = dataset[7:10]
     run_module(nnunet, f"nnunetv2.dataset_conversion.datasets_for_integration_tests.{dataset}")
     nnunet.run("nnUNetv2_plan_and_preprocess", "-d", number, "--no_pp", "-npfp", "2", log=f"{dataset}_plan")
@@ -122,7 +122,7 @@ def plan_and_preprocess(nnunet: NnUNet, dataset: str, configuration: str, size: 
 
 
 def plan_resenc(nnunet: NnUNet, dataset: str, configuration: str, size: Size = LEARNS) -> None:
-    """More plans for a dataset, for residual encoders. They share the preprocessed images of the others."""
+    """Add plans with residual encoders to a dataset. They use the preprocessed images of the other plans."""
     nnunet.run("nnUNetv2_plan_experiment", "-d", dataset[7:10], "-pl", "nnUNetPlannerResEncM", log="plan_resenc")
     shrink(nnunet, dataset, (configuration,), RESENC_PLANS, size)
 
@@ -142,7 +142,7 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A trainer on a planned dataset. Every step is one of nnU-Net's commands and runs those that it rests on first."""
+    """A trainer on a planned dataset. Every step is an nnU-Net command, run after the steps that it needs."""
 
     nnunet: NnUNet
     dataset: str
@@ -163,7 +163,7 @@ class Experiment:
         return LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
 
     def cases(self, folder: Path) -> set[str]:
-        """Of a folder with segmentations."""
+        """The names of the cases in a folder of segmentations."""
         ending = self.dataset_json["file_ending"]
         return {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}
 

@@ -70,7 +70,8 @@ class TestOtherFiles:
     @pytest.mark.parametrize("new_format", [True, False])
     @pytest.mark.parametrize("left", [0, 0.1, 0.5, 0.95])
     def test_a_truncated_one_is_damaged(self, path, new_format, left):
-        torch.save(CONTENT, path, _use_new_zipfile_serialization=new_format)
+        larger = CONTENT | {"network_weights": {"weight": torch.zeros(10_000)}}
+        torch.save(larger, path, _use_new_zipfile_serialization=new_format)
         path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
         assert f"{path} is damaged or no nnU-Net checkpoint (" in complaint(path)
         assert complaint(path).endswith("): delete it")
