@@ -41,7 +41,7 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     path = path.resolve()
     parent = next(folder for folder in (path, *path.parents) if folder.is_dir())
     temporary = parent / f".{path.name}.{os.getpid()}.tmp"
-    # What a killed process of that number has left.
+    # A killed process with the same number may have left a folder.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -105,8 +105,7 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
 
 
 def _path_with_name(data: Path, pattern: str) -> tuple[Path, re.Match[str]] | None:
-    """The path of `data` or, if that is a link, of its target: the first with a name that matches. Its parents are
-    resolved."""
+    """The path of `data` or of the target of that link, whichever has a name that matches. Its parents are resolved."""
     for path in (Path(os.path.abspath(data)), data.resolve()):
         if name := re.fullmatch(pattern, path.name):
             return path.parent.resolve() / path.name, name
