@@ -63,18 +63,15 @@ class _Steps:
         cell, folder = self.cell, self.cell.folder(self.root)
         if cell.is_trained(self.root) and cell.is_validated(self.root):
             return
-        command = ["nnUNetv2_train", cell.dataset, cell.planned_configuration, str(cell.fold)]
-        command += ["-tr", cell.trainer_class, "-p", cell.plans, "-device", self.nnunet.device]
-        if self.num_gpus > 1:
-            command += ["-num_gpus", str(self.num_gpus)]
+        options = ["-num_gpus", str(self.num_gpus)] if self.num_gpus > 1 else []
         if cell.is_trained(self.root):
-            command.append("--val")
+            options.append("--val")
         else:
             # A summary of an earlier training must not pass for this one's.
             cell.validation_summary(self.root).unlink(missing_ok=True)
             if any(folder.glob("checkpoint_*.pth")):
-                command.append("--c")
-        self._run("train", *command)
+                options.append("--c")
+        self._run("train", *cell.model.train_command(str(cell.fold), self.nnunet.device, *options))
 
     def predict(self) -> None:
         """Predict the test set."""
@@ -84,9 +81,8 @@ class _Steps:
         incomplete = predictions.with_name("test.incomplete")
         shutil.rmtree(incomplete, ignore_errors=True)
         images = self.nnunet.raw / cell.dataset / "imagesTs"
-        command = ["nnUNetv2_predict", "-i", str(images), "-o", str(incomplete), "-d", cell.dataset]
-        command += ["-c", cell.planned_configuration, "-f", str(cell.fold), "-tr", cell.trainer_class]
-        self._run("predict", *command, "-p", cell.plans, "-device", self.nnunet.device)
+        command = cell.model.predict_command([str(cell.fold)], images, incomplete, self.nnunet.device)
+        self._run("predict", *command)
         incomplete.rename(predictions)
 
     def _run(self, step: str, *command: str) -> None:

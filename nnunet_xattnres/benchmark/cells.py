@@ -9,6 +9,7 @@ from typing import Any
 from nnunet_xattnres.benchmark.locks import is_locked
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import write_json_atomically, write_text_atomically
+from nnunet_xattnres.nnunet.commands import Model
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 
 SPEC = "spec.yaml"
@@ -44,14 +45,17 @@ class Cell:
     def title(self) -> str:
         return f"{self.dataset} {self.configuration} {self.trainer} fold {self.fold} seed {self.seed}"
 
+    @property
+    def model(self) -> Model:
+        return Model(self.dataset, self.planned_configuration, self.trainer_class, self.plans)
+
     def results(self, root: Path) -> Path:
         """nnUNet_results. Every seed has its own, because nnU-Net's names do not contain the seed."""
         return root / f"seed_{self.seed}" / "nnUNet_results"
 
     def folder(self, root: Path) -> Path:
         """nnU-Net's folder of the training."""
-        model = f"{self.trainer_class}__{self.plans}__{self.planned_configuration}"
-        return self.results(root) / self.dataset / model / f"fold_{self.fold}"
+        return self.model.folder(self.results(root)) / f"fold_{self.fold}"
 
     def lock(self, root: Path) -> Path:
         """The lock of the process that works on the cell."""

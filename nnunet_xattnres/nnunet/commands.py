@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,37 @@ CPU_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
 }
 POLL_SECONDS = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of nnUNet_results, and the commands that train it and predict with it.
+
+    dataset: its name, DatasetNNN_Name.
+    """
+
+    dataset: str
+    configuration: str
+    trainer: str
+    plans: str = "nnUNetPlans"
+
+    def folder(self, results: Path) -> Path:
+        """The model folder in nnUNet_results."""
+        return results / self.dataset / f"{self.trainer}__{self.plans}__{self.configuration}"
+
+    def train_command(self, fold: str, device: str, *options: str) -> list[str]:
+        """`nnUNetv2_train` of one fold."""
+        return ["nnUNetv2_train", self.dataset, self.configuration, fold, *self._options(device), *options]
+
+    def predict_command(
+        self, folds: Sequence[str], images: Path, output: Path, device: str, *options: str
+    ) -> list[str]:
+        """`nnUNetv2_predict` with the mean of some folds."""
+        which = ["-i", str(images), "-o", str(output), "-d", self.dataset, "-c", self.configuration, "-f", *folds]
+        return ["nnUNetv2_predict", *which, *self._options(device), *options]
+
+    def _options(self, device: str) -> list[str]:
+        return ["-tr", self.trainer, "-p", self.plans, "-device", device]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from nnunetv2.utilities.utils import (
 )
 
 from nnunet_xattnres.common.errors import XAttnResError, one_line
-from nnunet_xattnres.common.files import read_json
+from nnunet_xattnres.common.files import read_json, temporary_folder
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.nnunet.phantom import write_phantom_dataset
 
@@ -105,8 +105,7 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
 
 
 def _path_with_name(data: Path, pattern: str) -> tuple[Path, re.Match[str]] | None:
-    """The path of `data` or, if that is a link, of its target: the first with a name that matches. Its parents are
-    resolved."""
+    """The path of `data` or of the target of that link, whichever has a name that matches. Its parents are resolved."""
     for path in (Path(os.path.abspath(data)), data.resolve()):
         if name := re.fullmatch(pattern, path.name):
             return path.parent.resolve() / path.name, name
@@ -180,7 +179,7 @@ def place_raw_dataset(dataset: InputDataset, nnunet: NnUNet, option: str, with_t
         _check_same_origin(dataset, place, option)
         return False
     _check_number_is_free(dataset, nnunet, option)
-    with _staging_folder(nnunet.workdir) as staging:
+    with temporary_folder(nnunet.workdir, ".staging") as staging:
         staged = staging / dataset.name
         dataset.make(nnunet, staging)
         try:
@@ -215,18 +214,6 @@ def _check_number_is_free(dataset: InputDataset, nnunet: NnUNet, option: str) ->
         for other in folder.glob(f"{dataset.name[:10]}_*"):
             if other.name != dataset.name:
                 raise XAttnResError(f"{other} has the same number as {dataset.name}: choose another {option}")
-
-
-@contextmanager
-def _staging_folder(workdir: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of the working directory: a finished dataset is renamed to its place."""
-    staging = workdir / ".staging"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_raw_dataset(folder: Path) -> Cases:

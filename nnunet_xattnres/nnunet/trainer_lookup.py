@@ -56,5 +56,5 @@ def _class_names(file: Path) -> list[str]:
     try:
         body = ast.parse(file.read_bytes()).body
     except (OSError, SyntaxError, ValueError):
-        return []  # nnU-Net would not find a class in it either.
+        return []  # A file that cannot be parsed suggests no name.
     return [node.name for node in body if isinstance(node, ast.ClassDef)]

@@ -104,7 +104,7 @@ def measure(request: Request) -> Iterator[Answer]:
         except XAttnResError:
             raise
         except Exception:
-            pass  # Some operation has no meta kernel. The counts are made below, on the device.
+            pass  # The network does not run on the meta device. Counts are made below, on the trainer's device.
         answer = replace(answer, **measurement.costs())
         if answer.flops is None:
             answer = replace(answer, **measurement.counts(measurement.trainer.device))

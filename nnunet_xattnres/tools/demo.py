@@ -21,7 +21,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_xattnres.common.device import choose_device
 from nnunet_xattnres.common.figures import write_figure
 from nnunet_xattnres.common.files import make_writable_folder, write_json_atomically
-from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
+from nnunet_xattnres.nnunet.commands import NUM_WORKERS, Model, NnUNet
 from nnunet_xattnres.nnunet.datasets import (
     Cases,
     InputDataset,
@@ -39,6 +39,7 @@ from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 
 BASELINE = "nnUNetTrainerPlanned"
 PLANS = "nnUNetPlans"
+FOLD = "0"
 
 BASE_FEATURES = 8
 MAX_PATCH_VOXELS = 100_000
@@ -145,10 +146,8 @@ class Demo:
         if self._checkpoint(trainer).is_file():
             self._already_there(self._checkpoint(trainer))
             return
-        command = ["nnUNetv2_train", self.dataset.name, self.configuration, "0", "-tr", trainer]
-        command += ["-device", self.nnunet.device]
-        if any(self._checkpoint(trainer).parent.glob("checkpoint_*.pth")):
-            command.append("--c")
+        resume = ["--c"] if any(self._checkpoint(trainer).parent.glob("checkpoint_*.pth")) else []
+        command = self._model(trainer).train_command(FOLD, self.nnunet.device, *resume)
         self._run(*command, log=f"train_{trainer}")
 
     def predict(self, trainer: str) -> None:
@@ -161,9 +160,8 @@ class Demo:
         incomplete = predictions.with_name(f"{trainer}.incomplete")
         for outdated in (predictions, incomplete):
             shutil.rmtree(outdated, ignore_errors=True)
-        command = ["nnUNetv2_predict", "-i", str(self.held_out_images), "-o", str(incomplete)]
-        command += ["-d", self.dataset.name, "-c", self.configuration, "-f", "0", "-tr", trainer]
-        self._run(*command, "-device", self.nnunet.device, log=f"predict_{trainer}")
+        command = self._model(trainer).predict_command([FOLD], self.held_out_images, incomplete, self.nnunet.device)
+        self._run(*command, log=f"predict_{trainer}")
         incomplete.rename(predictions)
 
     def evaluate(self, trainer: str) -> None:
@@ -233,8 +231,10 @@ class Demo:
         print(f"{command[0]} took {time.monotonic() - started:.0f} s")
 
     def _checkpoint(self, trainer: str) -> Path:
-        model = f"{trainer}__{PLANS}__{self.configuration}"
-        return self.nnunet.results / self.dataset.name / model / "fold_0" / "checkpoint_final.pth"
+        return self._model(trainer).folder(self.nnunet.results) / f"fold_{FOLD}" / "checkpoint_final.pth"
+
+    def _model(self, trainer: str) -> Model:
+        return Model(self.dataset.name, self.configuration, trainer, PLANS)
 
     def _predictions(self, trainer: str) -> Path:
         return self.output / "predictions" / trainer

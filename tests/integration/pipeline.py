@@ -14,7 +14,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, load_s
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_xattnres.common.files import write_json_atomically
-from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.nnunet.commands import Model, NnUNet
 from nnunet_xattnres.nnunet.datasets import reader_for
 from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration
 
@@ -168,7 +168,10 @@ class Experiment:
         return {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}
 
     def model(self, configuration: str) -> Path:
-        return self.nnunet.results / self.dataset / f"{self.trainer}__{self.plans}__{configuration}"
+        return self._model(configuration).folder(self.nnunet.results)
+
+    def _model(self, configuration: str) -> Model:
+        return Model(self.dataset, configuration, self.trainer, self.plans)
 
     @once
     def train(self, configuration: str, fold: str) -> Path:
@@ -177,8 +180,7 @@ class Experiment:
         return self.model(configuration) / f"fold_{fold}"
 
     def train_command(self, configuration: str, fold: str) -> list[str]:
-        what = [self.dataset, configuration, fold, "-tr", self.trainer, "-p", self.plans]
-        return ["nnUNetv2_train", *what, "--npz", "-device", "cpu"]
+        return self._model(configuration).train_command(fold, "cpu", "--npz")
 
     def train_all(self, configuration: str) -> list[Path]:
         """The folders of the trained and validated folds."""
@@ -208,12 +210,13 @@ class Experiment:
     def predict(self, configuration: str) -> Path:
         """The test set, with probabilities."""
         self.train_all(configuration)
-        which = ["-d", self.dataset, "-c", configuration, "-tr", self.trainer, "-p", self.plans, "-f", *self.folds]
+        options = ["--save_probabilities"]
         if configuration == "3d_cascade_fullres":
-            which += ["-prev_stage_predictions", str(self.predict("3d_lowres"))]
+            options += ["-prev_stage_predictions", str(self.predict("3d_lowres"))]
         output = self._output(configuration)
-        folders = ("-i", str(self.raw / "imagesTs"), "-o", str(output))
-        self._run("predict", *folders, *which, "--save_probabilities", "-device", "cpu", log=configuration)
+        images = self.raw / "imagesTs"
+        command = self._model(configuration).predict_command(self.folds, images, output, "cpu", *options)
+        self.nnunet.run(*command, log=self._log("predict", configuration))
         return output
 
     @once

@@ -98,12 +98,6 @@ class TestRun:
         assert error.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
-    def test_without_what_reads_checkpoints_nothing_is_begun(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr("torch.__version__", "2.5.1")
-        assert main(benchmark_run(SPEC, tmp_path)) == 1
-        assert "pip install 'torch>=2.6'" in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
-
     def test_a_folder_that_cannot_be_written_to(self, data, tmp_path, capsys):
         assert main([*benchmark_run(SPEC, tmp_path)[:-1], "/proc"]) == 1
         assert "choose another -o" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_killed_command_names_the_signal(command, tmp_path):
 def test_workers_of_a_killed_command_end_with_it(command, tmp_path):
     name = command(
         "import os, subprocess, sys\n"
-        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(worker.pid))\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -94,10 +94,10 @@ def terminated(text):
 def test_interruption_ends_the_command_and_its_workers(command, tmp_path, monkeypatch, interruption, exception):
     name = command(
         "import os, subprocess, sys, time\n"
-        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{worker.pid}}')\n"
         "print('ready', flush=True)\n"
-        "time.sleep(600)\n"
+        "time.sleep(60)\n"
     )
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(sys.stdout, "write", interruption)

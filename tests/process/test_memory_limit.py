@@ -17,7 +17,8 @@ def test_memory_is_limited_before_the_kernel_has_to_kill():
         with pytest.raises(RuntimeError) as error:
             for _ in range(10):
                 kept.append(torch.ones(20_000_000))  # 80 MB each
-    assert len(kept) == 3
+    # At least as much as was granted. Free memory of the process adds to it.
+    assert len(kept) >= 3
     assert is_out_of_memory(error.value)
 
 

@@ -43,6 +43,7 @@ def outputs(tmp_path):
     return output_options(tmp_path / "out")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "program", [pytest.param(runner.MEASUREMENT, marks=pytest.mark.slow), "helpers.quick_measurement"]
 )
@@ -95,7 +96,7 @@ def test_a_process_that_the_kernel_kills_was_out_of_memory(tmp_path, monkeypatch
 
 def test_ctrl_c_ends_the_measurement_and_leaves_nothing(plans_file, outputs, tmp_path, monkeypatch, capsys):
     pid_file = tmp_path / "pid"
-    pretended_measurement(tmp_path, f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))", "time.sleep(600)")
+    pretended_measurement(tmp_path, f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))", "time.sleep(60)")
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
