@@ -35,11 +35,11 @@ NETWORKS = {  # strides, network, config, image size
     "3d-no-skips": (ISOTROPIC_3D[:3], PlainConvUNet, XAttnResConfig(skip_connections=False), (8, 16, 16)),
     "3d-residual": (ISOTROPIC_3D[:3], PlainConvUNet, XAttnResConfig(fusion="residual"), (8, 16, 16)),
     "3d-block": (ISOTROPIC_3D[:3], PlainConvUNet, BLOCK, (8, 16, 16)),
-    "3d-block-two-stages": (ISOTROPIC_3D[:2], PlainConvUNet, BlockXAttnResConfig(bank_includes_input=True), (4, 8, 8)),
+    "3d-block-encoder": (ISOTROPIC_3D[:2], PlainConvUNet, replace(BLOCK, isar_in_decoder=False), (4, 8, 8)),
 }
 # An export to ONNX takes seconds. The snippet of the documentation exports a 2D network at stage level.
-FAST_ONNX = ("3d-block-two-stages",)
-FAST_TRACED = ("2d-wide", "2d-no-skips", "3d-residual", "3d-block-two-stages")
+FAST_ONNX = ("3d-block-encoder",)
+FAST_TRACED = ("2d-wide", "2d-no-skips", "3d-residual", "3d-block-encoder")
 
 
 def each_network(fast: Sequence[str]) -> list:

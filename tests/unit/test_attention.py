@@ -189,6 +189,18 @@ def test_under_autocast_squares_do_not_overflow(attend):
 
 
 @pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+def test_under_autocast_scores_are_as_exact_as_in_single_precision(attend):
+    torch.manual_seed(0)
+    # Scores of ten and more: in half precision, they and the weights would be wrong by a percent.
+    query = 10 * torch.randn(CHANNELS)
+    features = [torch.randn(1, CHANNELS, 8, 8).half() for _ in range(3)]
+    with torch.autocast("cpu", torch.float16):
+        out = attend(query, torch.ones(CHANNELS), [Candidate(h, None) for h in features], (8, 8))
+    expected = attend(query, torch.ones(CHANNELS), [Candidate(h.float(), None) for h in features], (8, 8))
+    torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
 @pytest.mark.parametrize(
     "source_size, size", [((2, 4), (4, 8)), ((2, 1, 4), (4, 4, 8)), ((8, 8), (4, 8)), ((8, 4, 16), (4, 4, 8))]
 )
