@@ -108,7 +108,8 @@ def test_training_starts_continues_or_is_finished(preprocessed):
     checkpoint(preprocessed, "checkpoint_final.pth")
     preprocessed.train(TRAINER)
     first, second = preprocessed.nnunet.commands
-    start = ("nnUNetv2_train", "Dataset123_Tiny", "3d_fullres_demo", "0", "-tr", TRAINER, "-device", "cpu")
+    where = ("Dataset123_Tiny", "3d_fullres_demo", "0")
+    start = ("nnUNetv2_train", *where, "-tr", TRAINER, "-p", "nnUNetPlans", "-device", "cpu")
     assert first == start
     assert second == (*start, "--c")
 
