@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from nnunet_xattnres.nnunet.commands import NnUNet
 
 pytest_plugins = ["integration.table"]
+
+# The benchmark needs locks and process groups of POSIX.
+collect_ignore_glob = ["unit/test_benchmark_*"] if sys.platform == "win32" else []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

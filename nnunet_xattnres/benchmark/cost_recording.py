@@ -3,14 +3,12 @@
 import json
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from nnunet_xattnres.common.device import cpu_name
+from nnunet_xattnres.common.device import PeakMemory, cpu_name
 from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 
@@ -27,8 +25,8 @@ def record_costs(folder: Path, num_gpus: int) -> None:
     """
     # A process that only validates has no costs of a training.
     if not (folder / FINAL_CHECKPOINT).exists():
-        used_before = _used_memory(num_gpus)
-        arguments = (folder, _device_name(num_gpus), lambda: _used_memory(num_gpus) - used_before)
+        memory = PeakMemory(torch.device("cuda" if num_gpus else "cpu"))
+        arguments = (folder, _device_name(num_gpus), memory)
         threading.Thread(target=_record, args=arguments, name=COSTS, daemon=True).start()
 
 
@@ -50,18 +48,15 @@ def _device_name(num_gpus: int) -> str:
     return f"{num_gpus} x {torch.cuda.get_device_name()}" if num_gpus > 1 else torch.cuda.get_device_name()
 
 
-def _used_memory(num_gpus: int) -> int:
-    return torch.cuda.max_memory_allocated() if num_gpus else psutil.Process().memory_info().rss
-
-
-def _record(folder: Path, device: str, used_memory: Callable[[], int]) -> None:
+def _record(folder: Path, device: str, memory: PeakMemory) -> None:
     earlier = recorded_costs(folder)
     devices = list(dict.fromkeys([*earlier["devices"], device]))
     peak, written, last_writing = earlier["peak_memory_gb"] or 0.0, -1.0, -WRITING_SECONDS
     has_ended = False
     while not has_ended:
         has_ended = (folder / FINAL_CHECKPOINT).exists()
-        peak = max(peak, used_memory() / 1e9)
+        memory.sample()
+        peak = max(peak, memory.peak / 1e9)
         if peak > written and (has_ended or time.monotonic() > last_writing + WRITING_SECONDS):
             write_json_atomically({"peak_memory_gb": peak, "devices": devices}, folder / COSTS)
             written, last_writing = peak, time.monotonic()

@@ -1,6 +1,6 @@
 """Locks that many processes take on files in a benchmark's folder.
 
-The library filelock would not do: its release unlocks the file for all processes that share the file descriptor. Here
+The library filelock is not used, because its release unlocks the file for all processes that share the descriptor. Here
 a lock ends when the last of them has closed it, so that a training that outlives a killed run keeps its cell locked.
 """
 

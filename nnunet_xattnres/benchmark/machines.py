@@ -99,7 +99,7 @@ class SlurmCluster:
             self.submitit = submitit.SlurmExecutor(root / JOBS)
             self.submitit.update_parameters(**parameters)
         except RuntimeError:
-            raise XAttnResError("there is no Slurm here, for srun is missing: use the executor local") from None
+            raise XAttnResError("srun is missing, so there is no Slurm here: use kind: local") from None
         except (TypeError, ValueError) as error:
             raise XAttnResError(f"parameters of executor: {one_line(str(error))}") from None
 

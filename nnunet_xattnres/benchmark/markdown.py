@@ -34,7 +34,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         "## Every trainer",
         "Dice and NSD in %, HD95 in mm. Brackets: 95 % bootstrap interval of the mean over cases. HD95 is the median "
         "over cases; how many are infinite, because a prediction is empty, stands beside it. Costs are medians over "
-        "trainings, of time and memory over those on the device under the table; «-»: not known there. On a GPU, "
+        "trainings, of time and memory over those on the device under the table; '-': not known there. On a GPU, "
         "memory is what PyTorch has allocated. On a CPU it is how far the process grew, with what the allocator held "
         "back: it says what a training needs, and does not rank networks.",
         *_trainers(tables, results.summary, figures),
@@ -109,11 +109,11 @@ def _explanation(results: Results) -> str:
         "cases in the folds and seeds that both trainers "
         "have finished, values averaged over these first, a case's value being its mean over the labels that its "
         f"reference contains. Brackets: 95 % bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p "
-        "says how far another training would differ: «ahead in» says in how many of the trainings first had the higher "
+        "says how far another training would differ: 'ahead in' says in how many of the trainings first had the higher "
         "mean. p: Wilcoxon signed-rank, for "
         "every pair by itself corrected over families with Holm's method; datasets of the same patients are one family "
         "and have one test, of each patient's mean difference. Better or worse is what the corrected test shows at "
-        f"{SIGNIFICANCE:g}, if the mean points the same way; everything else is «{NO_DIFFERENCE}», which is no proof "
+        f"{SIGNIFICANCE:g}, if the mean points the same way; everything else is '{NO_DIFFERENCE}', which is no proof "
         "of equality. Nothing is corrected for the number of pairs. Time, parameters, memory: first / second, the "
         "median over these trainings; of time and memory over those of both on the device that is named under the "
         "dataset's next table."

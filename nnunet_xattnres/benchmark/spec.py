@@ -134,7 +134,7 @@ class Dataset(_Entry):
     @model_validator(mode="after")
     def _check(self) -> "Dataset":
         if (self.path is None) == (self.id is None):
-            raise XAttnResError("say a path or an id, one of them")
+            raise XAttnResError("give either a path or an id")
         return self
 
 
@@ -217,7 +217,7 @@ class Executor(_Entry):
     @model_validator(mode="after")
     def _check(self) -> "Executor":
         if self.kind == "slurm" and self.jobs is not None:
-            raise XAttnResError("slurm takes no jobs, for Slurm decides how many trainings run at a time: remove jobs")
+            raise XAttnResError("Slurm itself decides how many trainings run at a time: remove jobs")
         if self.kind == "local" and self.parameters:
             raise XAttnResError("parameters are those of submitit's Slurm executor: say kind: slurm, or remove them")
         gpus = self.parameters.get("gpus_per_node")
@@ -276,8 +276,7 @@ class Spec(_Entry):
         wide = [planned_name(c, arm) for arm in self.trainers if arm.is_wide for c in self.configurations]
         if twice := [name for name in wide if [*planned, *wide].count(name) > 1]:
             raise XAttnResError(
-                f"the plans would have {twice[0]} twice, for a wide trainer's is called CONFIGURATION_TRAINER: "
-                "rename one"
+                f"the plans would have {twice[0]} twice (a wide trainer adds CONFIGURATION_TRAINER): rename one"
             )
         names: dict[Arm, str] = {}
         for arm in self.trainers:

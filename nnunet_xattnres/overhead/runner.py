@@ -23,7 +23,7 @@ from nnunet_xattnres.common.device import NO_MEMORY_LEFT, choose_device, cpu_nam
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.figures import write_figure
 from nnunet_xattnres.common.files import write_json_atomically, write_text_atomically
-from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line
+from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line, termination_as_exception
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
@@ -170,7 +170,7 @@ def measure_in_new_process(request: Request, compile: bool | None = None) -> Ans
 
     compile: whether nnU-Net compiles the network. None for its default.
     """
-    with TemporaryDirectory(prefix="nnunet_xattnres_") as name:
+    with termination_as_exception(), TemporaryDirectory(prefix="nnunet_xattnres_") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(asdict(request)))
         environment = os.environ | NnUNet(folder, request.device).folders() | {"nnUNet_wandb_enabled": "0"}

@@ -21,7 +21,13 @@ from packaging.specifiers import SpecifierSet
 from nnunet_xattnres.common.errors import XAttnResError, type_and_message
 from nnunet_xattnres.common.files import why_not_writable
 from nnunet_xattnres.common.processes import environment_with
-from nnunet_xattnres.nnunet.installation import SUPPORTED_NNUNET, check_nnunet_version, installed_version, list_trainers
+from nnunet_xattnres.nnunet.installation import (
+    SUPPORTED_NNUNET,
+    SUPPORTED_TORCH,
+    check_nnunet_version,
+    installed_version,
+    list_trainers,
+)
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 
@@ -88,19 +94,21 @@ def _versions_for_nnunet() -> Iterator[Finding]:
         return
     python = metadata("nnunetv2")["Requires-Python"] or ""
     yield _version("Python", platform.python_version(), python, "use another Python")
-    for requirement in map(Requirement, requires("nnunetv2") or []):
+    own = [Requirement(f"torch{SUPPORTED_TORCH}")]
+    for requirement in [*map(Requirement, requires("nnunetv2") or []), *own]:
         of_an_extra = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
         if requirement.name in ("torch", "dynamic-network-architectures") and not of_an_extra:
             name, specifier = requirement.name, str(requirement.specifier)
-            yield _version(name, installed_version(name), specifier, f"pip install '{name}{specifier}'")
+            for_whom = "this plugin" if requirement in own else "nnU-Net"
+            yield _version(name, installed_version(name), specifier, f"pip install '{name}{specifier}'", for_whom)
 
 
-def _version(name: str, installed: str | None, specifier: str, remedy: str) -> Finding:
+def _version(name: str, installed: str | None, specifier: str, remedy: str, for_whom: str = "nnU-Net") -> Finding:
     if installed is None:
         return Finding(PROBLEM, f"{name} is not installed: {remedy}")
     if not SpecifierSet(specifier).contains(installed, prereleases=True):
-        return Finding(PROBLEM, f"{name} {installed} does not fit nnU-Net, which needs {specifier}: {remedy}")
-    return Finding(OK, f"{name} {installed}")
+        return Finding(PROBLEM, f"{name} {installed} does not fit {for_whom}, which needs {specifier}: {remedy}")
+    return Finding(OK, f"{name} {installed} fits {for_whom}")
 
 
 def _import(name: str, module: str, remedy: str) -> Finding:

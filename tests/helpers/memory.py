@@ -1,6 +1,5 @@
 """Memory in tests: what a computation keeps, and limits of the process."""
 
-import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -27,6 +26,8 @@ def saved_bytes(compute: Callable[[], object], given: Iterable[Tensor]) -> int:
 @contextmanager
 def limited(kind: int, limit: int) -> Iterator[None]:
     """This process with a limit of the operating system's. kind: one of `resource.RLIMIT_*`."""
+    import resource  # not on Windows
+
     soft, hard = resource.getrlimit(kind)
     resource.setrlimit(kind, (limit, hard))
     try:

@@ -16,7 +16,7 @@ from integration.real_data import HIPPOCAMPUS, NUM_TEST, NUM_TRAINING, ULTRASOUN
 TITLE = """# The feature matrix
 
 `make test-slow TABLE=docs/feature_matrix.md` has written this: what nnU-Net does, tried with this plugin's trainers,
-networks and trainings of a size for two CPU cores. Not tried: a GPU, `-num_gpus`.
+networks and trainings of a size for two CPU cores. Everything ran on a CPU. `-num_gpus` was tried as two CPU processes.
 
 The first table, and what has a number in the second, is nnU-Net's own commands with `-tr nnUNetTrainerXAttnRes`
 (NoSkip: `nnUNetTrainerXAttnResNoSkip`). A column is a kind of labels: plain ones (standard), regions, with an ignore

@@ -90,8 +90,8 @@ def slurm(**keys):
             ": datasets, entry 1, nsd_tolerance_mm: must be a finite number, not inf",
         ),
         (dataset(nsd_tolerance_mm=True), ": datasets, entry 1, nsd_tolerance_mm: must be a valid number, not True"),
-        (dataset(id=3), ": datasets, entry 1: say a path or an id, one of them"),
-        (dataset(path=None), ": datasets, entry 1: say a path or an id, one of them"),
+        (dataset(id=3), ": datasets, entry 1: give either a path or an id"),
+        (dataset(path=None), ": datasets, entry 1: give either a path or an id"),
         (dataset(path=""), ": datasets, entry 1, path: must have at least 1 character, not ''"),
         ({"datasets": [1, 0]}, ": datasets, entry 2, id: must be greater than or equal to 1, not 0"),
         ({"datasets": [1000]}, ": datasets, entry 1, id: must be less than or equal to 999, not 1000"),
@@ -160,7 +160,7 @@ def slurm(**keys):
                 "configurations": {name: {"base": "2d", "epochs": len(name)} for name in ("small", "small_wide")},
                 "trainers": [{"trainer": PLANNED, "name": "wide", "width": 1.5}],
             },
-            ": the plans would have small_wide twice, for a wide trainer's is called CONFIGURATION_TRAINER: rename one",
+            ": the plans would have small_wide twice (a wide trainer adds CONFIGURATION_TRAINER): rename one",
         ),
         # The executor
         ({"executor": "slrm"}, ": executor, kind: must be 'local' or 'slurm', not 'slrm'"),
@@ -170,7 +170,7 @@ def slurm(**keys):
         ({"executor": {"num_gpus": 0.5}}, ": executor, num_gpus: must be a valid integer, not 0.5"),
         ({"executor": {"parameters": {"partition": "gpu"}}}, ": executor: parameters are those of submitit's Slurm"),
         (slurm(parameters=["gpu"]), ": executor, parameters: must be a valid dictionary, not ['gpu']"),
-        (slurm(jobs=2), ": executor: slurm takes no jobs, for Slurm decides how many trainings run at a time"),
+        (slurm(jobs=2), ": executor: Slurm itself decides how many trainings run at a time"),
         (slurm(num_gpus=4, parameters={"gpus_per_node": 1}), ": executor: num_gpus is 4 and gpus_per_node 1"),
     ],
 )
