@@ -4,7 +4,7 @@ DATA ?=
 TABLE ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-matrix lint figures
+.PHONY: demo test test-slow lint docs figures
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed  ## train, predict and evaluate on phantoms, or on DATA=path/to/Task04_Hippocampus
@@ -13,8 +13,8 @@ demo: .venv/.installed  ## train, predict and evaluate on phantoms, or on DATA=p
 test: .venv/.installed  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
-# nnU-Net trains on a CPU with all cores, whatever OMP_NUM_THREADS says: threads that wait for each other must not spin.
-test-matrix: .venv/.installed  ## everything that nnU-Net does, with our trainers; TABLE=FILE to keep the table
+# nnU-Net trains on a CPU with all cores, whatever OMP_NUM_THREADS says. Threads that wait for each other must not spin.
+test-slow: .venv/.installed  ## the slow tests and the feature matrix; TABLE=FILE writes the table of the matrix
 	GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or feature" -n auto --dist loadscope $(if $(TABLE),--table "$(TABLE)")
 
 lint: .venv/.installed  ## ruff and mypy
@@ -22,11 +22,14 @@ lint: .venv/.installed  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.installed  ## the documentation site, in site/
+	$(BIN)/mkdocs build --strict
+
 figures: .venv/.installed  ## the figure of the README
 	$(BIN)/python docs/draw_method.py docs/method.png
 
 .venv/.installed: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "apt install python3-venv first" >&2; exit 1; }
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e ".[test,lint]"
+	$(BIN)/python -m pip install -e ".[test,lint,docs]"
 	touch $@

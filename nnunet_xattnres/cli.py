@@ -6,23 +6,23 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeAlias, TypeVar
 
 from nnunet_xattnres import __version__
-from nnunet_xattnres.config import BACKENDS
-from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.installation import check_installed, check_nnunet_version, list_trainers, trainers_folder
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.model.config import BACKENDS
+from nnunet_xattnres.nnunet.installation import check_installed, check_nnunet_version, list_trainers, trainers_folder
 
 Options = TypeVar("Options")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit status: 1 after a mistake, explained in a line on stderr; 130 after Ctrl-C."""
+    """Run the command. Returns the exit status: 1 after a mistake, with one line on stderr, and 130 after Ctrl-C."""
     parsed = _parser().parse_args(arguments)
-    # Of what nnU-Net imports; no user can mend it.
+    # A package that nnU-Net imports causes it. Users cannot change that.
     warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
     try:
-        if parsed.run is not _doctor:  # It says so in a line of its own, and goes on.
+        if parsed.run is not _doctor:  # doctor reports the version in a line of its own.
             check_nnunet_version()
         parsed.run(parsed)
     except XAttnResError as error:
@@ -35,17 +35,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a mistake in one line."""
+    """Explains a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def _parser() -> _Parser:
     parser = _Parser(prog="nnunet-xattnres", description="Cross-stage attention residuals (XAttnRes) for nnU-Net v2.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_trainers(commands)
+    _add_demo(commands)
+    _add_overhead(commands)
+    _add_warm_start(commands)
+    _add_doctor(commands)
+    _add_inspect(commands)
+    _add_benchmark(commands)
+    return parser
 
+
+def _add_trainers(commands: Commands) -> None:
     trainers = commands.add_parser(
         "trainers",
         help="print the folder of the trainers",
@@ -54,6 +67,8 @@ def _parser() -> _Parser:
     trainers.add_argument("--list", action="store_true", help="list the trainers, one a line, instead")
     trainers.set_defaults(run=_trainers, after_interruption="the same command lists them all")
 
+
+def _add_demo(commands: Commands) -> None:
     demo = commands.add_parser(
         "demo",
         help="plan, train, predict and evaluate, small enough for a CPU",
@@ -73,16 +88,14 @@ def _parser() -> _Parser:
         metavar="FOLDER",
         help="where everything is written (default: %(default)s)",
     )
-    demo.add_argument(
-        "--trainer", default="nnUNetTrainerXAttnRes", metavar="NAME", help="trainer (default: %(default)s)"
-    )
+    _add_trainer(demo, "nnUNetTrainerXAttnRes")
     demo.add_argument(
         "--baseline", action="store_true", help="also train the planned network with the same budget, and compare"
     )
     demo.set_defaults(run=_demo, after_interruption="the same command continues")
-    _add_overhead(commands)
-    _add_warm_start(commands)
 
+
+def _add_doctor(commands: Commands) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="check whether training would work here",
@@ -90,21 +103,18 @@ def _parser() -> _Parser:
         "The exit status is 0 only if training would work.",
     )
     doctor.set_defaults(run=_doctor, after_interruption="nothing was changed")
-    _add_inspect(commands)
-    _add_benchmark(commands)
-    return parser
 
 
-def _add_overhead(commands: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_overhead(commands: Commands) -> None:
     overhead = commands.add_parser(
         "overhead",
         help="measure time and memory beside the planned network",
         description="Measure parameters, FLOPs, training step time, peak memory and inference time of trainers beside "
         "the planned network, on this machine: one process per measurement, the trainers in turn.",
     )
-    source = overhead.add_argument_group("plans, from one of")
-    source.add_argument("-d", dest="dataset", metavar="DATASET", help="name or number of a planned nnU-Net dataset")
-    source.add_argument(
+    plans = overhead.add_argument_group("plans, from one of")
+    plans.add_argument("-d", dest="dataset", metavar="DATASET", help="name or number of a planned nnU-Net dataset")
+    plans.add_argument(
         "--preset",
         nargs="+",
         default=[],
@@ -112,7 +122,7 @@ def _add_overhead(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="NAME",
         help="msd01 ... msd10: nnU-Net's published plans for the tasks of the Medical Segmentation Decathlon",
     )
-    source.add_argument("--plans", type=Path, metavar="FILE", help="a plans file with dataset.json beside it")
+    plans.add_argument("--plans", type=Path, metavar="FILE", help="a plans file with dataset.json beside it")
     overhead.add_argument(
         "-c", default="3d_fullres", dest="configuration", metavar="CONFIG", help="configuration (default: %(default)s)"
     )
@@ -134,7 +144,7 @@ def _add_overhead(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--backend", choices=BACKENDS, help="how the attention is computed (default: as each trainer says)"
     )
     overhead.add_argument("--batch-size", type=int, metavar="N", help="patches per step (default: as planned)")
-    overhead.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    _add_device(overhead)
     overhead.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -154,7 +164,7 @@ def _add_overhead(commands: "argparse._SubParsersAction[_Parser]") -> None:
     overhead.set_defaults(run=_overhead, after_interruption="plans whose table was printed are in the files")
 
 
-def _add_warm_start(commands: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_warm_start(commands: Commands) -> None:
     warm_start = commands.add_parser(
         "warm-start",
         help="turn a trained plain nnU-Net into the start of a fine-tuning with XAttnRes",
@@ -165,14 +175,12 @@ def _add_warm_start(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--from",
         type=Path,
         required=True,
-        dest="source",
+        dest="start",
         metavar="MODEL_FOLDER_OR_CHECKPOINT",
         help="the trained network: a folder with plans.json, dataset.json and fold_*, or a .pth file",
     )
     warm_start.add_argument("-f", dest="fold", metavar="FOLD", help="fold of the model folder (default: its only one)")
-    warm_start.add_argument(
-        "--trainer", default="nnUNetTrainerXAttnResFinetune", metavar="NAME", help="trainer (default: %(default)s)"
-    )
+    _add_trainer(warm_start, "nnUNetTrainerXAttnResFinetune")
     warm_start.add_argument(
         "-d", required=True, dest="dataset", metavar="DATASET", help="name or number of the dataset to train on"
     )
@@ -189,7 +197,7 @@ def _add_warm_start(commands: "argparse._SubParsersAction[_Parser]") -> None:
     warm_start.set_defaults(run=_warm_start, after_interruption="nothing was written")
 
 
-def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_inspect(commands: Commands) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="show what a trained model reads in any case",
@@ -229,13 +237,13 @@ def _add_inspect(commands: "argparse._SubParsersAction[_Parser]") -> None:
         metavar="D3,D4",
         help="which targets (default: all); maps of fewer take less memory and time",
     )
-    inspect.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    _add_device(inspect)
     inspect.add_argument("--pdf", action="store_true", help="pictures as PDF too, and that of the training")
     _add_trust_checkpoint(inspect)
     inspect.set_defaults(run=_inspect, after_interruption="the cases that were finished are there")
 
 
-def _add_benchmark(commands: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_benchmark(commands: Commands) -> None:
     benchmark = commands.add_parser(
         "benchmark",
         help="train a matrix of datasets, configurations, trainers, folds and seeds, and compare",
@@ -281,10 +289,18 @@ def _add_benchmark(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "JSON, figures as PNG and PDF.",
     )
     report.add_argument(
-        "source", type=Path, metavar="DIR", help="the folder of `benchmark run`, or one with the CSV files of a report"
+        "results", type=Path, metavar="DIR", help="the folder of `benchmark run`, or one with the CSV files of a report"
     )
     report.add_argument("-o", dest="output", type=Path, required=True, metavar="OUT", help="where the report goes")
     report.set_defaults(run=_benchmark_report, after_interruption="the same command begins again")
+
+
+def _add_trainer(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument("--trainer", default=default, metavar="NAME", help="trainer (default: %(default)s)")
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
 
 
 def _add_trust_checkpoint(command: argparse.ArgumentParser) -> None:
@@ -296,7 +312,7 @@ def _add_trust_checkpoint(command: argparse.ArgumentParser) -> None:
 
 
 def _chosen(options: type[Options], arguments: argparse.Namespace) -> Options:
-    """A command's dataclass of options, filled from the arguments of the same names."""
+    """The options of a command: a dataclass whose fields are the arguments of the same names."""
     return options(**{field.name: getattr(arguments, field.name) for field in fields(options)})  # type: ignore[arg-type]
 
 
@@ -309,7 +325,7 @@ def _trainers(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from nnunet_xattnres.demo import run_demo
+    from nnunet_xattnres.tools.demo import run_demo
 
     run_demo(arguments.data, arguments.workdir, arguments.trainer, arguments.baseline)
 
@@ -321,26 +337,26 @@ def _overhead(arguments: argparse.Namespace) -> None:
 
 
 def _warm_start(arguments: argparse.Namespace) -> None:
-    from nnunet_xattnres.warm_start import Options, run_warm_start
+    from nnunet_xattnres.tools.warm_start import Options, run_warm_start
 
     run_warm_start(_chosen(Options, arguments))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from nnunet_xattnres.doctor import run_doctor
+    from nnunet_xattnres.tools.doctor import run_doctor
 
     run_doctor()
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from nnunet_xattnres.routing.inspection import Options, run_inspect
+    from nnunet_xattnres.tools.inspection.command import Options, run_inspect
 
     run_inspect(_chosen(Options, arguments))
 
 
 def _benchmark_run(arguments: argparse.Namespace) -> None:
-    check_installed("submitit", "yaml")
-    from nnunet_xattnres.benchmark.command import run_benchmark
+    check_installed("pydantic", "submitit", "yaml")
+    from nnunet_xattnres.benchmark.run import run_benchmark
 
     run_benchmark(arguments.spec, arguments.output, arguments.continue_from)
 
@@ -358,6 +374,6 @@ def _benchmark_fetch(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark_report(arguments: argparse.Namespace) -> None:
-    from nnunet_xattnres.benchmark.reporting import run_report
+    from nnunet_xattnres.benchmark.report import run_report
 
-    run_report(arguments.source, arguments.output)
+    run_report(arguments.results, arguments.output)

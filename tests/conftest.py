@@ -1,30 +1,17 @@
-import json
-import resource
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+"""Fixtures of all tests. They import what they need on demand, so that tests/unit starts quickly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
-from in_process import InProcess
-from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from PIL import Image
-from torch import Tensor
-from training import train
 
-from nnunet_xattnres import alignment, block_level
-from nnunet_xattnres.commands import NnUNet, environment_with
-from nnunet_xattnres.phantom import write_phantom_dataset
-from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write_json_atomically
+if TYPE_CHECKING:
+    from nnunet_xattnres.nnunet.commands import NnUNet
 
 pytest_plugins = ["integration.table"]
-
-PHANTOM = "Dataset901_Phantom"
-LARGE_2D = "Dataset902_Large2d"
-ONE_SHORT_EPOCH = TrainingBudget(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,118 +20,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def nnunet(tmp_path_factory: pytest.TempPathFactory) -> NnUNet:
+def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NnUNet]:
     """A working directory with a phantom dataset, planned and preprocessed by nnU-Net's own entry points.
 
     Plans: nnUNetPlans and nnUNetResEncUNetMPlans with 2d and 3d_fullres; nnUNetPlans also with 2d_small and 3d_small,
-    which train for one short epoch.
+    which train for one short epoch. All tests share it: trainings write to results folders of their own.
     """
-    nnunet = NnUNet(tmp_path_factory.mktemp("nnunet"), "cpu")
-    write_phantom_dataset(nnunet.raw / PHANTOM, num_cases=6, seed=0)
-    here = InProcess(nnunet.workdir, "cpu")
-    here.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "3d_fullres", "-npfp", "2", log="plan")
-    here.run("nnUNetv2_plan_experiment", "-d", "901", "-pl", "nnUNetPlannerResEncM", log="plan_resenc")
-    plans = read_plans(nnunet)
-    for name, base in (("2d_small", "2d"), ("3d_small", "3d_fullres")):
-        add_small_configuration(
-            plans, name, base, base_features=4, max_patch_voxels=64**3, batch_size=2, budget=ONE_SHORT_EPOCH
-        )
-    write_json_atomically(plans, plans_file(nnunet))
-    return nnunet
+    from helpers.shared_folders import plan_phantoms, shared_folder
+    from nnunet_xattnres.nnunet.commands import NnUNet
+
+    with shared_folder(tmp_path_factory, "nnunet", plan_phantoms) as workdir:
+        yield NnUNet(workdir, "cpu")
 
 
 @pytest.fixture(scope="session")
-def large_2d_plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large_2d_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """nnU-Net's plans for 512 x 512 images, whose network has many stages."""
-    nnunet = InProcess(tmp_path_factory.mktemp("large_2d"), "cpu")
-    folder = nnunet.raw / LARGE_2D
-    rng = np.random.default_rng(0)
-    for kind in ("imagesTr", "labelsTr"):
-        (folder / kind).mkdir(parents=True)
-    for case in range(2):
-        label = np.zeros((512, 512), np.uint8)
-        label[100:300, 200:400] = 1
-        image = rng.integers(0, 100, label.shape, dtype=np.uint8) + 100 * label
-        Image.fromarray(image).save(folder / "imagesTr" / f"case{case}_0000.png")
-        Image.fromarray(label).save(folder / "labelsTr" / f"case{case}.png")
-    generate_dataset_json(str(folder), {0: "photo"}, {"background": 0, "square": 1}, 2, ".png")
-    nnunet.run("nnUNetv2_plan_and_preprocess", "-d", "902", "--no_pp", "-npfp", "2", log="plan")
-    return nnunet.preprocessed / LARGE_2D / "nnUNetPlans.json"
+    from helpers.shared_folders import LARGE_2D, plan_large_2d, shared_folder
+    from nnunet_xattnres.nnunet.commands import NnUNet
+
+    with shared_folder(tmp_path_factory, "large_2d", plan_large_2d) as workdir:
+        yield NnUNet(workdir, "cpu").preprocessed / LARGE_2D / "nnUNetPlans.json"
+
+
+@pytest.fixture(scope="session")
+def trained_model(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The model folder of nnUNetTrainerXAttnRes with 2d_small: fold 0 is trained, fold 1 differs from it at random."""
+    from helpers.shared_folders import PHANTOM, shared_folder, train_two_folds
+
+    with shared_folder(tmp_path_factory, "trained", lambda results: train_two_folds(nnunet, results)) as results:
+        yield results / PHANTOM / "nnUNetTrainerXAttnRes__nnUNetPlans__2d_small"
 
 
 @pytest.fixture
 def nnunet_environment(nnunet: NnUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NnUNet:
-    """The environment variables of `nnunet` in this process; results go to a folder of the test's own."""
-    for name, value in (nnunet.folders() | {"nnUNet_results": str(tmp_path / "results")}).items():
+    """The environment variables of `nnunet` in this process; results go to a folder of the test's own.
+
+    Trainings augment their data in this process.
+    """
+    folders = nnunet.folders() | {"nnUNet_results": str(tmp_path / "results")}
+    for name, value in (folders | {"nnUNet_n_proc_DA": "0"}).items():
         monkeypatch.setenv(name, value)
     return nnunet
-
-
-@pytest.fixture(scope="session")
-def trained_model(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model folder of nnUNetTrainerXAttnRes with 2d_small, folds 0 and 1."""
-    own = {"nnUNet_results": str(tmp_path_factory.mktemp("trained")), "nnUNet_n_proc_DA": "0"}
-    with environment_with(**nnunet.folders() | own):
-        folds = [train(PHANTOM, "2d_small", "nnUNetTrainerXAttnRes", fold=fold) for fold in (0, 1)]
-    return Path(folds[0].output_folder_base)
-
-
-@pytest.fixture
-def projected_numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Fills with the numbers that every 1x1 convolution of ours puts out for one image."""
-    numbers: list[int] = []
-    project = alignment.project
-
-    def counting_project(features: Tensor, projection: Tensor | None) -> Tensor:
-        out = project(features, projection)
-        if projection is not None:
-            numbers.append(out[0].numel())
-        return out
-
-    for module in (alignment, block_level):
-        monkeypatch.setattr(module, "project", counting_project)
-    return numbers
-
-
-def saved_bytes(compute: Callable[[], object], given: Iterable[Tensor]) -> int:
-    """What a computation keeps for its backward pass, apart from what it was given."""
-    pointers = {tensor.data_ptr() for tensor in given}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in pointers:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        compute()
-    return sum(saved.values())
-
-
-@contextmanager
-def limited(kind: int, limit: int) -> Iterator[None]:
-    """This process with a limit of the operating system's. kind: one of `resource.RLIMIT_*`."""
-    soft, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, (soft, hard))
-
-
-def plans_file(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> Path:
-    return nnunet.preprocessed / PHANTOM / f"{identifier}.json"
-
-
-def read_plans(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> dict:
-    return json.loads(plans_file(nnunet, identifier).read_text())
-
-
-def make_trainer(
-    nnunet: NnUNet, trainer_class: type[nnUNetTrainer], configuration: str = "3d_small", **budget: Any
-) -> Any:
-    plans = read_plans(nnunet) | {"continue_training": False}
-    plans["configurations"][configuration].setdefault("training", {}).update(budget)
-    dataset_json = json.loads((nnunet.raw / PHANTOM / "dataset.json").read_text())
-    return trainer_class(plans, configuration, 0, dataset_json, torch.device("cpu"))

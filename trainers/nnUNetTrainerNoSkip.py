@@ -1,9 +1,9 @@
-from nnunet_xattnres.config import XAttnResConfig
+from nnunet_xattnres import XAttnResConfig
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 
 class nnUNetTrainerNoSkip(XAttnResTrainerMixin):
-    """Control: the planned network without skip connections, nothing added."""
+    """Control: the planned network without skip connections and without attention."""
 
     xattnres_config = XAttnResConfig(skip_connections=False, read_in_encoder=False, read_in_decoder=False)
 

@@ -1,9 +1,9 @@
-from nnunet_xattnres.config import XAttnResConfig
+from nnunet_xattnres import XAttnResConfig
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 
 class nnUNetTrainerPlanned(XAttnResTrainerMixin):
-    """The planned network itself, the twin against which the others are benchmarked."""
+    """The planned network itself, as the baseline of comparisons."""
 
     xattnres_config = XAttnResConfig(read_in_encoder=False, read_in_decoder=False)
 

@@ -1,4 +1,4 @@
-from nnunet_xattnres.config import XAttnResConfig
+from nnunet_xattnres import XAttnResConfig
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 

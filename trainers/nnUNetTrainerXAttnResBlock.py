@@ -1,9 +1,9 @@
-from nnunet_xattnres.config import BlockXAttnResConfig
+from nnunet_xattnres import BlockXAttnResConfig
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 
 class nnUNetTrainerXAttnResBlock(XAttnResTrainerMixin):
-    """Block level, the reference's defaults: DKVMR in place of every skip (ISAR does not act in planned networks)."""
+    """Block level with the reference's defaults: DKVMR replaces every skip (ISAR does not act in planned networks)."""
 
     xattnres_config = BlockXAttnResConfig()
 

@@ -1,9 +1,9 @@
-from nnunet_xattnres.config import BlockXAttnResConfig
+from nnunet_xattnres import BlockXAttnResConfig
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 
 class nnUNetTrainerXAttnResBlockInput(XAttnResTrainerMixin):
-    """Block level, this plugin's change: ISAR in encoder and decoder, which also reads the stage's input."""
+    """Block level with this plugin's change: ISAR, in encoder and decoder, also reads the stage's input."""
 
     xattnres_config = BlockXAttnResConfig(isar_in_encoder=True, bank_includes_input=True)
 

@@ -1,12 +1,12 @@
 import torch
 from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler, PolyLRScheduler_offset
 
-from nnunet_xattnres.config import XAttnResConfig
+from nnunet_xattnres import XAttnResConfig
 from nnunet_xattnres.trainer import XAttnResTrainerMixin
 
 
 class nnUNetTrainerXAttnResFinetune(XAttnResTrainerMixin):
-    """Residual fusion, its gate zero at the start, with the low learning rate and warm-up that fine-tuning takes."""
+    """Residual fusion for fine-tuning: the gate is zero at the start, the learning rate is low and warms up."""
 
     xattnres_config = XAttnResConfig(fusion="residual")
     default_num_epochs = 250
@@ -24,7 +24,7 @@ class nnUNetTrainerXAttnResFinetune(XAttnResTrainerMixin):
         self.warmup_epochs = self.num_epochs // 25
 
     def on_train_epoch_start(self) -> None:
-        # Either scheduler knows an epoch's learning rate from its number alone, after a resume too.
+        # Both schedulers compute the learning rate from the number of the epoch alone, so a training can be continued.
         if self.current_epoch < self.warmup_epochs:
             self.lr_scheduler = Lin_incr_LRScheduler(self.optimizer, self.initial_lr, self.warmup_epochs)
         else:

@@ -1,7 +1,7 @@
-"""The tables of a benchmark's folder: of the trainings made there, and of those that an earlier report tells of.
+"""The tables of a benchmark's folder: of its own trainings, and of trainings taken over from earlier reports.
 
-A report is all that is needed of trainings that were finished elsewhere. Its tables are kept in the folder, and the
-cells are finished there without files of a training.
+Trainings that were finished elsewhere need nothing but the report on them. Its tables are copied into the folder, and
+the cells count as finished there without any file of a training.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,13 @@ from pathlib import Path
 
 import pandas
 
-from nnunet_xattnres.benchmark.matrix import (
-    EARLIER,
-    FINISHED,
-    LOCK,
-    SECONDS_FOR_A_LOOK,
-    Busy,
-    Cell,
-    locked,
-    read_cells,
-)
-from nnunet_xattnres.benchmark.metrics import cases_to_predict, cell_key, measured_tables, planned_tables
+from nnunet_xattnres.benchmark.cells import EARLIER, FINISHED, Cell, read_cells
+from nnunet_xattnres.benchmark.locks import SECONDS_FOR_A_LOOK, Busy, locked
+from nnunet_xattnres.benchmark.measuring import cases_to_predict, cell_key, measured_tables, planned_tables
 from nnunet_xattnres.benchmark.spec import Spec
 from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, REMEDY, Tables, read_tables, write_tables
-from nnunet_xattnres.errors import XAttnResError, differences
-from nnunet_xattnres.files import folder_written_atomically
+from nnunet_xattnres.common.errors import XAttnResError, differences
+from nnunet_xattnres.common.files import folder_written_atomically
 
 BY_CELL = ("cells", "cases", "curves")
 GIVE_ANOTHER = "give a report on the same spec"
@@ -35,22 +27,23 @@ GIVE_ANOTHER = "give a report on the same spec"
 def collect(root: Path, check: Callable[[Tables], None]) -> Tables:
     """Measure all predictions of the finished cells of a benchmark's folder, and add those of earlier reports.
 
-    check: is given what is finished, before it is measured.
+    check: is called with the finished cells before anything is measured, and may refuse them.
 
-    Raises `XAttnResError` if it is no such folder, if no cell is finished, or if a finished one's files are not whole.
+    Raises `XAttnResError` if `root` is no such folder, if no cell is finished, or if a file of a finished cell is
+    missing or damaged.
     """
     cells = read_cells(root)
-    # A matrix may be running: whatever finishes from here on is of the next report.
+    # The matrix may be running. A cell that finishes from here on belongs to the next report.
     states = {cell: cell.state(root) for cell in cells}
     if FINISHED not in states.values():
         raise XAttnResError(f"{root}: none of {len(cells)} cells is finished, see `nnunet-xattnres benchmark status`")
     check(_planned(root, [cell for cell in cells if states[cell] == FINISHED]))
-    by_source: dict[Path | None, list[Cell]] = {}
+    by_report: dict[Path | None, list[Cell]] = {}
     for cell in cells:
         if states[cell] == FINISHED:
-            by_source.setdefault(cell.earlier_tables(root), []).append(cell)
-    here = measured_tables(root, by_source.pop(None, []))
-    earlier = [_only(_read_earlier(folder), of_folder) for folder, of_folder in by_source.items() if folder]
+            by_report.setdefault(cell.earlier_tables(root), []).append(cell)
+    here = measured_tables(root, by_report.pop(None, []))
+    earlier = [_only(_read_earlier(folder), of_folder) for folder, of_folder in by_report.items() if folder]
     unfinished = planned_tables(root, {cell: state for cell, state in states.items() if state != FINISHED})
     return _joined(cells, [here, *earlier, unfinished])
 
@@ -64,7 +57,7 @@ def _read_earlier(folder: Path) -> Tables:
 
 
 def check_names(theirs: Tables, spec: Spec) -> None:
-    """Raises `XAttnResError` for a report that has finished nothing of a spec's, as far as names tell."""
+    """Raises `XAttnResError` if a report has no training of a spec. Trainings are compared by name only."""
     names = (
         (dataset.name, configuration.name, arm.name, fold, seed)
         for dataset in spec.datasets
@@ -78,10 +71,10 @@ def check_names(theirs: Tables, spec: Spec) -> None:
 
 
 def take_over(theirs: Tables, root: Path) -> None:
-    """Let the cells that a report has finished be finished in the benchmark's folder `root`, which is prepared.
+    """Let the cells that a report has finished count as finished in the prepared benchmark's folder `root`.
 
-    Those are taken that have the same settings, cases and metrics here, and that nobody has finished or trains here.
-    Raises `XAttnResError` if the report has none with the same settings.
+    A cell is taken over if its settings, cases and metrics are the same here, and if it is neither finished nor being
+    trained here. Raises `XAttnResError` if the report has no training with the same settings.
     """
     num_finished = len(theirs.finished)
     differing = _differing(theirs, root)
@@ -92,7 +85,7 @@ def take_over(theirs: Tables, root: Path) -> None:
             f"--continue-from: none of the report's finished trainings is one of this matrix's{example}: {GIVE_ANOTHER}"
         )
     tables = _only(theirs, same)
-    # The same tables have the same place: taking them over again, or twice at a time, changes nothing.
+    # The same tables have the same folder, so that taking them over again, or twice at a time, changes nothing.
     digest = sha256("".join(getattr(tables, name).to_csv() for name in COLUMNS).encode()).hexdigest()[:12]
     with locked(root / f"{EARLIER}.lock", patience=float("inf")):
         if not (root / EARLIER / digest).is_dir():
@@ -100,7 +93,7 @@ def take_over(theirs: Tables, root: Path) -> None:
                 write_tables(tables, folder)
     taken = 0
     for cell in same:
-        with suppress(Busy), locked(cell.folder(root) / LOCK, SECONDS_FOR_A_LOOK):
+        with suppress(Busy), locked(cell.lock(root), SECONDS_FOR_A_LOOK):
             if cell.record(root).get("state") != FINISHED:
                 cell.write_record(root, FINISHED, earlier=digest)
                 taken += 1
@@ -112,7 +105,7 @@ def take_over(theirs: Tables, root: Path) -> None:
 
 
 def _joined(cells: list[Cell], parts: list[Tables]) -> Tables:
-    """All rows, in the order of the matrix. The first part has the datasets and trainers of all."""
+    """The rows of all parts in the order of the matrix. Datasets and trainers are the same in all parts."""
     order = _keys(cells)
     together = {name: pandas.concat([getattr(part, name) for part in parts]) for name in BY_CELL}
     by_cell = {name: order.merge(table, on=CELL)[list(COLUMNS[name])] for name, table in together.items()}
@@ -121,7 +114,7 @@ def _joined(cells: list[Cell], parts: list[Tables]) -> Tables:
 
 
 def _differing(theirs: Tables, root: Path) -> dict[Cell, str]:
-    """Of every cell of a folder that other tables have finished: what is different there, nothing if it is the same."""
+    """For every cell of a folder that other tables have finished: what differs, or "" if it is the same training."""
     expected = cases_to_predict(root)
     there, here = theirs.finished, _planned(root, list(expected)).finished
     cases = {key: set(zip(rows.set, rows.case, strict=True)) for key, rows in theirs.cases.groupby(CELL)}
@@ -134,7 +127,7 @@ def _differing(theirs: Tables, root: Path) -> dict[Cell, str]:
 
 
 def _planned(root: Path, cells: list[Cell]) -> Tables:
-    """What cells will be known by once they are finished."""
+    """The tables of these cells as they will be when the cells are finished, but for what is measured."""
     tables = planned_tables(root, dict.fromkeys(cells, FINISHED))
     tables.cells["epochs"] = pandas.array([cell.num_epochs for cell in cells], dtype=COLUMNS["cells"]["epochs"])
     return tables

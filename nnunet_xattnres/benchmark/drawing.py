@@ -1,5 +1,8 @@
 """The figures of a report."""
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from nnunet_xattnres.benchmark.comparisons import case_values
+from nnunet_xattnres.benchmark.results import Results
 from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
-from nnunet_xattnres.overhead.results import PREFIX
-from nnunet_xattnres.report import COLOURS
+from nnunet_xattnres.benchmark.tables import SET, Tables
+from nnunet_xattnres.common.figures import COLOURS, figure_style, write_figure
+from nnunet_xattnres.nnunet.installation import short_name
 
-# Without yellow, which is too light for lines and points on white.
+# Yellow is too light for lines and points on white.
 LINE_COLOURS = ("black", *(colour for colour in COLOURS if colour != "#F0E442"))
 LINE_STYLES = ("-", "--", ":")
 VERDICT_STYLES: dict[str, dict[str, Any]] = {
@@ -22,24 +28,42 @@ VERDICT_STYLES: dict[str, dict[str, Any]] = {
     NO_DIFFERENCE: {"color": "0.45", "marker": "o", "markerfacecolor": "white"},
 }
 POINTS = 100  # Dice is drawn in percent
+FORMATS = ("png", "pdf")
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 7
 PANELS_PER_ROW = 3
 
 
-def short_name(trainer: str) -> str:
-    return trainer.removeprefix(PREFIX) or trainer
+def write_figures(tables: Tables, results: Results, output: Path) -> list[str]:
+    """Write all figures to the folder `output`, in every format. Returns their names."""
+    trainers = list(tables.trainers.trainer)
+    values = case_values(tables.cases)
+    figures: dict[str, Callable[[], Figure]] = {}
+    differences = [row for row in results.with_first if row["metric"] == "dice"]
+    if differences:
+        figures["paired_differences"] = partial(draw_differences, differences)
+    for key, of_set in values.groupby(SET, sort=False):
+        figures["_".join(["dice", *key])] = partial(draw_cases, of_set, trainers)
+    for key, of_curves in tables.curves.groupby(SET[:2], sort=False):
+        figures["_".join(["curves", *key])] = partial(draw_curves, of_curves, trainers)
+    with figure_style():
+        for name, draw in figures.items():
+            figure = draw()
+            for kind in FORMATS:
+                write_figure(figure, output / f"{name}.{kind}")
+    return list(figures)
 
 
 def set_title(row: Any) -> str:
-    """Of a row with the columns that name a set."""
+    """A set's name, from a row with the columns of `SET`."""
     return f"{row['dataset']}\n{row['configuration']}, {row['set']}"
 
 
 def draw_differences(rows: list[dict[str, Any]]) -> Figure:
-    """A panel per set or family of several, a line per trainer: mean difference in Dice and its interval.
+    """A panel per set and per family of several sets, a line per trainer: its mean difference in Dice and the interval.
 
-    rows: of `compare`, of one metric and one second. The verdict of a set that shares its family's test is drawn there.
+    rows: of `compare`, of one metric and one second trainer. The verdict on a family of several sets is drawn in the
+        family's panel.
     """
     trainers = list(dict.fromkeys(row["first"] for row in rows))
     panels: dict[str, list[dict[str, Any]]] = {}
@@ -84,12 +108,12 @@ def _draw_panel_of_differences(axis: Axes, rows: list[dict[str, Any]], trainers:
 
 
 def draw_cases(values: pandas.DataFrame, trainers: list[str]) -> Figure:
-    """A box per trainer over a point per case. values: of one set, from `case_values`."""
+    """A box per trainer, and a point per case. values: of one set, from `case_values`."""
     per_case = values.groupby(["trainer", "case"], sort=False).dice.mean() * POINTS
     trainers = [trainer for trainer in trainers if trainer in per_case.index]
     figure = Figure(figsize=(6.4, 0.9 + 0.45 * len(trainers)), layout="constrained")
     axis = figure.subplots()
-    # The same places whenever it is drawn.
+    # Points have the same places whenever the figure is drawn.
     rng = np.random.default_rng(0)
     for position, trainer in enumerate(trainers):
         dice = per_case[trainer].to_numpy()
@@ -133,7 +157,7 @@ def draw_curves(curves: pandas.DataFrame, trainers: list[str]) -> Figure:
     panels = {"pseudo_dice": "pseudo-Dice", "train_loss": "training loss", "val_loss": "validation loss"}
     for axis, (column, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for (trainer, _, _), of_cell in curves.groupby(["trainer", "fold", "seed"], sort=False):
-            # A single epoch makes no line.
+            # A single epoch would make no line.
             marker = "." if len(of_cell) == 1 else ""
             axis.plot(of_cell.epoch, of_cell[column], marker=marker, alpha=0.75, **_line(present.index(trainer)))
         axis.set_title(title, fontsize=FONT_SIZE)

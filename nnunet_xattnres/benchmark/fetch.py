@@ -1,4 +1,4 @@
-"""Tasks of the Medical Segmentation Decathlon from their public mirror."""
+"""The command `nnunet-xattnres benchmark fetch`: tasks of the Medical Segmentation Decathlon from a public mirror."""
 
 import hashlib
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nnunet_xattnres.errors import XAttnResError, suggestion
-from nnunet_xattnres.files import make_writable_folder
+from nnunet_xattnres.common.errors import XAttnResError, suggestion
+from nnunet_xattnres.common.files import make_writable_folder
 
 MIRROR = "https://msd-for-monai.s3-us-west-2.amazonaws.com"
-# The MD5 sums that MONAI's DecathlonDataset (monai/apps/datasets.py) checks the same files with.
+# The MD5 sums of these files in MONAI's DecathlonDataset (monai/apps/datasets.py).
 MD5 = {
     "Task01_BrainTumour": "240a19d752f0d9e9101544901065d872",
     "Task02_Heart": "06ee59366e1e5124267b774dbd654057",
@@ -32,10 +32,10 @@ NOTHING_LEFT = 416
 
 
 def fetch(task: str, folder: Path) -> None:
-    """Download `task`.tar to `folder`; what an interrupted download has left is continued.
+    """Download `task`.tar to `folder`. An interrupted download is continued.
 
-    Raises `XAttnResError` for an unknown task, where the mirror cannot be reached or `folder` cannot be written to, and
-    for a file that is not the one that its MD5 sum is of.
+    Raises `XAttnResError` for an unknown task, if the mirror cannot be reached, if `folder` cannot be written to, and
+    if the file has another MD5 sum than MONAI's.
     """
     name = _name(task)
     archive = folder / f"{name}.tar"
@@ -51,7 +51,7 @@ def fetch(task: str, folder: Path) -> None:
         raise XAttnResError(f"cannot download {MIRROR}/{name}.tar ({reason}): try again, it continues") from None
     if _md5(partial) != MD5[name]:
         partial.unlink()
-        raise XAttnResError(f"{name}.tar is not what MONAI has got from the mirror, by its MD5 sum: fetch it again")
+        raise XAttnResError(f"{name}.tar has another MD5 sum than MONAI's file of that name: fetch it again")
     os.replace(partial, archive)
     print(f"{archive}: a dataset's path in a spec may name it")
 
@@ -75,7 +75,7 @@ def _download(url: str, partial: Path) -> None:
             return
         raise
     with response:
-        # A server that knows no ranges sends everything.
+        # A server that does not support ranges sends the whole file.
         there = there if response.status == 206 else 0
         left = int(response.headers.get("Content-Length", 0))
         with partial.open("ab" if there else "wb") as file, _bar(there, there + left, partial.name) as bar:

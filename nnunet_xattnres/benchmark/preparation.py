@@ -1,32 +1,23 @@
-"""Before anything is trained: the spec is checked, datasets are planned and preprocessed, configurations are made."""
+"""What comes before training: datasets are planned and preprocessed, and the configurations of the spec are made."""
 
-import inspect
 import io
 import json
 import os
 import shlex
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import nnunetv2
 import torch
-from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from nnunetv2.utilities.utils import (
-    get_filenames_of_train_images_and_targets,
-    get_identifiers_from_splitted_dataset_folder,
-)
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_xattnres.benchmark.matrix import PREPARATION_LOCK, SPEC, Cell, is_locked, locked, write_cells
+from nnunet_xattnres.benchmark.cells import PREPARATION_LOCK, SPEC, SPLITS, Cell, write_cells
+from nnunet_xattnres.benchmark.locks import is_locked, locked
 from nnunet_xattnres.benchmark.spec import (
-    PLANNER,
     WIDTHS,
     Arm,
     Configuration,
@@ -37,52 +28,41 @@ from nnunet_xattnres.benchmark.spec import (
     without_executor,
     write_spec,
 )
-from nnunet_xattnres.commands import NUM_WORKERS, NnUNet, environment_with
-from nnunet_xattnres.datasets import Source, place_raw_dataset, read_dataset_json, read_source
-from nnunet_xattnres.errors import XAttnResError, suggestion
-from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, add_wide_configuration, write_json_atomically
-from nnunet_xattnres.trainer import XAttnResTrainerMixin
-from nnunet_xattnres.trainer_lookup import find_trainer
+from nnunet_xattnres.benchmark.spec_check import plans_name
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.common.processes import environment_with
+from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
+from nnunet_xattnres.nnunet.datasets import InputDataset, place_raw_dataset, read_dataset_json
+from nnunet_xattnres.nnunet.derived_configurations import (
+    TrainingBudget,
+    add_small_configuration,
+    add_wide_configuration,
+)
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
+from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 
-SPLITS = "splits_final.json"
-# nnU-Net's own.
+# nnU-Net's defaults.
 NUM_ITERATIONS, NUM_VAL_ITERATIONS = 250, 50
 
 
-def check_spec(spec: Spec) -> tuple[Spec, list[Source]]:
-    """The spec with what can be filled in, and where its datasets come from.
+def prepare(root: Path, spec: Spec, inputs: list[InputDataset]) -> list[Cell]:
+    """Do what is missing of everything before training. Returns the cells of the matrix.
 
-    Raises `XAttnResError` for trainers, planners and datasets that are not there or do not fit together.
-    """
-    for arm in spec.trainers:
-        _check_arm(arm, spec.configurations)
-    sources = [_source(dataset) for dataset in spec.datasets]
-    names: dict[str, Source] = {}
-    for source in sources:
-        other = names.setdefault(source.dataset[7:10], source)
-        if other is not source:
-            raise XAttnResError(f"{other.origin} and {source.origin} both have the id {int(source.dataset[7:10])}")
-    datasets = [_filled(dataset, source) for dataset, source in zip(spec.datasets, sources, strict=True)]
-    return replace(spec, datasets=tuple(datasets)), sources
-
-
-def prepare(root: Path, spec: Spec, sources: list[Source]) -> list[Cell]:
-    """Everything before training, whatever of it is not there yet. Returns the cells of the matrix.
-
-    Raises `XAttnResError` if the folder belongs to another spec, and where nnU-Net's plans do not fit this one.
+    Raises `XAttnResError` if the folder belongs to another spec, and if nnU-Net's plans do not fit this one.
     """
     if is_locked(root / PREPARATION_LOCK):
         print("Another process prepares the data: waiting for it", flush=True)
     with locked(root / PREPARATION_LOCK, patience=float("inf")) as lock:
         _check_owner(root, spec)
-        # A command that outlives this process keeps the lock: nobody begins it beside itself.
+        # A command that outlives this process keeps the lock, so that no other process starts the same command.
         nnunet = NnUNet(root, "cpu", keep_open=(lock,))
-        preparations = [_Preparation(nnunet, spec, dataset) for dataset in spec.datasets]
-        for preparation, source in zip(preparations, sources, strict=True):
-            place_raw_dataset(source, nnunet, "-o", with_test_set=bool(preparation.dataset.test))
+        preparations = [DatasetPreparation(nnunet, spec, dataset) for dataset in spec.datasets]
+        for preparation, data in zip(preparations, inputs, strict=True):
+            place_raw_dataset(data, nnunet, "-o", with_test_set=bool(preparation.dataset.test))
             preparation.plan()
         variants = [(preparation.dataset, preparation.variants()) for preparation in preparations]
-        # What is wrong with a spec has shown by now. Until here, another one may take the folder.
+        # The folder belongs to the spec from here on: all that could be wrong with the spec has been checked.
         write_spec(spec, root / SPEC)
         for preparation in preparations:
             preparation.write_plans()
@@ -104,83 +84,8 @@ def _check_owner(root: Path, spec: Spec) -> None:
         raise XAttnResError(f"{root} belongs to another spec, {path}: choose another -o")
 
 
-def _check_arm(arm: Arm, configurations: tuple[Configuration, ...]) -> None:
-    _plans_name(arm.planner)
-    if arm.parameters_of is not None:
-        find_trainer(arm.parameters_of)
-    budgets = [configuration.name for configuration in configurations if configuration.epochs]
-    if not issubclass(find_trainer(arm.trainer), XAttnResTrainerMixin) and budgets:
-        raise XAttnResError(
-            f"{arm.trainer} ignores the budget of the configuration {budgets[0]}: take a trainer of this plugin, "
-            "nnUNetTrainerPlanned for the planned network"
-        )
-
-
-def _plans_name(planner: str) -> str:
-    """What nnU-Net calls the plans of a planner. Raises `XAttnResError` if it finds no such class."""
-    folder = os.path.join(nnunetv2.__path__[0], "experiment_planning")
-    found = recursive_find_python_class(folder, planner, "nnunetv2.experiment_planning")
-    if not (isinstance(found, type) and issubclass(found, ExperimentPlanner)):
-        known = [PLANNER, *(f"nnUNetPlannerResEnc{size}" for size in "MLXL")]
-        raise XAttnResError(
-            f"nnU-Net finds no planner {planner}: {suggestion(planner, known) or 'see its documentation'}"
-        )
-    return inspect.signature(found).parameters["plans_name"].default
-
-
-def _source(dataset: Dataset) -> Source:
-    source = read_source(Path(dataset.path or _raw_folder(dataset.id)))
-    if dataset.name not in ("", source.dataset):
-        raise XAttnResError(f"{source.origin} makes {source.dataset}, not {dataset.name}: mend the name in the spec")
-    return source
-
-
-def _raw_folder(number: int | None) -> str:
-    if "nnUNet_raw" not in os.environ:
-        raise XAttnResError(f"dataset {number}: nnUNet_raw is not set, in which nnU-Net looks for it: export it")
-    found = list(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{number:03d}_*"))
-    if len(found) != 1:
-        there = ", ".join(folder.name for folder in sorted(Path(os.environ["nnUNet_raw"]).glob("Dataset*"))) or "none"
-        raise XAttnResError(f"dataset {number}: nnUNet_raw must hold one of that number; there are {there}")
-    return str(found[0])
-
-
-def _filled(dataset: Dataset, source: Source) -> Dataset:
-    test = _has_test_set(dataset, Path(source.origin))
-    family = dataset.family or source.dataset
-    return replace(dataset, path=source.origin, id=None, name=source.dataset, family=family, test=test)
-
-
-def _has_test_set(dataset: Dataset, data: Path) -> bool:
-    """Raises `XAttnResError` for a test set of which a label or an image is missing."""
-    is_raw = data.is_dir() and "channel_names" in read_dataset_json(data)
-    if not is_raw and dataset.test:
-        raise XAttnResError(f"{data}: the test sets of MSD tasks have no labels: remove test from the dataset")
-    if not is_raw or dataset.test is False:
-        return False
-    ending = read_dataset_json(data)["file_ending"]
-    images = data / "imagesTs"
-    cases = get_identifiers_from_splitted_dataset_folder(str(images), ending) if images.is_dir() else []
-    if not len(cases):
-        if dataset.test:
-            raise XAttnResError(f"{data} has no test images in imagesTs: remove test from the dataset")
-        return False
-    unlabelled = [case for case in cases if not (data / "labelsTs" / f"{case}{ending}").is_file()]
-    if unlabelled:
-        raise XAttnResError(
-            f"{data}: the test set has no label for {unlabelled[0]}: add it to labelsTs, or say test: false"
-        )
-    labelled = {path.name.removesuffix(ending) for path in (data / "labelsTs").glob(f"*{ending}")}
-    without_image = sorted(labelled - set(cases))
-    if without_image:
-        raise XAttnResError(
-            f"{data}: the test set has no image for {without_image[0]}: remove it from labelsTs, or say test: false"
-        )
-    return True
-
-
-class _Preparation:
-    """The steps of one dataset. A step whose result is there already does nothing."""
+class DatasetPreparation:
+    """The steps of preparing one dataset. A step that is done already does nothing."""
 
     def __init__(self, nnunet: NnUNet, spec: Spec, dataset: Dataset) -> None:
         self.nnunet = nnunet
@@ -193,25 +98,26 @@ class _Preparation:
         self.plans: dict[str, dict[str, Any]] = {}
 
     def plan(self) -> None:
-        """nnU-Net's plans of every planner, with the configurations of the spec added, but not written yet."""
+        """Let nnU-Net plan with every planner, and add the configurations of the spec, in memory only."""
         fingerprint = ("nnUNetv2_extract_fingerprint", "-d", self.number, "--clean", "-np", NUM_WORKERS)
         self._run_once("dataset_fingerprint", *fingerprint)
         for planner in dict.fromkeys(arm.planner for arm in self.arms):
-            self._run_once(_plans_name(planner), "nnUNetv2_plan_experiment", "-d", self.number, "-pl", planner)
+            self._run_once(plans_name(planner), "nnUNetv2_plan_experiment", "-d", self.number, "-pl", planner)
             self.plans[planner] = plans = json.loads(self._plans_file(planner).read_text())
             for configuration in self.configurations:
-                self._add(plans, configuration)
+                self._add_configuration(plans, configuration)
                 for arm in self.arms:
                     if arm.planner == planner:
-                        self._widen(plans, configuration, arm)
-        self._split()
+                        self._add_widened(plans, configuration, arm)
+        self.split()
 
     def write_plans(self) -> None:
+        """Write the plans with the configurations of the spec."""
         for planner, plans in self.plans.items():
             write_json_atomically(plans, self._plans_file(planner))
 
     def preprocess(self) -> None:
-        """What the configurations train on; several share it."""
+        """Let nnU-Net preprocess the data. Configurations that are made from one base share its data."""
         for plans in map(PlansManager, self.plans.values()):
             for base in dict.fromkeys(configuration.base for configuration in self.configurations):
                 command = ["nnUNetv2_preprocess", "-d", self.number, "-plans_name", plans.plans_name]
@@ -219,31 +125,32 @@ class _Preparation:
                 self._run_once(data, *command, "-c", base, "-np", NUM_WORKERS)
 
     def variants(self) -> list[dict[str, Any]]:
-        """The fields of the cells of this dataset that do not depend on fold and seed."""
+        """The fields of a `Cell` that do not depend on fold and seed, for every configuration and arm."""
         dataset_json = read_dataset_json(self.folder)
         variants = []
         for configuration in self.configurations:
             for arm in self.arms:
                 plans = self.plans[arm.planner]
-                planned = planned_name(configuration, arm)
-                trainer = _trainer(plans, planned, dataset_json, arm.trainer)
+                name = planned_name(configuration, arm)
+                planned = PlannedNetwork(self.dataset.name, plans, name, dataset_json)
+                trainer = find_trainer(arm.trainer)
                 variants.append(
                     {
                         "configuration": configuration.name,
                         "trainer": arm.name,
                         "trainer_class": arm.trainer,
                         "plans": plans["plans_name"],
-                        "planned_configuration": planned,
-                        "num_epochs": trainer.num_epochs,
-                        "parameters": _count_parameters(trainer),
+                        "planned_configuration": name,
+                        "num_epochs": _num_epochs(planned, trainer),
+                        "parameters": _count_parameters(planned, trainer),
                     }
                 )
         return variants
 
     def _plans_file(self, planner: str) -> Path:
-        return self.folder / f"{_plans_name(planner)}.json"
+        return self.folder / f"{plans_name(planner)}.json"
 
-    def _add(self, plans: dict[str, Any], configuration: Configuration) -> None:
+    def _add_configuration(self, plans: dict[str, Any], configuration: Configuration) -> None:
         if configuration.base not in plans["configurations"]:
             available = ", ".join(plans["configurations"])
             raise XAttnResError(
@@ -251,7 +158,7 @@ class _Preparation:
                 "or say which configurations the dataset has in the spec"
             )
         if PlansManager(plans).get_configuration(configuration.base).previous_stage_name is not None:
-            raise XAttnResError(f"{configuration.base} is a cascade, which needs the folds of another: leave it out")
+            raise XAttnResError(f"{configuration.base} is a cascade, which needs another one's folds: leave it out")
         if configuration.name not in plans["configurations"]:
             budget = configuration.epochs and TrainingBudget(
                 configuration.epochs,
@@ -268,37 +175,35 @@ class _Preparation:
                 budget=budget or None,
             )
 
-    def _widen(self, plans: dict[str, Any], configuration: Configuration, arm: Arm) -> None:
+    def _add_widened(self, plans: dict[str, Any], configuration: Configuration, arm: Arm) -> None:
         name = planned_name(configuration, arm)
         if name not in plans["configurations"]:
-            width = arm.width
-            if arm.parameters_of is not None:
-                width = self._matching_width(plans, configuration, arm)
-            assert width is not None
+            width = arm.width or self._matching_width(plans, configuration.name, arm)
             add_wide_configuration(plans, name, configuration.name, width)
 
-    def _matching_width(self, plans: dict[str, Any], configuration: Configuration, arm: Arm) -> float:
-        """The width at which `arm` has as many parameters as the trainer that it names, as nearly as can be."""
+    def _matching_width(self, plans: dict[str, Any], configuration: str, arm: Arm) -> float:
+        """The width at which `arm` comes closest to the number of parameters of the trainer `parameters_of`."""
         dataset_json = read_dataset_json(self.folder)
+        trainer, other_trainer = find_trainer(arm.trainer), find_trainer(arm.parameters_of or arm.trainer)
 
-        def parameters(trainer: str, width: float) -> int:
+        def parameters(trainer: type[nnUNetTrainer], width: float) -> int:
             changed = json.loads(json.dumps(plans))
-            add_wide_configuration(changed, "wide", configuration.name, width)
-            return _count_parameters(_trainer(changed, "wide", dataset_json, trainer))
+            add_wide_configuration(changed, "wide", configuration, width)
+            return _count_parameters(PlannedNetwork(self.dataset.name, changed, "wide", dataset_json), trainer)
 
-        wanted = parameters(arm.parameters_of or "", 1.0)
+        wanted = parameters(other_trainer, 1.0)
         low, high = WIDTHS
-        # Channels are whole numbers: twelve halvings are finer than that.
+        # Channels are whole numbers. Twelve halvings resolve every one of them.
         for _ in range(12):
             middle = (low + high) / 2
-            low, high = (middle, high) if parameters(arm.trainer, middle) < wanted else (low, middle)
-        return min(low, high, key=lambda width: abs(parameters(arm.trainer, width) - wanted))
+            low, high = (middle, high) if parameters(trainer, middle) < wanted else (low, middle)
+        return min(low, high, key=lambda width: abs(parameters(trainer, width) - wanted))
 
-    def _split(self) -> None:
-        """The user's own split, or nnU-Net's, before several trainings want to write it at once."""
+    def split(self) -> None:
+        """Write the folds, the user's own or nnU-Net's, before several trainings write them at the same time."""
         raw = self.nnunet.raw / self.dataset.name
         cases = sorted(get_filenames_of_train_images_and_targets(str(raw), read_dataset_json(raw)))
-        # The first is there already, or nnU-Net's planner has copied it from the raw dataset.
+        # A file in the first folder is this method's own, or nnU-Net's planner has copied it from the raw dataset.
         folders = [self.folder, Path(os.environ.get("nnUNet_preprocessed", self.folder), self.dataset.name)]
         for path in (folder / SPLITS for folder in folders):
             if path.is_file():
@@ -311,7 +216,7 @@ class _Preparation:
         write_json_atomically(splits, self.folder / SPLITS)
 
     def _run_once(self, result: str, *command: str) -> None:
-        """Run the command that makes `result`, unless it has ended well before: what is there may be half of it."""
+        """Run the command that makes `result`, unless it has succeeded before. The result alone may be incomplete."""
         complete = self.folder / f"{result}.complete"
         if not complete.exists():
             print(f"$ {shlex.join(command)}", flush=True)
@@ -320,7 +225,7 @@ class _Preparation:
 
 
 def _read_splits(path: Path, cases: list[str], folds: tuple[int, ...]) -> list[dict[str, list[str]]]:
-    """Raises `XAttnResError` for a file with which nnU-Net could not train, or would split at random."""
+    """Read a split. Raises `XAttnResError` if nnU-Net could not train with it, or would replace it by a random one."""
     try:
         splits = json.loads(path.read_text())
         unknown = {case for fold in splits for part in ("train", "val") for case in fold[part]}.difference(cases)
@@ -333,23 +238,15 @@ def _read_splits(path: Path, cases: list[str], folds: tuple[int, ...]) -> list[d
     return splits
 
 
-def _trainer(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], name: str) -> nnUNetTrainer:
-    """A trainer to ask; what it writes when it begins is thrown away."""
-    trainer_class = find_trainer(name)
+def _num_epochs(planned: PlannedNetwork, trainer: type[nnUNetTrainer]) -> int:
+    """The number of epochs that a trainer reports. What the trainer writes when it is made is thrown away."""
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         folders = dict.fromkeys(("nnUNet_results", "nnUNet_preprocessed"), folder)
         with environment_with(**folders, nnUNet_wandb_enabled="0"):
-            # The trainer takes the additional key out again.
-            return trainer_class(
-                plans | {"continue_training": False}, configuration, 0, dataset_json, torch.device("cpu")
-            )
+            return planned.make_trainer(trainer, fold=0, device="cpu").num_epochs
 
 
-def _count_parameters(trainer: nnUNetTrainer) -> int:
-    plans, configuration = trainer.plans_manager, trainer.configuration_manager
-    channels = determine_num_input_channels(plans, configuration, trainer.dataset_json)
+def _count_parameters(planned: PlannedNetwork, trainer: type[nnUNetTrainer]) -> int:
     with torch.device("meta"):
-        network = trainer.build_network_architecture(
-            plans, configuration, channels, trainer.label_manager.num_segmentation_heads, True
-        )
+        network = planned.build(trainer)
     return sum(parameter.numel() for parameter in network.parameters())

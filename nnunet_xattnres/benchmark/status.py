@@ -1,4 +1,4 @@
-"""How far a matrix is: the state of every cell, and the progress of those that run."""
+"""The command `nnunet-xattnres benchmark status`: the state of every cell, and the progress of running ones."""
 
 import re
 import statistics
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_xattnres.benchmark.matrix import (
+from nnunet_xattnres.benchmark.cells import (
     FAILED,
     INTERRUPTED,
     MATRIX,
@@ -14,12 +14,12 @@ from nnunet_xattnres.benchmark.matrix import (
     RUNNING,
     STATES,
     Cell,
-    is_locked,
     read_cells,
 )
-from nnunet_xattnres.report import align_columns
+from nnunet_xattnres.benchmark.locks import is_locked
+from nnunet_xattnres.common.text import align_columns
 
-# Lines of nnU-Net's training log, which begin with a time stamp.
+# Lines of nnU-Net's training log, each of which begins with a time stamp.
 EPOCH = re.compile(r": Epoch (\d+) ?$", re.MULTILINE)
 EPOCH_TIME = re.compile(r": Epoch time: ([\d.]+) s", re.MULTILINE)
 PSEUDO_DICE = re.compile(r": Pseudo dice (\[.*\])")
@@ -28,10 +28,11 @@ NUMBER = re.compile(r"(?<=[\[( ])\d(?:\.\d+)?(?:e-\d+)?(?=[\]),])")
 
 @dataclass(frozen=True)
 class Progress:
-    """What nnU-Net's training log says.
+    """The progress of a training, as nnU-Net's training log says.
 
-    epochs: finished ones. pseudo_dice: mean over labels after the last of them. seconds_left: of training, from the
-    median time of an epoch; both None before the first.
+    epochs: the number of finished epochs.
+    pseudo_dice: the mean over labels after the last finished epoch; None before the first has finished.
+    seconds_left: until training ends, from the median time of an epoch; None before the first has finished.
     """
 
     epochs: int
@@ -44,12 +45,12 @@ class Progress:
         if self.epochs >= self.num_epochs:
             return f"epoch {self.epochs}/{self.num_epochs}, pseudo-Dice {_dice(self.pseudo_dice)}, predicting"
         left = "" if self.seconds_left is None else f", {_duration(self.seconds_left)} of training left"
-        # The epoch in progress, as people count.
+        # The number of the epoch in progress, counted from 1.
         return f"epoch {self.epochs + 1}/{self.num_epochs}, pseudo-Dice {_dice(self.pseudo_dice)}{left}"
 
 
 def progress(root: Path, cell: Cell) -> Progress:
-    """Read from nnU-Net's logs, of which every attempt at a training has written one."""
+    """Read from nnU-Net's training logs, one per attempt at the training."""
     logs = sorted(cell.folder(root).glob("training_log_*.txt"), key=lambda log: log.stat().st_mtime)
     epochs, pseudo_dice = 0, None
     seconds: list[float] = []
@@ -69,7 +70,7 @@ def progress(root: Path, cell: Cell) -> Progress:
 
 
 def run_status(root: Path) -> None:
-    """Print the matrix. Raises `XAttnResError` if `root` is no benchmark's folder."""
+    """Print the matrix. Raises `XAttnResError` if `root` is not the folder of a benchmark."""
     if is_locked(root / PREPARATION_LOCK) and not (root / MATRIX).exists():
         print("The data is being prepared: which cells there are is known after that")
         return

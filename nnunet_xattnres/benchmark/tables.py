@@ -1,18 +1,20 @@
 """The tables that a report starts from, as CSV files."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas
 
-from nnunet_xattnres.benchmark.matrix import FINISHED
-from nnunet_xattnres.errors import XAttnResError, one_line
-from nnunet_xattnres.files import written_atomically
+from nnunet_xattnres.benchmark.cells import FINISHED
+from nnunet_xattnres.common.errors import XAttnResError, one_line
+from nnunet_xattnres.common.files import written_atomically
 
 CELL = ["dataset", "configuration", "trainer", "fold", "seed"]
-# The type of every column; numbers that may be missing are "float64" and "Int64".
+SET = ["dataset", "configuration", "set"]
+# The type of every column. Numbers that may be missing have the types "float64" and "Int64".
 COLUMNS = {
     "cases": {
         "dataset": "str",
@@ -70,7 +72,7 @@ COLUMNS = {
     },
     "versions": {"package": "str", "version": "str"},
 }
-# What two trainings must share to count as the same, beside dataset, trainer and cases.
+# Two trainings with equal settings, dataset, trainer and cases count as the same.
 SETTINGS = ["plans", "patch_size", "batch_size", "features", "iterations", "epochs", "parameters"]
 FLOAT_FORMAT = "%.6g"
 REMEDY = "make it with `nnunet-xattnres benchmark report` from the benchmark's folder"
@@ -78,13 +80,14 @@ REMEDY = "make it with `nnunet-xattnres benchmark report` from the benchmark's f
 
 @dataclass(frozen=True)
 class Tables:
-    """What was measured, as `COLUMNS` says.
+    """What was measured, in the columns of `COLUMNS`.
 
-    cases: a row per prediction and label; an undefined metric is NaN. set: "validation" or "test".
-    cells: a row per training of the matrix, whatever has become of it. patch_size: "56x40". features: the channels of
-    every stage, "16 32 64". iterations: per epoch, missing where the trainer's own. versions: "package version; ...".
-    curves: a row per epoch. datasets: labels is "value:name;...", the values of a region joined by "+".
-    trainers: as the spec has them, in its order: the first one is that which all others are compared with.
+    cases: a row per prediction and label. An undefined metric is NaN. set: "validation" or "test".
+    cells: a row per training of the matrix, in whatever state. patch_size: "56x40". features: the channels of every
+        stage, "16 32 64". iterations: per epoch, missing for the trainer's default. versions: "package version; ...".
+    curves: a row per epoch.
+    datasets: labels is "value:name;...", with the values of a region joined by "+".
+    trainers: in the order of the spec. All others are compared with the first one.
     versions: of the packages that have measured.
     """
 
@@ -97,17 +100,22 @@ class Tables:
 
     @property
     def finished(self) -> dict[tuple[str | int, ...], dict[str, Any]]:
-        """By `CELL`, for every finished training: what it shares with another one that counts as the same."""
+        """Finished trainings by their values of `CELL`, each with what must be equal to count as the same training."""
         table = self.cells[self.cells.state == FINISHED][[*CELL, *SETTINGS]]
         for name, key in (("datasets", "dataset"), ("trainers", "trainer")):
             table = table.merge(as_written(getattr(self, name)), on=key, how="left")
-        # Missing numbers become None, which is equal to itself.
+        # JSON makes None of missing numbers. NaN would not be equal to itself.
         rows = json.loads(table.to_json(orient="records"))
         return {tuple(row.pop(name) for name in CELL): row for row in rows}
 
 
 def has_tables(folder: Path) -> bool:
     return (folder / "cases.csv").is_file()
+
+
+def make_table(name: str, rows: Iterable[dict[str, Any]]) -> pandas.DataFrame:
+    """The table `name` of `COLUMNS`; keys of rows that are no columns are left out."""
+    return pandas.DataFrame(list(rows), columns=list(COLUMNS[name])).astype(COLUMNS[name])
 
 
 def write_tables(tables: Tables, folder: Path) -> None:
@@ -117,19 +125,19 @@ def write_tables(tables: Tables, folder: Path) -> None:
 
 
 def write_csv(table: pandas.DataFrame, path: Path) -> None:
-    """Numbers with six significant digits, nothing for those that are undefined."""
+    """Write numbers with six significant digits, and nothing for an undefined one."""
     with written_atomically(path) as temporary:
         table.to_csv(temporary, index=False, float_format=FLOAT_FORMAT, lineterminator="\n")
 
 
 def as_written(table: pandas.DataFrame) -> pandas.DataFrame:
-    """With the digits that it has in a file, and so in every table that is read from one."""
+    """The table with its numbers rounded as in a file, and so as in every table that is read from a file."""
     floats = table.select_dtypes("float64")
     return table.assign(**{name: floats[name].map(lambda value: float(FLOAT_FORMAT % value)) for name in floats})
 
 
 def read_tables(folder: Path) -> Tables:
-    """Raises `XAttnResError` for a file that is missing or damaged, and for files of different benchmarks."""
+    """Read the tables of a report. Raises `XAttnResError` if files are missing, damaged or of different reports."""
     tables = Tables(**{name: _read(folder / f"{name}.csv", columns) for name, columns in COLUMNS.items()})
     _check_consistency(tables, folder)
     return tables
@@ -138,7 +146,7 @@ def read_tables(folder: Path) -> Tables:
 def _read(path: Path, columns: dict[str, str]) -> pandas.DataFrame:
     try:
         may_be_missing = {name: [""] for name, kind in columns.items() if kind in ("float64", "Int64")}
-        # All names as text first, for a case may be called 001 or NA.
+        # pandas must take no name for a number or a missing value: a case may be called 001 or NA.
         header = pandas.read_csv(path, nrows=0).columns
         missing = [name for name in columns if name not in header]
         if missing:

@@ -1,17 +1,16 @@
-"""What one network costs, measured in a process of its own: `python -m nnunet_xattnres.overhead.measurement FOLDER`.
+"""The cost of one network, measured in a process of its own: `python -m nnunet_xattnres.overhead.measurement FOLDER`.
 
-FOLDER holds `request.json` (the fields of `Request`) and gets `answer.json` (those of `Answer`). Network, loss,
-optimizer, autocast and compilation are those of the real nnU-Net trainer.
+The process reads a `Request` from FOLDER/request.json and writes an `Answer` to FOLDER/answer.json. Network, loss,
+optimizer, autocast and compilation are those of the nnU-Net trainer.
 """
 
 import json
 import os
 import sys
-import threading
 import timeit
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,36 +18,34 @@ from typing import Any
 import psutil
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import file_ending_dataset_mapping
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_xattnres.device import is_out_of_memory, limit_memory
-from nnunet_xattnres.errors import XAttnResError, one_line
-from nnunet_xattnres.files import written_atomically
-from nnunet_xattnres.network import PlannedUNet, uncompiled
-from nnunet_xattnres.trainer import XAttnResTrainerMixin
-from nnunet_xattnres.trainer_lookup import find_trainer
+from nnunet_xattnres.common.device import PeakMemory, is_out_of_memory, limit_memory
+from nnunet_xattnres.common.errors import XAttnResError, one_line
+from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.model.planned_unet import PlannedUNet, uncompiled
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
+from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 
 MEASURED = "measured"
 OUT_OF_MEMORY = "out of memory"
 FAILED = "failed"
 
-# On a GPU the first steps compile, try cuDNN's algorithms, and are skipped until the loss scale fits.
+# On a GPU, the first steps compile and try cuDNN's algorithms, and they are skipped until the loss scale fits.
 WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
-# How long repetitions are timed; what takes longer is timed once.
+# Repetitions are timed for so long, but at least one.
 STEP_SECONDS = 3.0
 INFERENCE_SECONDS = 1.0
-SAMPLING_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
 class Request:
     """One network to measure.
 
-    device: "cpu" or "cuda". backend: how the attention is computed, or None for what the trainer says.
+    device: "cpu" or "cuda". backend: of the attention. None for the trainer's own.
     """
 
     plans: dict[str, Any]
@@ -61,14 +58,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one process has found out; what it did not get to is None or empty.
+    """The results of one process. Results that it did not reach are None or empty.
 
-    status: `MEASURED`, `OUT_OF_MEMORY` or `FAILED`, the latter with a reason in one line.
+    status: `MEASURED`, `OUT_OF_MEMORY` or `FAILED`.
+    reason: why it failed, in one line.
     flops: of the matrix products and convolutions of one training step.
-    reads_at: the stages that read, E2, E3, ..., D0, D1, ..., or at block level the parts that choose.
-    step_seconds, inference_seconds: one per repetition, of a training step and of one patch's inference.
-    peak_memory: in bytes during a training step; on a GPU what PyTorch allocates, on a CPU how far the process grows.
-    compiled: whether nnU-Net compiled the network to train. threads: of PyTorch's operations. device_name: the GPU's.
+    reads_at: the stages that read from the pool, E2, E3, ..., D0, D1, ... At block level: the parts that read.
+    step_seconds, inference_seconds: one per repetition, of a training step and of the inference of one patch.
+    peak_memory: in bytes during a training step, see `PeakMemory`.
+    compiled: whether nnU-Net compiled the network for training.
+    threads: that PyTorch computes with.
+    device_name: of the GPU.
     """
 
     status: str
@@ -90,12 +90,11 @@ def main() -> None:
     if request.device == "cpu":
         limit_memory(psutil.virtual_memory().available)
     for answer in measure(request):
-        with written_atomically(folder / "answer.json") as temporary:
-            temporary.write_text(json.dumps(asdict(answer)))
+        write_json_atomically(asdict(answer), folder / "answer.json")
 
 
 def measure(request: Request) -> Iterator[Answer]:
-    """Answers that know more and more. The last one counts: a process that is killed leaves the one before."""
+    """Yield an answer whenever more is known. The last one counts: a process that is killed leaves the one before."""
     answer = Answer(FAILED)
     try:
         measurement = Measurement(request)
@@ -105,7 +104,7 @@ def measure(request: Request) -> Iterator[Answer]:
         except XAttnResError:
             raise
         except Exception:
-            pass  # The network computes something that needs numbers: counted below, when they are there.
+            pass  # The network does not run on the meta device. Counts are made below, on the trainer's device.
         answer = replace(answer, **measurement.costs())
         if answer.flops is None:
             answer = replace(answer, **measurement.counts(measurement.trainer.device))
@@ -124,7 +123,7 @@ def _reason(error: Exception) -> str:
 
 
 class Measurement:
-    """One trainer on one configuration of the plans, in the folders that nnU-Net's environment variables name.
+    """One trainer on one configuration of the plans. It works in the folders of nnU-Net's environment variables.
 
     Raises `XAttnResError` if nnU-Net finds no such trainer.
     """
@@ -134,33 +133,23 @@ class Measurement:
         if request.backend is not None and issubclass(trainer_class, XAttnResTrainerMixin):
             trainer_class.xattnres_config = replace(trainer_class.xattnres_config, backend=request.backend)
         if request.device == "cuda":
-            # As nnUNetv2_train does it. On a CPU it takes all cores whatever OMP_NUM_THREADS says; here that counts.
+            # As in nnUNetv2_train. On a CPU, that command takes all cores. Here OMP_NUM_THREADS counts.
             torch.set_num_threads(1)
             torch.backends.cudnn.benchmark = True
-        self.trainer: nnUNetTrainer = trainer_class(
-            # The trainer takes the additional key out again.
-            request.plans | {"continue_training": False},
-            request.configuration,
-            0,
-            request.dataset_json,
-            torch.device(request.device),
-        )
+        self.planned = PlannedNetwork(request.trainer, request.plans, request.configuration, request.dataset_json)
+        self.trainer = self.planned.make_trainer(trainer_class, fold=0, device=request.device)
 
     def counts(self, device: torch.device) -> dict[str, Any]:
-        """Parameters, FLOPs of one training step, and what reads where.
+        """Parameters, FLOPs of one training step, and the stages that read.
 
-        device: "meta" computes shapes alone; on any other the trainer's own network, initialised, is counted.
+        device: "meta" for shapes alone. On any other device, the trainer must be initialised: its network is used.
         """
-        trainer = self.trainer
-        plans, configuration = trainer.plans_manager, trainer.configuration_manager
-        channels = determine_num_input_channels(plans, configuration, trainer.dataset_json)
+        trainer, configuration = self.trainer, self.planned.manager
         with device:
             network = trainer.network and uncompiled(trainer.network)
             if network is None:
-                network = trainer.build_network_architecture(
-                    plans, configuration, channels, trainer.label_manager.num_segmentation_heads, True
-                )
-            images = torch.zeros(configuration.batch_size, channels, *configuration.patch_size)
+                network = self.planned.build(type(trainer))
+            images = torch.zeros(configuration.batch_size, self.planned.num_input_channels, *configuration.patch_size)
         with FlopCounterMode(display=False) as counter:
             outputs = network(images)
             sum(output.sum() for output in (outputs if isinstance(outputs, list) else [outputs])).backward()
@@ -183,8 +172,8 @@ class Measurement:
         trainer.network.train()
         for _ in range(WARM_UP_STEPS[trainer.device.type]):
             trainer.train_step(batch)
-        # Sampling takes time, so one step is observed that is not timed: the timer's own first one. It holds the most,
-        # for the optimizer's state is there from the second step on.
+        # Sampling takes time, so the sampled step is the timer's first, which is not timed. It shows the peak: the
+        # optimizer has its state from the second step on.
         observations = iter([memory.observed()])
 
         def step() -> None:
@@ -200,7 +189,7 @@ class Measurement:
         }
 
     def _batch(self) -> dict[str, Any]:
-        """Noise and random labels, on the device, in the shapes and types of nnU-Net's augmentation."""
+        """Noise and random labels on the device, with the shapes and types that nnU-Net's augmentation gives."""
         trainer = self.trainer
         size = trainer.configuration_manager.patch_size
         data = torch.randn(trainer.batch_size, trainer.num_input_channels, *size, device=trainer.device)
@@ -213,17 +202,17 @@ class Measurement:
     def _target(self, size: list[int]) -> Tensor:
         trainer, labels = self.trainer, self.trainer.label_manager
         if labels.has_regions:
-            # One channel per region, and the mask of the ignore label behind them.
+            # One channel per region, then the mask of the ignore label.
             channels = len(labels.foreground_regions) + labels.has_ignore_label
             return torch.randint(2, (trainer.batch_size, channels, *size), dtype=torch.bool, device=trainer.device)
         shape = (trainer.batch_size, 1, *size)
         return torch.randint(len(labels.all_labels), shape, dtype=torch.int16, device=trainer.device)
 
     def _inference_seconds(self, patch: Tensor) -> list[float]:
-        """As nnU-Net's predictor computes one tile, without mirroring."""
+        """Seconds for one patch, computed as nnU-Net's predictor does, without mirroring."""
         trainer = self.trainer
         network: Callable[[Tensor], object] = uncompiled(trainer.network).eval()
-        # The predictor compiles only where it is told to.
+        # The predictor compiles only on request.
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):
             network = torch.compile(network)
         on_gpu = trainer.device.type == "cuda"
@@ -235,44 +224,8 @@ class Measurement:
             trainer.set_deep_supervision_enabled(True)
 
 
-class PeakMemory:
-    """The most memory in use while something is observed, in bytes.
-
-    CUDA: of what PyTorch's allocator has handed out, all of it. CPU: of the process's resident size, beyond what it is
-    at the start. That is sampled: the kernel's own maximum, ru_maxrss, passes from a parent to the program it starts.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.peak = 0
-        self._process = psutil.Process()
-        self._start = self._process.memory_info().rss
-
-    @contextmanager
-    def observed(self) -> Iterator[None]:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            yield
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
-            return
-        stop = threading.Event()
-        sampler = threading.Thread(target=self._sample, args=(stop,), daemon=True)
-        sampler.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            sampler.join()
-
-    def _sample(self, stop: threading.Event) -> None:
-        stopped = False
-        while not stopped:
-            stopped = stop.wait(SAMPLING_SECONDS)
-            self.peak = max(self.peak, self._process.memory_info().rss - self._start)
-
-
 def load_libraries() -> None:
-    """A training step of next to nothing: what PyTorch loads on first use is not the network's cost."""
+    """Run a tiny training step: the libraries that PyTorch loads on first use are no cost of the network."""
     network = nn.Conv3d(1, 1, 3)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True)
     network(torch.zeros(1, 1, 8, 8, 8)).sum().backward()
@@ -281,8 +234,8 @@ def load_libraries() -> None:
 
 
 def _times(function: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds per call, after a call that is not timed; for `seconds` altogether, or once."""
-    # Imported by whoever measures alone: without a GPU it warns of a missing one where CUDA_HOME is set.
+    """Seconds per call, after one call that is not timed. Calls are repeated until they took `seconds` altogether."""
+    # Imported only in the process that measures: without a GPU, but with CUDA_HOME set, it prints a warning.
     from torch.utils.benchmark import timer
 
     function()
@@ -295,7 +248,7 @@ def _times(function: Callable[[], object], seconds: float) -> list[float]:
 
 
 def _place_dataset(folder: Path) -> None:
-    """A file from which nnU-Net infers how the dataset is stored; it is never opened."""
+    """Make the file from which nnU-Net infers the storage format. It is never opened."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"case.{next(iter(file_ending_dataset_mapping))}").touch()
 

@@ -1,4 +1,4 @@
-"""From measurements to ratios, and from ratios to a table, CSV, JSON and a figure."""
+"""Ratios of measurements, and their table, CSV, JSON and figure."""
 
 import csv
 import io
@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from nnunet_xattnres.common.figures import COLOURS
+from nnunet_xattnres.common.text import align_columns
+from nnunet_xattnres.nnunet.installation import TRAINER_PREFIX, short_name
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, Answer
-from nnunet_xattnres.report import COLOURS, align_columns
-from nnunet_xattnres.sources import PlannedNetwork
 
 NOTHING = "-"
-PREFIX = "nnUNetTrainer"
 BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0}
 CHART_PANELS = {
     "step_seconds_ratio": "training step time",
@@ -30,7 +31,7 @@ CHART_PANELS = {
 
 @dataclass
 class Row:
-    """All rounds of one trainer. The last answer says how it went: after a failure there are no more."""
+    """All rounds of one trainer. A trainer that fails is not measured again: the last answer has the status."""
 
     trainer: str
     answers: list[Answer] = field(default_factory=list)
@@ -45,22 +46,22 @@ class Row:
 
     @property
     def label(self) -> str:
-        return self.trainer.removeprefix(PREFIX) or self.trainer
+        return short_name(self.trainer)
 
     def first(self, name: str) -> Any:
-        """The first round's value of a field that is the same in all of them."""
+        """The value of a field that is the same in all rounds."""
         return getattr(self.answers[0], name) if self.answers else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The networks on one configuration, the planned one first."""
+    """The networks of one configuration. The first is the planned one."""
 
     planned: PlannedNetwork
     rows: list[Row]
 
     def figures(self, row: Row) -> dict[str, float | None]:
-        """Absolute numbers, medians over all repetitions, and ratios to the planned network; None what is not known."""
+        """Numbers, medians over all repetitions, and their ratios to the planned network. None if not known."""
         reference = self.rows[0]
         steps = [seconds for answer in row.answers for seconds in answer.step_seconds]
         inference = [seconds for answer in row.answers for seconds in answer.inference_seconds]
@@ -81,7 +82,7 @@ class Comparison:
         }
 
     def record(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Everything that is known, for JSON."""
         return self._identity() | {
             "trainers": [
                 {
@@ -96,6 +97,7 @@ class Comparison:
         }
 
     def csv_rows(self) -> list[dict[str, Any]]:
+        """One row per trainer, for CSV."""
         identity = self._identity() | {"patch_size": "x".join(map(str, self.planned.manager.patch_size))}
         return [
             identity | {"trainer": row.trainer, "status": row.status, "reason": row.reason} | self.figures(row)
@@ -115,17 +117,17 @@ class Comparison:
 
 
 def paired_ratio(row: Row, reference: Row, quantity: Callable[[Answer], float | None]) -> float | None:
-    """The median over rounds of row / reference, each round's two measured one after the other."""
+    """The median over rounds of row / reference. The two measurements of a round were made one after the other."""
     pairs = [(quantity(ours), quantity(theirs)) for ours, theirs in zip(row.answers, reference.answers, strict=False)]
     ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
     return median(ratios) if ratios else None
 
 
 def cost_table(comparison: Comparison) -> str:
-    """A line per trainer, at most 120 columns wide, and what can only be said in words below."""
+    """A line per trainer, at most 120 columns wide. Below: the stages that read, and the reasons of failures."""
     figures = [comparison.figures(row) for row in comparison.rows]
     flops_unit, flops_name = (1e12, "TFLOPs") if any((f["flops"] or 0) >= 1e12 for f in figures) else (1e9, "GFLOPs")
-    rows = [[PREFIX, "parameters", flops_name, "step s", "memory GB", "inference s"]]
+    rows = [[TRAINER_PREFIX, "parameters", flops_name, "step s", "memory GB", "inference s"]]
     for row, f in zip(comparison.rows, figures, strict=True):
         spread = f"[{_number(f['step_seconds_min'])}, {_number(f['step_seconds_max'])}]"
         step = _with_ratio(f"{_number(f['step_seconds'])} {spread}", f["step_seconds_ratio"])
@@ -148,7 +150,7 @@ def cost_table(comparison: Comparison) -> str:
 
 
 def csv_lines(comparisons: list[Comparison]) -> str:
-    """A header and a line per plans and trainer."""
+    """CSV: a header, and a line for each pair of plans and trainer."""
     rows = [row for comparison in comparisons for row in comparison.csv_rows()]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -158,7 +160,7 @@ def csv_lines(comparisons: list[Comparison]) -> str:
 
 
 def draw_ratios(comparisons: list[Comparison]) -> Figure:
-    """A bar for every plans and trainer: how many times the planned network's step time, memory and parameters."""
+    """Bars of step time, memory and parameters relative to the planned network, for each pair of plans and trainer."""
     labels = list(dict.fromkeys(row.label for comparison in comparisons for row in comparison.rows[1:]))
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     height = 1.4 + len(comparisons) * (0.2 + 0.17 * max(1, len(labels)))
@@ -186,7 +188,7 @@ def _draw_panel(axis: Axes, comparisons: list[Comparison], quantity: str, colour
             else:
                 axis.barh(position, ratio, height=0.9 * thickness, color=colours[row.label])
                 text = f"{ratio:.2f}"
-            # Beside the line rather than across it.
+            # A text beside the line at 1, not across it.
             place = (0 if ratio is None else max(ratio, 1), position)
             axis.annotate(text, place, (3, 0), textcoords="offset points", va="center", fontsize=7, bbox=BACKGROUND)
     axis.axvline(1, color="black", linewidth=1, zorder=1.5)

@@ -1,11 +1,10 @@
-"""The planned network and others in turn, each measurement in a fresh process; what comes out, in files and a table."""
+"""The command `nnunet-xattnres overhead`: measures networks in turn, each in a new process, and writes the results."""
 
 import json
 import os
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,26 +19,21 @@ import torch
 from tqdm import tqdm
 
 from nnunet_xattnres import __version__
-from nnunet_xattnres.backends import check_backend
-from nnunet_xattnres.commands import (
-    NnUNet,
-    end_process_group,
-    last_meaningful_line,
-    termination_as_exception,
-)
-from nnunet_xattnres.device import NO_MEMORY_LEFT, choose_device, cpu_name
-from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import write_text_atomically
+from nnunet_xattnres.common.device import NO_MEMORY_LEFT, choose_device, cpu_name
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.figures import write_figure
+from nnunet_xattnres.common.files import write_json_atomically, write_text_atomically
+from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line
+from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
+from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
+from nnunet_xattnres.ops.backends import check_backend
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
-from nnunet_xattnres.plans import write_json_atomically
-from nnunet_xattnres.report import write_figure
-from nnunet_xattnres.sources import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
-from nnunet_xattnres.trainer_lookup import find_trainer
 
 PLANNED = "nnUNetTrainerPlanned"
 MEASUREMENT = "nnunet_xattnres.overhead.measurement"
-# Of patches in a batch, of repeats. PyTorch counts a tensor's numbers in 64 bits.
+# For --batch-size and --repeats. PyTorch counts the elements of a tensor in 64 bits.
 MAX_NUMBER = 10**6
 
 
@@ -47,13 +41,15 @@ MAX_NUMBER = 10**6
 class Options:
     """What to measure and where to write it.
 
-    dataset, presets, plans: exactly one of them says where the plans come from.
-    plans_name: of a dataset or preset; None for nnU-Net's default.
+    dataset, presets, plans: where the plans come from. Exactly one of them is given.
+    plans_name: of the dataset or preset. None for nnU-Net's default.
     trainers: measured beside nnUNetTrainerPlanned.
-    backend: how the attention is computed; None for what each trainer says.
-    batch_size: None for the planned one. device: "cpu" or "cuda"; None for CUDA where there is a GPU.
-    compile: None for what nnU-Net does on the device.
-    repeats: processes per trainer. csv: None for none.
+    backend: of the attention. None for each trainer's own.
+    batch_size: None for the planned one.
+    device: "cpu" or "cuda". None for "cuda" if there is a GPU.
+    compile: whether nnU-Net compiles the networks. None for its default on the device.
+    repeats: processes per trainer.
+    csv: None to write none.
     """
 
     dataset: str | None
@@ -75,8 +71,8 @@ class Options:
 def run_overhead(options: Options) -> None:
     """Measure, write the files and print a table for every plan.
 
-    Raises `XAttnResError` for options that cannot be met, before anything is measured, and at the end if a measurement
-    failed for another reason than want of memory.
+    Raises `XAttnResError`, before anything is measured, for options that cannot be used. Raises it at the end if a
+    measurement failed for another reason than too little memory.
     """
     device = _device(options)
     _check_numbers(options)
@@ -142,7 +138,7 @@ def _check_outputs(options: Options) -> None:
         try:
             if path.is_dir():
                 raise XAttnResError(f"{option} {path} is a folder: name a file")
-            # The name is the one it is first written under, or longer.
+            # As long as the temporary name that the file is written under, or longer.
             with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"):
                 pass
         except OSError as error:
@@ -170,45 +166,33 @@ def _compare(
 
 
 def measure_in_new_process(request: Request, compile: bool | None = None) -> Answer:
-    """The answer of a fresh Python process, which is ended with whatever it has started if this one is interrupted.
+    """The answer of a new Python process. If this process is interrupted, the new one and its workers are ended.
 
-    compile: whether nnU-Net compiles the network; None for its default.
+    compile: whether nnU-Net compiles the network. None for its default.
     """
-    with TemporaryDirectory(prefix="nnunet_xattnres_") as name, termination_as_exception():
+    with TemporaryDirectory(prefix="nnunet_xattnres_") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(asdict(request)))
         environment = os.environ | NnUNet(folder, request.device).folders() | {"nnUNet_wandb_enabled": "0"}
         if compile is not None:
             environment["nnUNet_compile"] = str(int(compile))
         if request.device == "cpu":
-            # The timer would start CUDA, some hundred megabytes, to wait for a GPU that has nothing to do.
+            # Without this, the timer starts CUDA, which takes some hundred megabytes, to wait for an idle GPU.
             environment["CUDA_VISIBLE_DEVICES"] = ""
         log = folder / "log.txt"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", MEASUREMENT, str(folder)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                # Its own process group, so that the compiler's workers can be ended with it.
-                start_new_session=True,
-            )
-            try:
-                return_code = process.wait()
-            finally:
-                end_process_group(process)
+        command = [sys.executable, "-m", MEASUREMENT, str(folder)]
+        with log.open("wb") as output, child_process(command, environment, output) as process:
+            return_code = process.wait()
         answer_file = folder / "answer.json"
         answer = Answer(**json.loads(answer_file.read_text())) if answer_file.is_file() else Answer(FAILED)
         return answer if return_code == 0 else _of_dead_process(answer, return_code, log.read_text(errors="replace"))
 
 
 def _of_dead_process(answer: Answer, return_code: int, log: str) -> Answer:
-    """What a process that did not end by itself had found out, and why it ended."""
+    """The answer of a process that did not end well: what it knew, and why it ended."""
     if return_code == -signal.SIGKILL or NO_MEMORY_LEFT.search(log):
         return replace(answer, status=OUT_OF_MEMORY)
-    ended = f"ended by {signal.Signals(-return_code).name}" if return_code < 0 else f"exit status {return_code}"
-    return replace(answer, status=FAILED, reason=f"{ended}: {last_meaningful_line(log)}")
+    return replace(answer, status=FAILED, reason=f"{how_it_ended(return_code)}: {last_meaningful_line(log)}")
 
 
 def _write(comparisons: list[Comparison], options: Options, device: str) -> None:

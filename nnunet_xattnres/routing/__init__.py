@@ -1,1 +1,1 @@
-"""What a network reads: attention weights collected, recorded during training, drawn, and written for any case."""
+"""Attention weights recorded during a training, and drawn."""

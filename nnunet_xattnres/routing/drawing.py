@@ -1,4 +1,4 @@
-"""Pictures of what a network reads: of a training, and of a case."""
+"""Pictures of attention weights: of a training, and of a case."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,37 +19,36 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from skimage.measure import block_reduce
 
-from nnunet_xattnres.report import draw_slice, figure_style, label_colour, write_figure
-from nnunet_xattnres.routing.collecting import in_pool_order, kind_and_number
-from nnunet_xattnres.routing.recording import RoutingHistory
+from nnunet_xattnres.common.figures import draw_slice, figure_style, label_colour, write_figure
+from nnunet_xattnres.routing.recording import RoutingHistory, in_pool_order, kind_and_number
 
-# Told apart with every kind of colour vision, and in print without colours.
+# Distinguishable with every kind of colour vision, and in print without colours.
 COLOURS = colormaps["viridis"]
-# A line's colour says the resolution: Okabe and Ito's, black and grey in place of a yellow that is too light for lines.
+# The colour of a line shows the resolution. The palette is Okabe and Ito's, with grey for a yellow too light for lines.
 LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "black", "0.6")
 LINE_STYLES = {"E": "-", "D": "--", "input": "--", "block": "-"}
 NOTHING_TO_READ = "0.93"
 WEIGHT = "attention weight"
 DPI = 120
 DPI_IN_PRINT = 300  # of the slices in a PDF
-OUTLINE_PIXELS = 128  # along a panel, whose lines are too thick for finer outlines
+OUTLINE_PIXELS = 128  # along a panel. Its lines are too thick for finer outlines.
 LEGEND_LINE = 0.16  # inches
 TITLE_CHARACTER = 0.1
-POINTS_PER_LINE = 250  # drawn again after every epoch: a few inches show no more
+POINTS_PER_LINE = 250  # enough for a line a few inches long
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 6.5
 
 
 def save_figure(draw: Callable[[], Figure], path: Path) -> None:
-    """Draw a figure and write it, whole or not at all, in the format that the path's name says."""
+    """Draw a figure and write it atomically, in the format of the path's suffix."""
     with figure_style():
         write_figure(draw(), path, DPI_IN_PRINT if path.suffix == ".pdf" else DPI)
 
 
 class _Page:
-    """A figure on which axes are placed in inches from the upper left corner.
+    """A figure whose axes are placed in inches from the upper left corner.
 
-    A layout that matplotlib computes would cost several times the drawing.
+    Matplotlib's automatic layouts take several times as long as the drawing.
     """
 
     def __init__(self, width: float, height: float) -> None:
@@ -65,7 +64,7 @@ class _Page:
 
 
 def draw_history(history: RoutingHistory) -> Figure:
-    """The mean weights of the latest epoch, targets by sources, and beneath how those of every target moved."""
+    """A heat map of the latest mean weights, targets by sources, and below it a plot per target over the epochs."""
     cell, plot_height, gap, per_row, legend_columns = 0.42, 1.2, 0.45, 4, 8
     targets, sources = list(history.sources), history.all_sources
     map_width, map_height = cell * len(sources), cell * len(targets)
@@ -101,11 +100,11 @@ def draw_history(history: RoutingHistory) -> Figure:
 
 @dataclass
 class CasePicture:
-    """One slice of a case, and of its weight maps.
+    """One slice of a case and of its weight maps.
 
-    title: which case, which slice.
+    title: names the case and the slice.
     image, prediction: [row, column]. spacing: of rows and columns in mm. labels: the names of the prediction's values.
-    maps: by target and source, a slice and the mean over the predicted foreground of the whole case.
+    maps: by target and source, a slice of the map and its mean over the predicted foreground of the whole case.
     """
 
     title: str
@@ -117,7 +116,7 @@ class CasePicture:
 
 
 def draw_case(picture: CasePicture) -> Figure:
-    """A row per target, a column per source: the weights over the image, in every row on a scale of its own."""
+    """The weights over the image, one row per target and one column per source. Every row has its own colour scale."""
     sources = in_pool_order(chain(*picture.maps.values()))
     (rows, columns), (y_spacing, x_spacing) = picture.image.shape, picture.spacing
     aspect = float(np.clip(rows * y_spacing / (columns * x_spacing), 0.4, 2.5))
@@ -135,7 +134,7 @@ def draw_case(picture: CasePicture) -> Figure:
         axis = page.axes(left_margin + i * (width + gap), top_margin, width, height)
         draw_slice(axis, picture.image, picture.spacing, labels)
     present = [value for value in np.unique(picture.prediction) if value]
-    # The legend stands beside one row, its title and what is left out included.
+    # The legend is as high as one row. That includes its title and the line "and ... more".
     named = present[: max(1, int(height / LEGEND_LINE) - 2)]
     handles = [Patch(color=label_colour(value), label=picture.labels[value]) for value in named]
     if len(present) > len(named):
@@ -239,7 +238,7 @@ def _draw_course(axis: Axes, history: RoutingHistory, target: str, all_sources: 
     for k, source in enumerate(history.sources[target]):
         weights = [history.epochs[epoch][target][k] for epoch in epochs]
         course = np.array([np.nan if weight is None else weight for weight in weights])
-        # A single epoch makes no line.
+        # A single epoch is a point, which a line does not show.
         axis.plot(epochs, course, marker="." if len(epochs) == 1 else "", **_line_style(source, all_sources))
     axis.set_title(target, fontsize=FONT_SIZE, pad=3)
     axis.set_ylim(bottom=0)
@@ -250,11 +249,11 @@ def _draw_course(axis: Axes, history: RoutingHistory, target: str, all_sources: 
 
 
 def _line_style(source: str, sources: list[str]) -> dict[str, Any]:
-    """A colour by resolution, E0's first, and dashes for the decoder; at block level a colour by block."""
+    """One colour per resolution, the highest first, with dashes for the decoder. At block level, one per block."""
     if source == "current":
         return {"color": "black", "linestyle": ":", "linewidth": 1.2}
     kind, number = kind_and_number(source)
-    # A decoder stage has the resolution of the encoder stage whose skip connection it gets.
+    # A decoder stage has the resolution of the encoder stage at the other end of its skip connection.
     level = len([name for name in sources if name.startswith("E")]) - 2 - number if kind == "D" else number
     again, colour = divmod(level, len(LINE_COLOURS))
     return {"color": LINE_COLOURS[colour], "linestyle": LINE_STYLES[kind], "linewidth": 0.6 if again else 1.2}

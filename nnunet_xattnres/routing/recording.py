@@ -1,6 +1,8 @@
-"""What a network reads on average, recorded in every validation of its training."""
+"""The mean attention weights of a network, recorded in every validation of its training."""
 
 import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -10,26 +12,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 
-from nnunet_xattnres.errors import XAttnResError
-from nnunet_xattnres.files import write_text_atomically
-from nnunet_xattnres.network import PlannedUNet, uncompiled
-from nnunet_xattnres.routing.collecting import WeightMeans, in_pool_order
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.files import write_text_atomically
+from nnunet_xattnres.model.planned_unet import PlannedUNet, uncompiled
 
 RECORD = "xattnres_routing.json"
 PICTURE = "xattnres_routing.png"
 DECIMALS = 6
 
 MOST_RECORDED_BATCHES = 2
-# A recorded batch costs one more forward pass, about a third of a training step: less than 0.7 % of so many.
+# Recording a batch costs an additional forward pass, about a third of a training step: less than 0.7 % of 50 steps.
 TRAINING_STEPS_PER_RECORDED_BATCH = 50
 
 
 @dataclass
 class RoutingHistory:
-    """What every target read, on average, in every epoch.
+    """The mean attention weights of every target in every epoch.
 
-    sources: by target, in the order of its weights.
-    epochs: by epoch and target. None takes the place of a weight that is no number.
+    sources: the names of the sources of every target, in the order of its weights.
+    epochs: the weights by epoch and target. None stands for NaN and infinity.
     """
 
     sources: dict[str, list[str]]
@@ -37,11 +38,15 @@ class RoutingHistory:
 
     @property
     def all_sources(self) -> list[str]:
+        """Every source once, in the order in which sources are computed."""
         return in_pool_order(chain(*self.sources.values()))
 
     @classmethod
     def read(cls, path: Path) -> "RoutingHistory":
-        """Raises `XAttnResError` for a file that is damaged or something else, `OSError` for an unreadable one."""
+        """Read what `write` has written.
+
+        Raises `XAttnResError` for a file with other content, and `OSError` for a file that cannot be read.
+        """
         text = path.read_bytes()
         try:
             content = json.loads(text)
@@ -62,7 +67,7 @@ class RoutingHistory:
         return history
 
     def record(self, epoch: int, means: dict[str, list[float | None]]) -> None:
-        """Add an epoch. What was recorded of it and of later ones, by a training that went on from here, goes."""
+        """Add an epoch. Earlier records of this epoch and of later epochs are removed: training has been repeated."""
         self.epochs = {earlier: of_epoch for earlier, of_epoch in self.epochs.items() if earlier < epoch}
         self.epochs[epoch] = means
 
@@ -72,12 +77,12 @@ class RoutingHistory:
 
 
 class ValidationRecorder:
-    """The mean weights of the first batches of a validation.
+    """Records the mean weights of the first batches of a validation.
 
-    Each of them runs through the network once more, uncompiled: what torch.compile has made of it is never touched.
+    Each recorded batch runs through the uncompiled network once more, so that nothing is compiled again.
 
-    network: the trainer's, compiled and distributed as it may be.
-    training_steps: of an epoch. Less is recorded where they are few, but always one patch.
+    network: the trainer's network. It may be wrapped for compilation and for distributed training.
+    training_steps: the number per epoch. If it is small, less is recorded, but always one patch.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, training_steps: int) -> None:
@@ -91,21 +96,24 @@ class ValidationRecorder:
 
     @torch.no_grad()
     def observe(self, data: Tensor) -> None:
-        """Record a batch, unless there have been enough."""
+        """Record a batch (B, channels, *size), unless enough batches have been recorded."""
         if not self._batches_to_record:
             return
         assert isinstance(self.network, PlannedUNet)
         self._batches_to_record -= 1
-        # nnU-Net validates in mixed precision on a GPU, and nowhere else.
+        # As in nnU-Net's validation, mixed precision is for GPUs only.
         mixed_precision = torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
         with mixed_precision, self.network.routing(receive=self._means.add):
             self.network((data if self._whole_batches else data[:1]).to(self.device, non_blocking=True))
 
     def means(self) -> dict[str, list[float | None]]:
-        """Over all processes of the training, of which each calls this. Empty where nothing was recorded."""
+        """The mean weights of every target over all processes of the training. Empty if nothing was recorded.
+
+        Every process of a distributed training must call this.
+        """
         if not self.sources:
             return {}
-        # Every process takes part, whether or not it has recorded anything: the others wait for it.
+        # Every process must take part, even if it has recorded nothing, because the others wait for it.
         sums = torch.cat(list(self._means.sums.values())).to(self.device)
         calls = torch.tensor([self._means.calls[target] for target in self.sources], device=self.device)
         if distributed.is_initialized():
@@ -122,3 +130,39 @@ class ValidationRecorder:
 
 def _number_or_none(weight: float) -> float | None:
     return round(weight, DECIMALS) if isfinite(weight) else None
+
+
+# In this order a picture shows the sources of several targets.
+KINDS_OF_SOURCES = ("input", "E", "D", "block", "current")
+
+
+class WeightMeans:
+    """Accumulates the mean weight of every source over batch items, positions and calls. No map is kept.
+
+    sums: by target, the sum of the means of all calls, (K,). calls: by target, the number of calls.
+    """
+
+    def __init__(self, sources: Mapping[str, Sequence[str]]) -> None:
+        self.sums = {target: torch.zeros(len(names)) for target, names in sources.items()}
+        self.calls = dict.fromkeys(sources, 0)
+
+    def add(self, target: str, weights: Tensor) -> None:
+        """weights: of one call, (K, B, *size)"""
+        self.sums[target] += weights.mean(dim=list(range(1, weights.ndim))).cpu()
+        self.calls[target] += 1
+
+
+def in_pool_order(sources: Iterable[str]) -> list[str]:
+    """Every name of a source once, in the order E0, E1, ..., D0, ..., current."""
+
+    def rank(name: str) -> tuple[int, int]:
+        kind, number = kind_and_number(name)
+        return KINDS_OF_SOURCES.index(kind), number
+
+    return sorted(set(sources), key=rank)
+
+
+def kind_and_number(source: str) -> tuple[str, int]:
+    """("E", 2) for E2. A source without a number has number 0."""
+    kind, number = re.fullmatch(r"(\D+)(\d*)", source).groups()  # type: ignore[union-attr]
+    return kind, int(number or 0)

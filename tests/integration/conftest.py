@@ -6,14 +6,9 @@ from pathlib import Path
 import pytest
 
 from integration.pipeline import make_label_scenario, once, plan_and_preprocess, plan_resenc
-from integration.raw_datasets import (
-    NUM_TEST,
-    NUM_TRAINING,
-    add_smoothed_channel,
-    write_hippocampus,
-    write_ultrasound,
-)
-from nnunet_xattnres.commands import NnUNet
+from integration.raw_datasets import add_smoothed_channel, write_hippocampus, write_ultrasound
+from integration.real_data import NUM_TEST, NUM_TRAINING
+from nnunet_xattnres.nnunet.commands import NnUNet
 
 SCENARIOS = {
     "standard": "Dataset999_IntegrationTest_Hippocampus",

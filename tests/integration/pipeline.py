@@ -1,4 +1,4 @@
-"""nnU-Net's commands from raw dataset to evaluated predictions, and what a prediction without a look would score."""
+"""nnU-Net's commands, from a raw dataset to evaluated predictions, and the Dice that a guess would reach."""
 
 import json
 import sys
@@ -13,33 +13,39 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, load_summary_json, region_or_label_to_mask
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_xattnres.commands import NnUNet
-from nnunet_xattnres.datasets import reader_for
-from nnunet_xattnres.plans import TrainingBudget, add_small_configuration, write_json_atomically
+from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.nnunet.commands import Model, NnUNet
+from nnunet_xattnres.nnunet.datasets import reader_for
+from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration
 
 FOLDS = ("0", "1")
 RESENC_PLANS = "nnUNetResEncUNetMPlans"
-MAX_PATCH_VOXELS = {"2d": 64 * 64, "3d_lowres": 20_000, "3d_fullres": 20_000}
 BATCH_SIZE = {"2d": 8, "3d_lowres": 2, "3d_fullres": 2}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of networks and their trainings. num_iterations: per epoch, by configuration."""
+    """The size of networks and trainings. By configuration: num_iterations (per epoch) and max_patch_voxels."""
 
     base_features: int
     num_epochs: int
     num_iterations: Mapping[str, int]
+    max_patch_voxels: Mapping[str, int]
 
 
-# Networks with fewer channels take several times as many steps until they see anything but background.
-LEARNS = Size(base_features=32, num_epochs=4, num_iterations={"2d": 75, "3d_lowres": 75, "3d_fullres": 40})
+# Networks with fewer channels take several times as many steps until they predict anything but background.
+LEARNS = Size(
+    base_features=32,
+    num_epochs=4,
+    num_iterations={"2d": 75, "3d_lowres": 75, "3d_fullres": 40},
+    max_patch_voxels={"2d": 64 * 64, "3d_lowres": 20_000, "3d_fullres": 20_000},
+)
 
 Result = TypeVar("Result")
 
 
 def once(step: Callable[..., Result]) -> Callable[..., Result]:
-    """A step that is run when its result is first needed. Whoever needs it again gets the same result, or the error."""
+    """Run a step when its result is first needed. Later calls return the same result or raise the same error."""
     outcomes: dict[tuple, Callable[[], Result]] = {}
 
     @wraps(step)
@@ -63,7 +69,7 @@ def _raising(error: Exception) -> Callable[[], Any]:
 
 
 def run_module(nnunet: NnUNet, module: str, *arguments: str) -> None:
-    """One of the scripts that nnU-Net has no command for."""
+    """Run one of the scripts for which nnU-Net has no command."""
     nnunet.run(sys.executable, "-m", module, *arguments, log=module)
 
 
@@ -74,7 +80,7 @@ def shrink(
     plans: str = "nnUNetPlans",
     size: Size = LEARNS,
 ) -> None:
-    """Make configurations CPU-sized under their own names; what was planned stays as `<name>_planned`."""
+    """Make configurations small enough for a CPU. The planned ones are kept as `<name>_planned`."""
     path = nnunet.preprocessed / dataset / f"{plans}.json"
     content = json.loads(path.read_text())
     for name in configurations:
@@ -85,7 +91,7 @@ def shrink(
             name,
             planned,
             base_features=size.base_features,
-            max_patch_voxels=MAX_PATCH_VOXELS[name],
+            max_patch_voxels=size.max_patch_voxels[name],
             batch_size=BATCH_SIZE[name],
             budget=TrainingBudget(
                 num_epochs=size.num_epochs,
@@ -97,7 +103,7 @@ def shrink(
 
 
 def make_label_scenario(nnunet: NnUNet, dataset: str, size: Size = LEARNS) -> None:
-    """From dataset 4, by nnU-Net's own script: planned, with lowres and cascade configurations, preprocessed."""
+    """Make a dataset from dataset 4 with nnU-Net's own script, add lowres and cascade, and preprocess."""
     number = dataset[7:10]
     run_module(nnunet, f"nnunetv2.dataset_conversion.datasets_for_integration_tests.{dataset}")
     nnunet.run("nnUNetv2_plan_and_preprocess", "-d", number, "--no_pp", "-npfp", "2", log=f"{dataset}_plan")
@@ -116,7 +122,7 @@ def plan_and_preprocess(nnunet: NnUNet, dataset: str, configuration: str, size: 
 
 
 def plan_resenc(nnunet: NnUNet, dataset: str, configuration: str, size: Size = LEARNS) -> None:
-    """More plans for a dataset, for residual encoders. They share the preprocessed images of the others."""
+    """Add plans with residual encoders to a dataset. They use the preprocessed images of the other plans."""
     nnunet.run("nnUNetv2_plan_experiment", "-d", dataset[7:10], "-pl", "nnUNetPlannerResEncM", log="plan_resenc")
     shrink(nnunet, dataset, (configuration,), RESENC_PLANS, size)
 
@@ -136,7 +142,7 @@ def read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A trainer on a planned dataset. Every step is one of nnU-Net's commands and runs those that it rests on first."""
+    """A trainer on a planned dataset. Every step is an nnU-Net command, run after the steps that it needs."""
 
     nnunet: NnUNet
     dataset: str
@@ -157,12 +163,15 @@ class Experiment:
         return LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
 
     def cases(self, folder: Path) -> set[str]:
-        """Of a folder with segmentations."""
+        """The names of the cases in a folder of segmentations."""
         ending = self.dataset_json["file_ending"]
         return {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}
 
     def model(self, configuration: str) -> Path:
-        return self.nnunet.results / self.dataset / f"{self.trainer}__{self.plans}__{configuration}"
+        return self._model(configuration).folder(self.nnunet.results)
+
+    def _model(self, configuration: str) -> Model:
+        return Model(self.dataset, configuration, self.trainer, self.plans)
 
     @once
     def train(self, configuration: str, fold: str) -> Path:
@@ -171,8 +180,7 @@ class Experiment:
         return self.model(configuration) / f"fold_{fold}"
 
     def train_command(self, configuration: str, fold: str) -> list[str]:
-        what = [self.dataset, configuration, fold, "-tr", self.trainer, "-p", self.plans]
-        return ["nnUNetv2_train", *what, "--npz", "-device", "cpu"]
+        return self._model(configuration).train_command(fold, "cpu", "--npz")
 
     def train_all(self, configuration: str) -> list[Path]:
         """The folders of the trained and validated folds."""
@@ -202,12 +210,13 @@ class Experiment:
     def predict(self, configuration: str) -> Path:
         """The test set, with probabilities."""
         self.train_all(configuration)
-        which = ["-d", self.dataset, "-c", configuration, "-tr", self.trainer, "-p", self.plans, "-f", *self.folds]
+        options = ["--save_probabilities"]
         if configuration == "3d_cascade_fullres":
-            which += ["-prev_stage_predictions", str(self.predict("3d_lowres"))]
+            options += ["-prev_stage_predictions", str(self.predict("3d_lowres"))]
         output = self._output(configuration)
-        folders = ("-i", str(self.raw / "imagesTs"), "-o", str(output))
-        self._run("predict", *folders, *which, "--save_probabilities", "-device", "cpu", log=configuration)
+        images = self.raw / "imagesTs"
+        command = self._model(configuration).predict_command(self.folds, images, output, "cpu", *options)
+        self.nnunet.run(*command, log=self._log("predict", configuration))
         return output
 
     @once

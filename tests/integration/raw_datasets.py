@@ -1,10 +1,6 @@
-"""Raw datasets of the feature matrix: real cases where the data is there, phantoms where it is not.
-
-The data is looked for in the folder $XATTNRES_DATA, or else in `shared/data` beside the project.
-"""
+"""Raw datasets of the feature matrix: real cases where the data is there, phantoms where it is not."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -13,14 +9,10 @@ import SimpleITK as sitk
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from PIL import Image
 
-from nnunet_xattnres.phantom import phantom_case, write_phantom_dataset
-from nnunet_xattnres.plans import write_json_atomically
+from integration.real_data import HIPPOCAMPUS, ULTRASOUND
+from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.nnunet.phantom import phantom_case, write_phantom_dataset
 
-DATA = Path(os.environ.get("XATTNRES_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-HIPPOCAMPUS = DATA / "Task04_Hippocampus"
-ULTRASOUND = DATA / "Dataset802_LiverUltrasound"
-NUM_TRAINING = 8
-NUM_TEST = 3
 HIPPOCAMPUS_LABELS = {"background": 0, "Anterior": 1, "Posterior": 2}
 
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from integration.raw_datasets import HIPPOCAMPUS, NUM_TEST, NUM_TRAINING, ULTRASOUND
+from integration.real_data import HIPPOCAMPUS, NUM_TEST, NUM_TRAINING, ULTRASOUND
 
 TITLE = """# The feature matrix
 
-`make test-matrix TABLE=docs/feature_matrix.md` has written this: what nnU-Net does, tried with this plugin's trainers,
+`make test-slow TABLE=docs/feature_matrix.md` has written this: what nnU-Net does, tried with this plugin's trainers,
 networks and trainings of a size for two CPU cores. Not tried: a GPU, `-num_gpus`.
 
 The first table, and what has a number in the second, is nnU-Net's own commands with `-tr nnUNetTrainerXAttnRes`

@@ -1,4 +1,4 @@
-"""Everything that nnU-Net does, with our trainers, through nnU-Net's own commands: `make test-matrix`.
+"""Everything that nnU-Net does, with our trainers, through nnU-Net's own commands: `make test-slow`.
 
 A test that is run alone runs the commands that it rests on, and only those.
 """
@@ -23,7 +23,8 @@ from integration.checks import (
     check_test_set,
 )
 from integration.pipeline import LEARNS, RESENC_PLANS, Experiment, mean_dice, read_json
-from nnunet_xattnres.commands import NnUNet, end_process_group, find_command
+from nnunet_xattnres.common.processes import end_process_group
+from nnunet_xattnres.nnunet.commands import NnUNet, find_command
 
 pytestmark = pytest.mark.slow
 

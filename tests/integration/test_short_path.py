@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import InProcess
 
+from helpers.in_process import InProcess
 from integration.checks import check_checkpoint, check_model, check_predictions, check_probabilities
 from integration.conftest import HIPPOCAMPUS_DATASET, PNG, SCENARIOS, TWO_CHANNELS
 from integration.pipeline import (
@@ -20,7 +20,14 @@ from integration.pipeline import (
 )
 from integration.raw_datasets import add_smoothed_channel, write_hippocampus, write_ultrasound
 
-STEPS = Size(base_features=8, num_epochs=1, num_iterations=dict.fromkeys(("2d", "3d_lowres", "3d_fullres"), 2))
+CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres")
+# Patches are larger than the images: nothing is predicted in tiles.
+STEPS = Size(
+    base_features=4,
+    num_epochs=1,
+    num_iterations=dict.fromkeys(CONFIGURATIONS, 2),
+    max_patch_voxels=dict.fromkeys(CONFIGURATIONS, 64**3),
+)
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def here(tmp_path: Path) -> InProcess:
 
 @pytest.mark.long
 def test_regions_ignore_label_cascade_and_ensemble(here: InProcess):
-    write_hippocampus(here.raw / HIPPOCAMPUS_DATASET, num_training=4, num_test=1)
+    write_hippocampus(here.raw / HIPPOCAMPUS_DATASET, num_training=2, num_test=1)
     dataset = SCENARIOS["regions_ignore"]
     make_label_scenario(here, dataset, STEPS)
     experiment = Experiment(here, dataset)

@@ -1,0 +1,111 @@
+"""What a job does: train, validate and predict one cell, and record the result."""
+
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from submitit.helpers import Checkpointable
+
+from nnunet_xattnres.benchmark.cells import FAILED, FINISHED, RUNNING, Cell
+from nnunet_xattnres.benchmark.cost_recording import recorded_costs
+from nnunet_xattnres.benchmark.locks import SECONDS_FOR_A_LOOK, Busy, locked
+from nnunet_xattnres.common.device import choose_device
+from nnunet_xattnres.common.errors import one_line
+from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
+
+LAUNCH = ("-m", "nnunet_xattnres.benchmark.launch")
+RECORDED_VERSIONS = ("nnunet-xattnres", "nnunetv2", "torch", "numpy")
+
+
+class CellTask(Checkpointable):
+    """What submitit runs. It can continue: at a time limit, Slurm interrupts the job and queues it again."""
+
+    def __call__(self, root: Path, cell: Cell, num_gpus: int, share: Mapping[str, str]) -> None:
+        """share: environment variables that limit the job to its part of the machine; empty for all that it sees."""
+        os.environ.update(share)
+        run_cell(root, cell, choose_device(), num_gpus)
+
+
+def run_cell(root: Path, cell: Cell, device: str, num_gpus: int) -> None:
+    """Do what is left of a cell and record the result. Does nothing if another process has the cell's lock."""
+    with suppress(Busy), locked(cell.lock(root), SECONDS_FOR_A_LOOK) as lock:
+        if cell.record(root).get("state") == FINISHED:
+            return
+        cell.write_record(root, RUNNING)
+        try:
+            steps = _Steps(root, cell, NnUNet(root, device, keep_open=(lock,)), num_gpus, lock)
+            steps.train()
+            if cell.test:
+                steps.predict()
+            cell.write_record(root, FINISHED, **_results(root, cell))
+        except Exception as error:
+            cell.write_record(root, FAILED, reason=one_line(str(error) or repr(error)))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    root: Path
+    cell: Cell
+    nnunet: NnUNet
+    num_gpus: int
+    lock: int
+
+    def train(self) -> None:
+        """Train, or continue a training, or validate a finished one."""
+        cell, folder = self.cell, self.cell.folder(self.root)
+        if cell.is_trained(self.root) and cell.is_validated(self.root):
+            return
+        options = ["-num_gpus", str(self.num_gpus)] if self.num_gpus > 1 else []
+        if cell.is_trained(self.root):
+            options.append("--val")
+        else:
+            # A summary of an earlier training must not pass for this one's.
+            cell.validation_summary(self.root).unlink(missing_ok=True)
+            if any(folder.glob("checkpoint_*.pth")):
+                options.append("--c")
+        self._run("train", *cell.model.train_command(str(cell.fold), self.nnunet.device, *options))
+
+    def predict(self) -> None:
+        """Predict the test set."""
+        cell, predictions = self.cell, self.cell.folder(self.root) / "test"
+        if predictions.is_dir():
+            return
+        incomplete = predictions.with_name("test.incomplete")
+        shutil.rmtree(incomplete, ignore_errors=True)
+        images = self.nnunet.raw / cell.dataset / "imagesTs"
+        command = cell.model.predict_command([str(cell.fold)], images, incomplete, self.nnunet.device)
+        self._run("predict", *command)
+        incomplete.rename(predictions)
+
+    def _run(self, step: str, *command: str) -> None:
+        logs = self.cell.logs(self.root)
+        attempt = 1 + len(list(logs.glob(f"{step}_*.log")))
+        self.nnunet.run(
+            *(sys.executable, *LAUNCH, str(self.cell.seed), str(self.lock), str(self.cell.folder(self.root)), *command),
+            log=str(logs.relative_to(self.root / "logs") / f"{step}_{attempt}"),
+            environment={"nnUNet_results": str(self.cell.results(self.root))},
+        )
+
+
+def _results(root: Path, cell: Cell) -> dict[str, Any]:
+    checkpoint = cell.folder(root) / FINAL_CHECKPOINT
+    logged = read_checkpoint(checkpoint, "delete its folder to train again")["logging"]
+    times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
+    seconds = [end - start for start, end in times]
+    costs = recorded_costs(cell.folder(root))
+    return {
+        "epochs": len(seconds),
+        "seconds_per_epoch": statistics.median(seconds),
+        "peak_memory_gb": costs["peak_memory_gb"],
+        # Several, if the training was continued on another machine.
+        "device": " and ".join(costs["devices"]),
+        "versions": {package: version(package) for package in RECORDED_VERSIONS} | {"python": sys.version.split()[0]},
+    }

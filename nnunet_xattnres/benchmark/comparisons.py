@@ -1,0 +1,126 @@
+"""The differences between trainers, in pairs, and how certain they are.
+
+The value of a case is its mean over the labels that its reference contains. Differences are paired: a case counts in
+the folds and seeds that both trainers have finished, and its values are averaged over these first. A label that the
+reference of a case lacks has no part in any mean; what was predicted there is counted separately (`summarise`).
+
+Datasets of one family are the same patients, and therefore one hypothesis. The value of a patient, which is a case
+name, is the mean of its differences over all sets of the family (datasets, configurations, validation and test), and
+the family has one test. Holm's correction is over families, for every pair of trainers and metric by itself.
+"""
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas
+from numpy.typing import NDArray
+
+from nnunet_xattnres.benchmark.costs import COSTS, cost_ratios
+from nnunet_xattnres.benchmark.statistics import DIGITS, NO_DIFFERENCE, direction, holm, sample, wilcoxon
+from nnunet_xattnres.benchmark.tables import CELL, SET, Tables
+
+SIGNIFICANCE = 0.05
+METRICS = ("dice", "nsd")
+
+
+def case_values(cases: pandas.DataFrame) -> pandas.DataFrame:
+    """A row per prediction: its metrics, each the mean over the labels that the reference contains."""
+    present = cases[cases.reference_voxels > 0]
+    return present.groupby(["family", *CELL, "set", "case"], sort=False)[list(METRICS)].mean().reset_index()
+
+
+def compare(tables: Tables) -> list[dict[str, Any]]:
+    """For every pair of trainers and every metric: a row per set, and a row per family of several sets.
+
+    first, second: the trainers; first is the later one in the spec. Differences are first - second, ratios of costs
+        first / second.
+    cells: the number of folds and seeds that both have finished, whose costs are compared.
+    cells_ahead: the number of these with a positive mean difference.
+    p_holm, verdict: of the family's test; None in the rows of sets whose family has several.
+    """
+    values = case_values(tables.cases)
+    rows = []
+    for second, first in combinations(tables.trainers.trainer, 2):
+        paired = _pair(values, first, second)
+        for metric in METRICS:
+            rows += [
+                {"first": first, "second": second, "metric": metric} | row
+                for row in _with_verdicts(_rows_of_pair(paired, metric, tables.cells, first, second))
+            ]
+    return rows
+
+
+def unrelated_datasets(cases: pandas.DataFrame) -> list[tuple[str, str, str]]:
+    """The pairs of datasets of one family that have no validation case in common, as family and two names.
+
+    Only common folds are compared, because different folds have different patients.
+    """
+    validation = cases[cases.set == "validation"]
+    found = []
+    for family, of_family in validation.groupby("family", sort=False):
+        names = of_family.groupby(["dataset", "fold"], sort=False)["case"].agg(set)
+        for one, other in combinations(of_family.dataset.unique(), 2):
+            common = names[one].index.intersection(names[other].index)
+            if len(common) and not any(names[one][fold] & names[other][fold] for fold in common):
+                found.append((family, one, other))
+    return found
+
+
+def _pair(values: pandas.DataFrame, first: str, second: str) -> pandas.DataFrame:
+    """A row per case, fold and seed that both trainers have, with the differences of the metrics."""
+    keys = ["family", *SET, "fold", "seed", "case"]
+    ours, theirs = (values[values.trainer == trainer] for trainer in (first, second))
+    both = ours.merge(theirs, on=keys, suffixes=("", "_of_second"))
+    for metric in METRICS:
+        both[metric] -= both[f"{metric}_of_second"]
+    return both
+
+
+def _rows_of_pair(
+    paired: pandas.DataFrame, metric: str, cells: pandas.DataFrame, first: str, second: str
+) -> Iterator[dict[str, Any]]:
+    for family, of_family in paired.groupby("family", sort=False):
+        sets = list(of_family.groupby(SET, sort=False))
+        for key, of_set in sets:
+            identity = {"family": family, **dict(zip(SET, key, strict=True)), "sets_of_family": len(sets)}
+            of_cells = of_set.groupby(["fold", "seed"], sort=False)[metric].mean()
+            num_cells = {"cells": len(of_cells), "cells_ahead": int((of_cells > 0).sum())}
+            per_case = of_set.groupby("case", sort=False)[metric].mean()
+            common = cells.merge(of_set[["fold", "seed"]].drop_duplicates())
+            ratios = cost_ratios(common, key[0], key[1], first, second)
+            yield identity | num_cells | _test(per_case.to_numpy()) | ratios
+        if len(sets) > 1:
+            identity = {"family": family, **dict.fromkeys(SET, ""), "sets_of_family": len(sets)}
+            per_set = of_family.groupby([*SET, "case"], sort=False)[metric].mean()
+            per_patient = per_set.groupby("case", sort=False).mean()
+            no_ratios = {f"{cost}_ratio": None for cost in COSTS}
+            yield identity | {"cells": None, "cells_ahead": None} | _test(per_patient.to_numpy()) | no_ratios
+
+
+def _test(differences: NDArray[np.floating]) -> dict[str, Any]:
+    differences = differences.round(DIGITS)
+    of_cases = sample(differences)
+    return {
+        "cases": of_cases.number,
+        "difference": of_cases.mean,
+        "low": of_cases.low,
+        "high": of_cases.high,
+        "wins": int((differences > 0).sum()),
+        "ties": int((differences == 0).sum()),
+        "losses": int((differences < 0).sum()),
+        "p": wilcoxon(differences),
+        "direction": direction(differences),
+    }
+
+
+def _with_verdicts(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    complete = [row | {"p_holm": None, "verdict": None} for row in rows]
+    families = [row for row in complete if row["sets_of_family"] == 1 or not row["dataset"]]
+    for row, p in zip(families, holm([row["p"] for row in families]), strict=True):
+        row["p_holm"] = p
+        row["verdict"] = row["direction"] if p < SIGNIFICANCE else NO_DIFFERENCE
+    for row in complete:
+        del row["direction"]
+    return complete

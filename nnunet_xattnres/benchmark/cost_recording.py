@@ -1,0 +1,69 @@
+"""The device and the peak memory of a training, recorded in its folder while it runs."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from nnunet_xattnres.common.device import cpu_name
+from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
+
+COSTS = "costs.json"
+SAMPLING_SECONDS = 0.2
+WRITING_SECONDS = 5.0
+
+
+def record_costs(folder: Path, num_gpus: int) -> None:
+    """Record in `folder`, until the training has ended, the device and the peak memory of this process.
+
+    num_gpus: 0 for the CPU. Memory on a CPU is the growth of this process from now on, without nnU-Net's workers.
+        Memory on GPUs is what PyTorch has allocated on the first one.
+    """
+    # A process that only validates has no costs of a training.
+    if not (folder / FINAL_CHECKPOINT).exists():
+        used_before = _used_memory(num_gpus)
+        arguments = (folder, _device_name(num_gpus), lambda: _used_memory(num_gpus) - used_before)
+        threading.Thread(target=_record, args=arguments, name=COSTS, daemon=True).start()
+
+
+def recorded_costs(folder: Path) -> dict[str, Any]:
+    """The costs over all attempts at a training: peak_memory_gb, None if unknown, and devices, each once.
+
+    A damaged file counts as no record.
+    """
+    try:
+        return json.loads((folder / COSTS).read_text())
+    except (FileNotFoundError, ValueError):
+        return {"peak_memory_gb": None, "devices": []}
+
+
+def _device_name(num_gpus: int) -> str:
+    """The device's name in reports, which compare time and memory between trainings on one device only."""
+    if not num_gpus:
+        return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{num_gpus} x {torch.cuda.get_device_name()}" if num_gpus > 1 else torch.cuda.get_device_name()
+
+
+def _used_memory(num_gpus: int) -> int:
+    return torch.cuda.max_memory_allocated() if num_gpus else psutil.Process().memory_info().rss
+
+
+def _record(folder: Path, device: str, used_memory: Callable[[], int]) -> None:
+    earlier = recorded_costs(folder)
+    devices = list(dict.fromkeys([*earlier["devices"], device]))
+    peak, written, last_writing = earlier["peak_memory_gb"] or 0.0, -1.0, -WRITING_SECONDS
+    has_ended = False
+    while not has_ended:
+        has_ended = (folder / FINAL_CHECKPOINT).exists()
+        peak = max(peak, used_memory() / 1e9)
+        if peak > written and (has_ended or time.monotonic() > last_writing + WRITING_SECONDS):
+            write_json_atomically({"peak_memory_gb": peak, "devices": devices}, folder / COSTS)
+            written, last_writing = peak, time.monotonic()
+        if not has_ended:
+            time.sleep(SAMPLING_SECONDS)

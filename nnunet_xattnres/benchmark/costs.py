@@ -1,0 +1,56 @@
+"""Time, parameters and memory of trainers."""
+
+from typing import Any
+
+import pandas
+
+from nnunet_xattnres.benchmark.cells import FINISHED
+from nnunet_xattnres.benchmark.statistics import rounded
+
+COSTS = ("seconds_per_epoch", "parameters", "peak_memory_gb")
+COSTS_OF_DEVICE = ("seconds_per_epoch", "peak_memory_gb")
+
+
+def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: str) -> dict[str, Any]:
+    """A trainer's costs: medians over its finished cells, None if unknown.
+
+    Time and memory are those on one device, cost_device: the known device of most finished cells of all trainers. If no
+    device is known, cost_device is "", and the cells without a device count.
+    """
+    finished = _finished(cells, dataset, configuration)
+    device = _cost_device(finished)
+    own = finished[finished.trainer == trainer]
+    comparable = own[own.device == device]
+    medians = {cost: (comparable if cost in COSTS_OF_DEVICE else own)[cost].median() for cost in COSTS}
+    known = {cost: None if pandas.isna(median) else float(median) for cost, median in medians.items()}
+    return known | {"cost_device": device}
+
+
+def cost_ratios(
+    cells: pandas.DataFrame, dataset: str, configuration: str, first: str, second: str
+) -> dict[str, float | None]:
+    """The ratios first / second: medians over the folds and seeds that both trainers have finished.
+
+    For time and memory, only folds and seeds count that both have trained on the device of most cells.
+    """
+    finished = _finished(cells, dataset, configuration)
+    ours, theirs = (finished[finished.trainer == trainer] for trainer in (first, second))
+    both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
+    device = _cost_device(finished)
+    comparable = both[(both.device == device) & (both.device_of_second == device) & (device != "")]
+    ratios = {}
+    for cost in COSTS:
+        pairs = comparable if cost in COSTS_OF_DEVICE else both
+        median = (pairs[cost] / pairs[f"{cost}_of_second"]).median()
+        ratios[f"{cost}_ratio"] = None if pandas.isna(median) else rounded(median)
+    return ratios
+
+
+def _cost_device(finished: pandas.DataFrame) -> str:
+    """The known device of most of these cells; "" if none is known."""
+    devices = [device for device in finished.device if device]
+    return max(devices, key=devices.count, default="")
+
+
+def _finished(cells: pandas.DataFrame, dataset: str, configuration: str) -> pandas.DataFrame:
+    return cells[(cells.dataset == dataset) & (cells.configuration == configuration) & (cells.state == FINISHED)]

@@ -1,0 +1,266 @@
+"""A report as Markdown."""
+
+import math
+from typing import Any
+
+import pandas
+
+from nnunet_xattnres.benchmark.cells import FINISHED
+from nnunet_xattnres.benchmark.comparisons import SIGNIFICANCE, unrelated_datasets
+from nnunet_xattnres.benchmark.costs import COSTS
+from nnunet_xattnres.benchmark.results import UNKNOWN_DEVICE, Results, Rows, versions_of
+from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, RESAMPLES, WORSE
+from nnunet_xattnres.benchmark.summaries import MEAN_LABEL
+from nnunet_xattnres.benchmark.tables import SET, Tables
+from nnunet_xattnres.nnunet.installation import TRAINER_PREFIX, short_name
+
+NOTHING = "-"
+
+
+def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
+    """The whole report."""
+    parts = [
+        "# Benchmark",
+        _overview(tables),
+        "## What is compared",
+        _arms(tables),
+        _trainings(tables),
+        "## Differences",
+        _explanation(results),
+        _verdicts(results.with_first),
+        *_differences("### Paired differences in Dice", results.with_first, "dice"),
+        *_differences("### Paired differences in NSD", results.with_first, "nsd"),
+        *(f"![{name}]({name}.png)" for name in figures if name.startswith("paired")),
+        "## Every trainer",
+        "Dice and NSD in %, HD95 in mm. Brackets: 95 % bootstrap interval of the mean over cases. HD95 is the median "
+        "over cases; how many are infinite, because a prediction is empty, stands beside it. Costs are medians over "
+        "trainings, of time and memory over those on the device under the table; «-»: not known there. On a GPU, "
+        "memory is what PyTorch has allocated. On a CPU it is how far the process grew, with what the allocator held "
+        "back: it says what a training needs, and does not rank networks.",
+        *_trainers(tables, results.summary, figures),
+        *_empty_references(results.summary),
+        "## Which datasets can tell trainers apart",
+        "Standard deviation of the trainers' mean Dice, beside that of the folds and seeds of one trainer (pooled), in "
+        "percentage points. Where the ratio is low, differences between trainers drown in those between trainings. "
+        "Trainers that lack one of the trainings are left out.",
+        _spreads(results.spreads),
+        *_differences("## Paired differences in Dice, other pairs", results.without_first, "dice"),
+        "## Trainings",
+        *(f"![{name}]({name}.png)" for name in figures if name.startswith("curves")),
+        "Versions:",
+        "\n".join(f"- {line}" for line in versions_of(tables)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _overview(tables: Tables) -> str:
+    cells = tables.cells
+    finished = cells[cells.state == FINISHED]
+    tolerances = "; ".join(f"{row.dataset} {row.nsd_tolerance_mm:g} mm" for row in tables.datasets.itertuples())
+    lines = [
+        f"{len(finished)} of {len(cells)} trainings of the matrix are finished. "
+        f"Trainers are named without `{TRAINER_PREFIX}`. "
+        f"Tolerance of NSD: {tolerances}."
+    ]
+    lines += [
+        f"\n**{one} and {other} are of the family {family} and have no name of a case in common, by which patients are "
+        "told: if they are the same ones, the family's test counts them twice and is not to be trusted.**"
+        for family, one, other in unrelated_datasets(tables.cases)
+    ]
+    unfinished = cells[cells.state != FINISHED]
+    if len(unfinished):
+        lines.append("\n**Not finished, and therefore in no number:**\n")
+        for (dataset, configuration, trainer), of_arm in unfinished.groupby([*SET[:2], "trainer"], sort=False):
+            missing = ", ".join(f"fold {row.fold} seed {row.seed} ({row.state})" for row in of_arm.itertuples())
+            lines.append(f"- {dataset}, {configuration}, {short_name(trainer)}: {missing}")
+    return "\n".join(lines)
+
+
+def _arms(tables: Tables) -> str:
+    lines = [
+        [
+            short_name(row.trainer),
+            row.trainer_class,
+            row.planner,
+            _number(row.width, "g", "x"),
+            short_name(row.parameters_of) or NOTHING,
+        ]
+        for row in tables.trainers.itertuples()
+    ]
+    return _table(["trainer", "nnU-Net's class", "planner", "widened by", "widened to the parameters of"], lines)
+
+
+def _trainings(tables: Tables) -> str:
+    """The budget and size of the finished trainings; trainers that share them share a line."""
+    columns = ["dataset", "configuration", "plans", "patch_size", "batch_size", "features", "iterations", "epochs"]
+    finished = tables.cells[tables.cells.state == FINISHED]
+    lines = []
+    for values, own in finished.groupby(columns, sort=False, dropna=False):
+        known = ["trainer's own" if pandas.isna(value) else str(value) for value in values]
+        lines.append([*known[:2], ", ".join(map(short_name, own.trainer.unique())), *known[2:]])
+    header = ["dataset", "configuration", "trainers", "plans", "patch", "batch", "channels of the stages"]
+    return _table([*header, "iterations per epoch", "epochs"], lines)
+
+
+def _explanation(results: Results) -> str:
+    return (
+        f"Here every trainer is compared with {short_name(results.first or 'the first')}. The other pairs have a table "
+        "further down, and all pairs and metrics are in comparisons.csv. Differences are paired: "
+        "cases in the folds and seeds that both trainers "
+        "have finished, values averaged over these first, a case's value being its mean over the labels that its "
+        f"reference contains. Brackets: 95 % bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p "
+        "says how far another training would differ: «ahead in» says in how many of the trainings first had the higher "
+        "mean. p: Wilcoxon signed-rank, for "
+        "every pair by itself corrected over families with Holm's method; datasets of the same patients are one family "
+        "and have one test, of each patient's mean difference. Better or worse is what the corrected test shows at "
+        f"{SIGNIFICANCE:g}, if the mean points the same way; everything else is «{NO_DIFFERENCE}», which is no proof "
+        "of equality. Nothing is corrected for the number of pairs. Time, parameters, memory: first / second, the "
+        "median over these trainings; of time and memory over those of both on the device that is named under the "
+        "dataset's next table."
+    )
+
+
+def _verdicts(comparisons: Rows) -> str:
+    """How often each verdict fell on Dice, by pair."""
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for row in comparisons:
+        if row["metric"] == "dice" and row["verdict"]:
+            pairs.setdefault((row["first"], row["second"]), []).append(row["verdict"])
+    verdicts = (BETTER, WORSE, NO_DIFFERENCE)
+    lines = [
+        [f"{short_name(first)} - {short_name(second)}", *(str(fell.count(verdict)) for verdict in verdicts)]
+        for (first, second), fell in pairs.items()
+    ]
+    return (
+        _table(["Dice, number of families", *verdicts], lines) if lines else "There is no pair of trainers to compare."
+    )
+
+
+def _differences(heading: str, comparisons: Rows, metric: str) -> list[str]:
+    rows = [row for row in comparisons if row["metric"] == metric]
+    title = {"dice": "Dice", "nsd": "NSD"}[metric]
+    header = ["first - second", "dataset", "trainings", "ahead in", "cases", f"{title}, points", "wins/ties/losses"]
+    header += ["p", "p (Holm)", "first is", "time", "parameters", "memory"]
+    lines = [
+        [
+            f"{short_name(row['first'])} - {short_name(row['second'])}",
+            _set_name(row) if row["dataset"] else f"family {row['family']}, by patient",
+            _number(row["cells"], "d"),
+            _number(row["cells_ahead"], "d"),
+            str(row["cases"]),
+            f"{_points(row['difference'], '+')} {_interval(row['low'], row['high'], '+')}",
+            f"{row['wins']}/{row['ties']}/{row['losses']}",
+            _number(row["p"], ".2g"),
+            _number(row["p_holm"], ".2g"),
+            f"see family {row['family']}" if row["verdict"] is None else row["verdict"],
+            *(_number(row[f"{cost}_ratio"], ".2f", "x") for cost in COSTS),
+        ]
+        for row in rows
+    ]
+    return [heading, _table(header, lines)] if lines else []
+
+
+def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
+    parts = []
+    header = ["label", "trainer", "trainings", "cases", "Dice", "NSD", "HD95", "infinite", "s / epoch"]
+    header += ["parameters", "memory GB"]
+    for key in dict.fromkeys(tuple(row[name] for name in SET) for row in summary):
+        rows = [row for row in summary if tuple(row[name] for name in SET) == key]
+        if len({row["label"] for row in rows}) == 2:
+            # Of a single label, which is its own mean.
+            rows = [row for row in rows if row["label"] != MEAN_LABEL]
+        incomplete = any(row["cells"] < row["cells_of_set"] for row in rows)
+        lines = [
+            [
+                row["label"],
+                short_name(row["trainer"]),
+                f"{row['cells']}{'*' if row['cells'] < row['cells_of_set'] else ''}",
+                str(row["cases"]),
+                f"{_points(row['dice'])} {_interval(row['dice_low'], row['dice_high'])}",
+                _points(row["nsd"]),
+                _number(row["hd95"], ".2f"),
+                str(row["hd95_infinite"]),
+                *_costs(row),
+            ]
+            for row in rows
+        ]
+        parts += [
+            f"### {_set_name(rows[0])}",
+            _table(header, lines),
+            f"Time and memory: {rows[0]['cost_device'] or UNKNOWN_DEVICE}.",
+        ]
+        if incomplete:
+            parts.append(
+                "\\* Fewer folds or seeds than others, and so maybe other cases: not to be compared with the other "
+                "rows; the paired differences are over common ones."
+            )
+        parts += [f"![{name}]({name}.png)" for name in figures if name == "_".join(["dice", *key])]
+    return parts
+
+
+def _costs(row: dict[str, Any]) -> list[str]:
+    parameters = row["parameters"]
+    millions = NOTHING if parameters is None else f"{parameters / 1e6:.3g} M"
+    return [_number(row["seconds_per_epoch"], ".3g"), millions, _number(row["peak_memory_gb"], ".3g")]
+
+
+def _empty_references(summary: Rows) -> list[str]:
+    rows = [row for row in summary if row["empty_references"] and row["label"] != MEAN_LABEL]
+    if not rows:
+        return []
+    header = ["dataset", "label", "trainer", "predictions", "rightly empty", "false positives", "their mean volume"]
+    lines = [
+        [
+            _set_name(row),
+            row["label"],
+            short_name(row["trainer"]),
+            str(row["empty_references"]),
+            str(row["both_empty"]),
+            str(row["false_positives"]),
+            _number(row["false_positive_voxels"], ".4g", " voxels"),
+        ]
+        for row in rows
+    ]
+    text = (
+        "Predictions of cases whose reference lacks the label. They are in none of the means above: where both are "
+        "empty Dice is undefined, and of a false positive it is 0, however small that is."
+    )
+    return ["## Empty references", text, _table(header, lines)]
+
+
+def _spreads(rows: Rows) -> str:
+    header = ["dataset", "trainers", "trainings of each", "between trainers", "within a trainer", "ratio", "left out"]
+    lines = [
+        [
+            _set_name(row),
+            str(row["trainers"]),
+            str(row["cells"]),
+            _points(row["between"]),
+            _points(row["within"]),
+            _number(row["ratio"], ".2f"),
+            ", ".join(map(short_name, row["left_out"].split(", "))) or NOTHING,
+        ]
+        for row in rows
+    ]
+    return _table(header, lines)
+
+
+def _set_name(row: dict[str, Any]) -> str:
+    return f"{row['dataset']}, {row['configuration']}, {row['set']}"
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+
+
+def _points(fraction: float, sign: str = "") -> str:
+    return NOTHING if math.isnan(fraction) else f"{100 * fraction:{sign}.2f}"
+
+
+def _interval(low: float, high: float, sign: str = "") -> str:
+    return "" if math.isnan(low) else f"[{_points(low, sign)}, {_points(high, sign)}]"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return NOTHING if value is None or math.isnan(value) else f"{value:{form}}{unit}"

@@ -1,0 +1,95 @@
+"""The command `nnunet-xattnres benchmark report`: tables as Markdown, CSV and JSON, and figures."""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+from nnunet_xattnres.benchmark.cells import FINISHED, MATRIX
+from nnunet_xattnres.benchmark.drawing import write_figures
+from nnunet_xattnres.benchmark.markdown import markdown
+from nnunet_xattnres.benchmark.results import Results, results_of, versions_of
+from nnunet_xattnres.benchmark.tables import COLUMNS, Tables, has_tables, read_tables, write_csv, write_tables
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.files import make_writable_folder, write_text_atomically
+from nnunet_xattnres.nnunet.installation import check_installed
+
+
+def run_report(origin: Path, output: Path) -> None:
+    """Write a report to the folder `output`. origin: a benchmark's folder, or one with the CSV files of a report.
+
+    Raises `XAttnResError` if there is nothing to report on, if a file is missing or damaged, if `output` cannot be
+    written to, and if `output` holds a report with trainings that this one lacks.
+    """
+    check_installed("statsmodels")
+    if (output / MATRIX).exists():
+        raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
+    tables = _read(origin, partial(_check_nothing_is_lost, output))
+    make_writable_folder(output, "-o")
+    write_tables(tables, output)
+    # Read from the files, so that a report on these files is the same.
+    tables = read_tables(output)
+    results = results_of(tables)
+    for name in ("summary", "comparisons", "spreads"):
+        write_csv(pandas.DataFrame(getattr(results, name)), output / f"{name}.csv")
+    write_text_atomically(json.dumps(_without_nan(_record(tables, results)), indent=1) + "\n", output / "report.json")
+    figures = write_figures(tables, results, output)
+    write_text_atomically(markdown(tables, results, figures), output / "report.md")
+    print(f"Report: {output / 'report.md'}")
+
+
+def _read(origin: Path, check: Callable[[Tables], None]) -> Tables:
+    """check: is called with what the report will be on, before anything is measured, and may refuse it."""
+    if has_tables(origin) and not (origin / MATRIX).exists():
+        tables = read_tables(origin)
+        check(tables)
+        return tables
+    # A report on CSV files does without these.
+    check_installed("monai", "pydantic", "yaml")
+    from nnunet_xattnres.benchmark.collecting import collect
+
+    return collect(origin, check)
+
+
+def _check_nothing_is_lost(output: Path, tables: Tables) -> None:
+    """Refuse to replace a report by one with fewer trainings: a report may be all that is left of a training."""
+    if not all((output / f"{name}.csv").is_file() for name in COLUMNS):
+        # No report, or one that was interrupted.
+        return
+    try:
+        there = read_tables(output).finished
+    except XAttnResError:
+        raise XAttnResError(f"{output} holds a damaged report, which may be mended: choose another -o") from None
+    here = tables.finished
+    lost = [key for key, settings in there.items() if here.get(key) != settings]
+    if lost:
+        raise XAttnResError(
+            f"{output} is a report with trainings that this one would lack ({len(lost)} of {len(there)}): choose "
+            "another -o, or let `nnunet-xattnres benchmark run` continue from it first"
+        )
+
+
+def _record(tables: Tables, results: Results) -> dict[str, Any]:
+    unfinished = tables.cells[tables.cells.state != FINISHED]
+    return {
+        "summary": results.summary,
+        "comparisons": results.comparisons,
+        "spreads": results.spreads,
+        "unfinished_cells": json.loads(unfinished.to_json(orient="records")),
+        "versions": versions_of(tables),
+    }
+
+
+def _without_nan(content: Any) -> Any:
+    """The content for JSON, which has no NaN and no infinity: they become null and "inf"."""
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_without_nan(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if math.isnan(content) else "inf"
+    return content

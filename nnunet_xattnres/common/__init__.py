@@ -1,0 +1,1 @@
+"""Errors, files, devices, processes and figures: what every other package may use."""

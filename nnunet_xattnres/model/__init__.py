@@ -1,0 +1,1 @@
+"""The planned encoder/decoder with XAttnRes, at stage level and at block level."""

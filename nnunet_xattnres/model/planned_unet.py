@@ -1,0 +1,156 @@
+"""The encoder/decoder that nnU-Net planned, and what stage level and block level add in the same way."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pydoc import locate
+from typing import Any
+
+from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from dynamic_network_architectures.building_blocks.plain_conv_encoder import PlainConvEncoder
+from dynamic_network_architectures.building_blocks.residual import StackedResidualBlocks
+from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.model.collecting import Receiver, collected
+
+
+class PlannedUNet(AbstractDynamicNetworkArchitectures):
+    """Base class of our networks. It takes over the encoder and the decoder of a planned network.
+
+    planned: the network that nnU-Net planned, initialised. `encoder.*` and `decoder.*` keep nnU-Net's names in the
+        state dict. What a subclass adds is under `xattnres.*`.
+
+    forward: image (B, channels, *size) -> logits (B, classes, *size), or with `decoder.deep_supervision` a list of
+        logits, the highest resolution first. Every axis must be divisible by the product of its strides.
+
+    Raises `XAttnResError` if `planned` is not an encoder/decoder U-Net, and in forward for an indivisible image size.
+    """
+
+    encoder: PlainConvEncoder | ResidualEncoder
+    decoder: UNetDecoder
+
+    def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet) -> None:
+        super().__init__()
+        _check_class(type(planned))
+        self.encoder = planned.encoder
+        self.decoder = planned.decoder
+        self.key_to_encoder = planned.key_to_encoder
+        self.key_to_stem = planned.key_to_stem
+        self.keys_to_in_proj = planned.keys_to_in_proj
+        self.initialize: Callable[[nn.Module], None] = planned.initialize
+        self.strides = [prod(per_axis) for per_axis in zip(*self.encoder.strides, strict=True)]
+        self.encoder_channels = list(self.encoder.output_channels)
+        self.decoder_channels = self.encoder_channels[-2::-1]
+        self.xattnres = nn.ModuleDict()
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        self._check_divisible(image.shape[2:])
+        stem = getattr(self.encoder, "stem", None)
+        features = self.decoder_features(image if stem is None else stem(image))
+        if not self.decoder.deep_supervision:
+            return self.decoder.seg_layers[-1](features[-1])
+        return [head(x) for head, x in zip(self.decoder.seg_layers, features, strict=True)][::-1]
+
+    def decoder_features(self, x: Tensor) -> list[Tensor]:
+        """The input of the first encoder stage -> the outputs of all decoder stages, the coarsest first."""
+        raise NotImplementedError
+
+    @property
+    def routing_sources(self) -> dict[str, list[str]]:
+        """The sources of every target by name, in the order of the attention weights."""
+        raise NotImplementedError
+
+    @contextmanager
+    def routing(
+        self, targets: Collection[str] | None = None, receive: Receiver | None = None
+    ) -> Iterator[dict[str, list[Tensor]]]:
+        """Collect the attention weights of every call of the network inside the `with` block.
+
+            with network.routing() as weights:
+                network(image)
+            weights["D0"]  # a tensor per call, (K, B, *size), which sums to one over its K sources
+            network.routing_sources["D0"]  # the names of the sources: E0, E1, ..., current
+
+        B is the batch size, and `size` that of the target's input. The weights are computed beside the network's own
+        output, without gradients, in float32 or float64. A compiled network works too, but is compiled again: call the
+        uncompiled network.
+
+        targets: names of the targets, by default all.
+        receive: a function that is called with the target and the weights of every call. Then nothing is kept.
+
+        Raises `XAttnResError` for a target that the network does not have, and for a name that is not in a list.
+        """
+        if isinstance(targets, str):
+            raise XAttnResError(f"targets must be a list of names: routing([{targets!r}])")
+        known = self.routing_sources
+        for target in targets or ():
+            if target not in known:
+                raise XAttnResError(f"the network has no target {target}: choose from {', '.join(known) or 'none'}")
+        weights: dict[str, list[Tensor]] = {target: [] for target in (known if targets is None else targets)}
+        with collected({target: self.xattnres[target] for target in weights}, receive or _keep_in(weights)):
+            yield weights
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """The number of elements that all convolutions put out for one image of `input_size`, as nnU-Net counts it.
+
+        The convolutions of the planned network and the added 1x1 convolutions are counted.
+        """
+        voxels = []  # of every encoder stage's output
+        size = list(input_size)
+        for strides in self.encoder.strides:
+            size = [extent // stride for extent, stride in zip(size, strides, strict=True)]
+            voxels.append(prod(size))
+        planned = self.encoder.compute_conv_feature_map_size(input_size)
+        planned += self.decoder.compute_conv_feature_map_size(input_size)
+        return int(planned) + self._projected_elements(voxels)
+
+    def _projected_elements(self, voxels: list[int]) -> int:
+        """The number of elements that the added 1x1 convolutions put out. voxels: of every encoder stage's output."""
+        raise NotImplementedError
+
+    def _check_divisible(self, size: Sequence[int]) -> None:
+        if any(extent % stride for extent, stride in zip(size, self.strides, strict=True)):
+            raise XAttnResError(
+                f"an image of size {tuple(size)} does not fit this network: every axis must be divisible by the "
+                f"product of its strides, {tuple(self.strides)}; pad or crop the image"
+            )
+
+
+def check_architecture(configuration: ConfigurationManager) -> None:
+    """Raise `XAttnResError` if the planned architecture is not an encoder/decoder U-Net. Nothing is built."""
+    network_class = locate(configuration.network_arch_class_name)
+    if isinstance(network_class, type):  # a class that has moved is found by nnU-Net itself
+        _check_class(network_class)
+
+
+def uncompiled(network: nn.Module) -> nn.Module:
+    """The network inside the wrappers of torch.compile and distributed training."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def _check_class(network_class: type) -> None:
+    # Subclasses are refused too, because their own forward would be lost.
+    if network_class not in (PlainConvUNet, ResidualEncoderUNet):
+        raise XAttnResError(
+            f"XAttnRes cannot read in a {network_class.__name__}: choose plans whose architecture is a PlainConvUNet "
+            "or ResidualEncoderUNet, such as nnUNetPlans or nnUNetResEncUNetMPlans"
+        )
+
+
+def _keep_in(weights: dict[str, list[Tensor]]) -> Receiver:
+    return lambda target, of_call: weights[target].append(of_call)
+
+
+def blocks_of(stage: nn.Module) -> Any:
+    """The blocks of a planned stage: residual blocks, or convolutions with norm and nonlinearity."""
+    stacked = stage[-1] if isinstance(stage, nn.Sequential) else stage
+    return stacked.blocks if isinstance(stacked, StackedResidualBlocks) else stacked.convs

@@ -1,0 +1,173 @@
+"""Stage-level XAttnRes (arXiv 2604.03297): every stage reads from the outputs of all earlier stages."""
+
+from collections.abc import Sequence
+
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
+from torch import Tensor, nn
+
+from nnunet_xattnres.model.config import XAttnResConfig
+from nnunet_xattnres.model.planned_unet import PlannedUNet
+from nnunet_xattnres.ops.alignment import is_finer, resize
+from nnunet_xattnres.ops.backends import attention_backend
+from nnunet_xattnres.ops.reference import Candidate
+
+
+class HistoryPool:
+    """The global feature history pool H = [h_0, h_1, ...]: the outputs of the stages so far, in order of computation.
+
+    The pool does the part of Resize that averages: a stage gets no output that is finer than its input. The average of
+    averages is the average, so every output is averaged from one resolution to the next, once for all stages.
+    """
+
+    def __init__(self) -> None:
+        self._averages: list[list[Tensor]] = []  # of every output h_k: h_k itself, then its averages, finest first
+
+    def append(self, h: Tensor) -> None:
+        self._averages.append([h])
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return [averages[0] for averages in self._averages]
+
+    def at(self, size: Sequence[int], count: int) -> list[Tensor]:
+        """The first `count` outputs, (B, C_k, *size_k), those that are finer than `size` averaged to it.
+
+        size: that of an output in the pool.
+        """
+        # The steps from the finest resolution to `size`.
+        resolutions = [h.shape[2:] for h in self.outputs if not is_finer(size, h.shape[2:])]
+        for averages in self._averages[:count]:
+            for resolution in resolutions:
+                if is_finer(averages[-1].shape[2:], resolution):
+                    averages.append(resize(averages[-1], resolution))
+        return [next(h for h in averages if not is_finer(h.shape[2:], size)) for averages in self._averages[:count]]
+
+
+class HistoryAttention(nn.Module):
+    """The attention before stage t: the stage's input x and the history pool h_0, h_1, ... become its new input.
+
+        replace    out = sum_k a_k v_k              k over the pool and x, which is one more candidate, unprojected
+        residual   out = x + gamma * sum_k a_k v_k  k over the pool alone
+
+    v_k = Proj_{k,t}( Resize( h_k ) ), and the a_k are those of `ops.reference`, with the query w_t and the scale g_t.
+
+    At initialisation w_t = 0, so that all weights are equal, g_t = 1, gamma = 0, and the projections preserve the
+    variance. Projections are parameters and not convolutions, because nnU-Net's `initialize` would draw convolutions
+    again.
+
+    channels: C_t, the channels of x. source_channels: C_k of every source in the pool, in the order of computation.
+    """
+
+    def __init__(self, channels: int, source_channels: Sequence[int], config: XAttnResConfig) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(channels))  # w_t
+        self.norm_scale = nn.Parameter(torch.ones(channels))  # g_t
+        self.projections = nn.ParameterList(torch.empty(channels, source) for source in source_channels)  # Proj_{k,t}
+        self.gamma = nn.Parameter(torch.zeros(channels)) if config.fusion == "residual" else None
+        self.attend = attention_backend(config.backend)
+        for projection in self.projections:
+            nn.init.kaiming_normal_(projection, nonlinearity="linear")
+
+    def forward(self, x: Tensor, pool: Sequence[Tensor]) -> Tensor:
+        """x (B, C_t, *size), pool of (B, C_k, *size_k), nowhere finer than x -> (B, C_t, *size)"""
+        sources = [Candidate(h, projection) for h, projection in zip(pool, self.projections, strict=True)]
+        size = tuple(x.shape[2:])
+        if self.gamma is None:
+            return self.attend(self.query, self.norm_scale, [*sources, Candidate(x, None)], size)
+        mixture = self.attend(self.query, self.norm_scale, sources, size)
+        return x + self.gamma.view(-1, *(1,) * len(size)) * mixture
+
+
+class XAttnResUNet(PlannedUNet):
+    """A planned U-Net whose stages read from the global feature history pool.
+
+    Encoder stage i reads with x = h_(i-1) from h_0 .. h_(i-2), so stages 0 and 1 have nothing to read. A decoder stage
+    reads with x = the output of its transposed convolution from all that is computed before it.
+
+    Without skip connections, the first convolution of a decoder stage is replaced by one of half the input channels.
+    """
+
+    def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResConfig) -> None:
+        super().__init__(planned)
+        self.config = config
+        # The keys are the stages that read: E2, E3, ... and D0, D1, ...
+        if config.read_in_encoder:
+            for i in range(2, len(self.encoder_channels)):
+                pool = self.encoder_channels[: i - 1]
+                self.xattnres[f"E{i}"] = HistoryAttention(self.encoder_channels[i - 1], pool, config)
+        if config.read_in_decoder:
+            for d, channels in enumerate(self.decoder_channels):
+                pool = self.encoder_channels + self.decoder_channels[:d]
+                self.xattnres[f"D{d}"] = HistoryAttention(channels, pool, config)
+
+        if not config.skip_connections:
+            for stage in self.decoder.stages:
+                _drop_skip_channels(stage).apply(self.initialize)
+
+    @property
+    def routing_sources(self) -> dict[str, list[str]]:
+        pool = [f"E{i}" for i in range(len(self.encoder_channels))] + [
+            f"D{d}" for d in range(len(self.decoder_channels))
+        ]
+        sources = {}
+        for target, attention in self.xattnres.items():
+            assert isinstance(attention, HistoryAttention)
+            sources[target] = pool[: len(attention.projections)] + ["current"] * (attention.gamma is None)
+        return sources
+
+    def decoder_features(self, x: Tensor) -> list[Tensor]:
+        pool = HistoryPool()
+        for i, stage in enumerate(self.encoder.stages):
+            x = stage(self._read(f"E{i}", x, pool))
+            pool.append(x)
+        skips = pool.outputs[-2::-1]
+        for d, stage in enumerate(self.decoder.stages):
+            x = self.decoder.transpconvs[d](x)
+            x = self._read(f"D{d}", x, pool)
+            if self.config.skip_connections:
+                x = torch.cat((x, skips[d]), dim=1)
+            x = stage(x)
+            pool.append(x)
+        return pool.outputs[len(self.encoder.stages) :]
+
+    def _projected_elements(self, voxels: list[int]) -> int:
+        # A projection runs at the coarser of its two resolutions.
+        total = 0
+        pool = voxels + voxels[-2::-1]
+        for stage, attention in self.xattnres.items():
+            assert isinstance(attention, HistoryAttention)
+            target = voxels[int(stage[1:]) - 1] if stage.startswith("E") else voxels[-2 - int(stage[1:])]
+            sources = pool[: len(attention.projections)]
+            total += len(attention.query) * sum(min(source, target) for source in sources)
+        return total
+
+    def _read(self, stage: str, x: Tensor, pool: HistoryPool) -> Tensor:
+        """The input of a stage: the mixture if the stage reads, else x."""
+        if stage not in self.xattnres:
+            return x
+        attention = self.xattnres[stage]
+        assert isinstance(attention, HistoryAttention)
+        # An encoder stage does not read the newest output, which is x itself.
+        return attention(x, pool.at(x.shape[2:], len(attention.projections)))
+
+
+def _drop_skip_channels(stage: StackedConvBlocks) -> nn.Module:
+    """Replace the first convolution of a decoder stage by one without the channels of the skip connection."""
+    block = stage.convs[0]
+    old = block.conv
+    block.conv = type(old)(
+        old.in_channels // 2,
+        old.out_channels,
+        old.kernel_size,
+        old.stride,
+        old.padding,
+        bias=old.bias is not None,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    # The block registers its convolution twice, and runs `all_modules`.
+    block.all_modules[0] = block.conv
+    block.input_channels = block.conv.in_channels
+    return block.conv

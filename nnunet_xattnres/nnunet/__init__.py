@@ -1,0 +1,1 @@
+"""What this plugin needs of nnU-Net: its commands, datasets, plans and trainers."""

@@ -1,0 +1,144 @@
+"""One configuration of nnU-Net's plans: where it is read from, and the network and trainer that are made of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_xattnres.common.errors import XAttnResError, one_line, suggestion
+from nnunet_xattnres.common.files import read_json
+from nnunet_xattnres.model.planned_unet import check_architecture
+from nnunet_xattnres.nnunet.presets import build_preset
+
+
+@dataclass(frozen=True)
+class PlannedNetwork:
+    """One configuration of plans.
+
+    name: of the dataset or preset, for tables and figures.
+    """
+
+    name: str
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+
+    @property
+    def manager(self) -> ConfigurationManager:
+        """nnU-Net's reader of the configuration."""
+        return PlansManager(self.plans).get_configuration(self.configuration)
+
+    @property
+    def num_input_channels(self) -> int:
+        """The image's channels and, in the second stage of a cascade, one for each foreground label of the first."""
+        return int(determine_num_input_channels(PlansManager(self.plans), self.manager, self.dataset_json))
+
+    @property
+    def num_segmentation_heads(self) -> int:
+        """Output channels of the network."""
+        return int(PlansManager(self.plans).get_label_manager(self.dataset_json).num_segmentation_heads)
+
+    def build(self, trainer: type[nnUNetTrainer], deep_supervision: bool = True) -> nn.Module:
+        """The network that a trainer builds from the plans. It is called as nnU-Net calls it."""
+        return trainer.build_network_architecture(
+            PlansManager(self.plans),
+            self.manager,
+            self.num_input_channels,
+            self.num_segmentation_heads,
+            deep_supervision,
+        )
+
+    def make_trainer(self, trainer: type[nnUNetTrainer], fold: int | str, device: str) -> nnUNetTrainer:
+        """A trainer on these plans. It writes to the folders of nnU-Net's environment variables."""
+        # nnU-Net's trainer expects this key, and removes it.
+        plans = self.plans | {"continue_training": False}
+        return trainer(plans, self.configuration, fold, self.dataset_json, torch.device(device))
+
+    def title(self) -> str:
+        """One line: the plans, the number of stages, the size of a patch and of a batch."""
+        size = " x ".join(map(str, self.manager.patch_size))
+        stages = self.manager.network_arch_init_kwargs["n_stages"]
+        network = self.manager.network_arch_class_name.rpartition(".")[2]
+        return (
+            f"{self.name}, {self.configuration} of {self.plans['plans_name']}: {network} of {stages} stages, "
+            f"patch {size}, batch {self.manager.batch_size}"
+        )
+
+
+def from_preset(preset: str, configuration: str, plans_name: str) -> PlannedNetwork:
+    """One of the Decathlon's tasks. Raises `XAttnResError` if there is no such preset, configuration or plans."""
+    plans, dataset_json = build_preset(preset, configuration, plans_name)
+    return PlannedNetwork(f"{preset} ({plans['dataset_name'].partition('_')[2]})", plans, configuration, dataset_json)
+
+
+def from_dataset(dataset: str, configuration: str, plans_name: str) -> PlannedNetwork:
+    """The plans of a dataset in nnUNet_preprocessed. dataset: its name or number.
+
+    Raises `XAttnResError` if they do not exist or cannot be used.
+    """
+    if not nnUNet_preprocessed.is_set():
+        raise XAttnResError("nnUNet_preprocessed is not set: export it")
+    root = Path(nnUNet_preprocessed)
+    datasets = [folder.name for folder in sorted(root.glob("Dataset*")) if folder.is_dir()]
+    known = suggestion(dataset, datasets) or f"there are {', '.join(datasets) or 'none'}"
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError):
+        raise XAttnResError(f"nnU-Net knows no dataset {dataset} in {root}: {known}") from None
+    if name not in datasets:
+        raise XAttnResError(f"{root} has no {name}: {known}; nnUNetv2_plan_experiment plans it")
+    path = root / name / f"{plans_name}.json"
+    if not path.is_file():
+        others = [file.stem for file in sorted(path.parent.glob("*.json")) if "lans" in file.stem]
+        near = suggestion(plans_name, others) or "nnUNetv2_plan_experiment makes them"
+        raise XAttnResError(f"{name} has no plans {plans_name}: {near}")
+    return from_file(path, configuration)
+
+
+def from_file(path: Path, configuration: str) -> PlannedNetwork:
+    """A plans file with dataset.json beside it, as in nnUNet_preprocessed or in the folder of a trained model.
+
+    Raises `XAttnResError` if one of them is missing or cannot be used.
+    """
+    plans = read_json(path, "give a plans file of nnU-Net")
+    dataset_json = read_json(path.parent / "dataset.json", "nnU-Net puts it beside the plans: copy it there")
+    return from_content(plans, configuration, dataset_json, f"{path} and its dataset.json")
+
+
+def from_content(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], origin: str
+) -> PlannedNetwork:
+    """The contents of a plans file and of dataset.json. origin: where they were read, for messages.
+
+    Raises `XAttnResError` if they cannot be used.
+    """
+    try:
+        configurations = plans["configurations"]
+        if configuration not in configurations:
+            near = suggestion(configuration, configurations) or f"choose from {', '.join(configurations)}"
+            raise XAttnResError(f"{origin}: no configuration {configuration} in the plans: {near}")
+        planned = PlannedNetwork(plans["dataset_name"], plans, configuration, dataset_json)
+        check_architecture(planned.manager)
+        # Both raise an error for plans that nnU-Net cannot use.
+        _ = planned.num_input_channels, planned.title()
+    except XAttnResError:
+        raise
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise XAttnResError(f"{origin} are no plans that nnU-Net can use ({reason})") from None
+    return planned
+
+
+def with_batch_size(planned: PlannedNetwork, batch_size: int) -> PlannedNetwork:
+    """The same network with another batch size."""
+    configurations = planned.plans["configurations"]
+    changed = {planned.configuration: configurations[planned.configuration] | {"batch_size": batch_size}}
+    plans = planned.plans | {"configurations": configurations | changed}
+    return PlannedNetwork(planned.name, plans, planned.configuration, planned.dataset_json)

@@ -1,0 +1,1 @@
+"""What a user types: demo, doctor, inspect and warm-start."""

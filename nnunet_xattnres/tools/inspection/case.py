@@ -1,0 +1,72 @@
+"""What `inspect` writes for one case."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from tqdm import tqdm
+
+from nnunet_xattnres.common.errors import one_line
+from nnunet_xattnres.routing.drawing import CasePicture, draw_case, save_figure
+from nnunet_xattnres.tools.inspection.nifti import as_nifti
+from nnunet_xattnres.tools.inspection.regions import LabelMap, Regions, Volume
+from nnunet_xattnres.tools.inspection.slices import Slice
+from nnunet_xattnres.tools.inspection.trained_model import Model
+
+
+def inspect_case(model: Model, case: str, files: Sequence[str], folder: Path, formats: Sequence[str]) -> None:
+    """Predict a case and write the segmentation, the weight maps, their means and pictures into `folder`.
+
+    files: the images of the case, one per channel. formats: of the pictures, "png" or "pdf".
+
+    The maps are written one by one, because all of them together do not fit into memory.
+
+    Raises `XAttnResError` for images that do not fit the model, and `OSError` if a file cannot be written.
+    """
+    image, properties = model.read(files)
+
+    def as_image(volume: Volume | LabelMap) -> nibabel.Nifti1Image:
+        return as_nifti(volume, properties, Path(files[0]))
+
+    logits, weights = model.predict(image, properties)
+    prediction = model.segmentation(logits, properties)
+    try:
+        model.reader.write_seg(prediction, str(folder / f"prediction{model.dataset_json['file_ending']}"), properties)
+    except RuntimeError as error:  # SimpleITK raises it for a full disk
+        raise OSError(one_line(str(error))) from None
+    inside = model.in_image_geometry(np.ones(logits.shape[1:], np.float32), properties) > 0.5
+    regions = Regions(prediction, inside, model.labels)
+    shown = Slice(as_image(prediction))
+    picture = CasePicture(
+        f"{case}, {shown.name}" if shown.name else case,
+        shown.of(as_image(image[0])),
+        shown.of(as_image(prediction)).astype(int),
+        shown.spacing,
+        model.labels,
+    )
+    # By target, label, place and source.
+    means: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    with tqdm(
+        model.maps(weights, properties), total=model.num_maps, unit="map", disable=not model.predictor.allow_tqdm
+    ) as maps:
+        for target, source, weight_map in maps:
+            volume = as_image(weight_map)
+            nibabel.save(volume, folder / f"{target}_from_{source}.nii.gz")
+            picture.maps.setdefault(target, {})[source] = shown.of(volume), regions.foreground_mean(weight_map)
+            for label, places in regions.means(weight_map).items():
+                for place, mean in places.items():
+                    means.setdefault(target, {}).setdefault(label, {}).setdefault(place, {})[source] = mean
+    record = {
+        "model": str(model.folder.parent),
+        "trainer": model.trainer,
+        "fold": model.fold,
+        "checkpoint": model.checkpoint_name,
+        "images": [str(file) for file in files],
+        "voxels": regions.voxels,
+        "mean_weights": means,
+    }
+    (folder / "routing.json").write_text(json.dumps(record, indent=2, allow_nan=False))
+    for file_format in formats:
+        save_figure(lambda: draw_case(picture), folder / f"routing.{file_format}")

@@ -1,0 +1,132 @@
+"""The command `nnunet-xattnres inspect`."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from nnunet_xattnres.common.device import choose_device, is_out_of_memory, limit_memory
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.files import check_writable, temporary_folder
+from nnunet_xattnres.common.processes import termination_as_exception
+from nnunet_xattnres.nnunet.datasets import check_nifti_files
+from nnunet_xattnres.routing.drawing import draw_history, save_figure
+from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
+from nnunet_xattnres.tools.inspection.case import inspect_case
+from nnunet_xattnres.tools.inspection.image_files import find_cases
+from nnunet_xattnres.tools.inspection.trained_model import Model
+
+OWN_FILES = re.compile(r"routing\.(json|png|pdf)|prediction\..+|[^.]+_from_[^.]+\.nii\.gz")
+DISK_FULL = (ENOSPC, EDQUOT, None)  # SimpleITK gives no number
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command.
+
+    model: a model folder in nnUNet_results, TRAINER__PLANS__CONFIGURATION. fold: a number, or "all".
+    checkpoint: the name of a file in the folder of the fold.
+    images: folders, or files named as nnU-Net expects them.
+    output: the parent of the folders that are written, one for every case.
+    targets: their names. None: all.
+    device: "cpu" or "cuda". None: a GPU if there is one.
+    pdf: draw pictures as PDF too.
+    trust_checkpoint: see `read_checkpoint`.
+    """
+
+    model: Path
+    fold: str
+    checkpoint: str
+    images: list[Path]
+    output: Path
+    targets: list[str] | None
+    device: str | None
+    pdf: bool
+    trust_checkpoint: bool
+
+
+def run_inspect(options: Options) -> None:
+    """Write the attention weights of the model in every case.
+
+    Raises `XAttnResError` for a folder without an XAttnRes model, a target that the model does not have, images that
+    cannot be read or do not fit the model, an output that cannot be written, and too little memory.
+    """
+    device = torch.device(choose_device(options.device))
+    if device.type == "cpu":
+        limit_memory(psutil.virtual_memory().available + psutil.swap_memory().free)
+    model = Model(options.model, options.fold, options.checkpoint, options.targets, device, options.trust_checkpoint)
+    cases = find_cases(options.images, model.dataset_json["file_ending"])
+    for case in cases:
+        _check_replaceable(options.output / case)
+    check_writable(options.output, "-o")
+    with _errors_explained("the images", device):
+        check_nifti_files(Path(file) for files in cases.values() for file in files)
+    history = _history_of(model) if options.pdf else None
+    formats = ["png", "pdf"] if options.pdf else ["png"]
+    # Two progress bars would overwrite each other. With several cases there is one bar over the cases. With a single
+    # case there is one over its tiles, and then one over its maps.
+    single = len(cases) == 1
+    model.predictor.allow_tqdm = single
+    with (
+        termination_as_exception(),
+        temporary_folder(options.output) as temporary,
+        tqdm(cases.items(), unit="case", disable=single) as progress,
+    ):
+        for case, files in progress:
+            progress.set_postfix_str(case)
+            folder = temporary / case
+            folder.mkdir()
+            with _errors_explained(case, device):
+                inspect_case(model, case, files, folder, formats)
+                _move(folder, options.output / case)
+        if history is not None:
+            with _errors_explained("the training", device):
+                save_figure(lambda: draw_history(history), options.output / "training.pdf")
+
+
+def _history_of(model: Model) -> RoutingHistory | None:
+    """The record of the training, or None if there is none."""
+    try:
+        return RoutingHistory.read(model.folder / RECORD)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise XAttnResError(f"cannot read {error.filename} ({error.strerror}): leave --pdf out") from None
+
+
+@contextmanager
+def _errors_explained(what: str, device: torch.device) -> Iterator[None]:
+    """Turn a full disk, an unreadable or unwritable file and too little memory into a one-line `XAttnResError`.
+
+    what: what could not be processed, for the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = "make room or choose --targets" if error.errno in DISK_FULL else "see to that file and run again"
+        raise XAttnResError(f"cannot go on with {what} ({error}): {remedy}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "choose fewer --targets" + ", or --device cpu" * (device.type == "cuda")
+        raise XAttnResError(f"too little memory for {what}: {remedy}") from None
+
+
+def _check_replaceable(place: Path) -> None:
+    """Raise `XAttnResError` if `place`, which will be replaced, holds anything that inspect has not written."""
+    foreign = [place] if place.is_file() else [file for file in place.glob("*") if not OWN_FILES.fullmatch(file.name)]
+    if foreign:
+        raise XAttnResError(f"{foreign[0]} is not from inspect, which would replace {place}: choose another -o")
+
+
+def _move(finished: Path, place: Path) -> None:
+    """Move a finished folder to its place. An earlier result there is moved away, to be removed."""
+    if place.exists():
+        place.rename(finished.with_name(f"{finished.name}.old"))
+    finished.rename(place)

@@ -1,0 +1,128 @@
+"""Reading nnU-Net's checkpoints without letting them run code."""
+
+import errno
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import numpy as np
+import torch
+
+from nnunet_xattnres.common.device import is_out_of_memory
+from nnunet_xattnres.common.errors import XAttnResError, reason
+
+# nnU-Net logs NumPy numbers. A pickle names their constructor by its module, which NumPy 2 has renamed.
+SCALAR = np.float64(0).__reduce__()[0]
+NUMPY_NUMBERS: list[Any] = [
+    (SCALAR, "numpy.core.multiarray.scalar"),
+    (SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
+]
+FINAL_CHECKPOINT = "checkpoint_final.pth"
+REQUIRED_KEYS = {"trainer_name": str, "init_args": dict, "network_weights": dict}
+
+
+def finished_folds(model_folder: Path) -> dict[str, Path]:
+    """The final checkpoints of an nnU-Net model folder, by fold: a number, or "all"."""
+    files = sorted(model_folder.glob(f"fold_*/{FINAL_CHECKPOINT}"))
+    return {file.parent.name.removeprefix("fold_"): file for file in files}
+
+
+def read_checkpoint(path: Path, remedy: str, trusted: bool | None = None) -> dict[str, Any]:
+    """The content of an nnU-Net checkpoint. Its tensors stay on disk until they are used.
+
+    remedy: what to do about a missing or damaged file, for the message.
+    trusted: whether the user has given --trust-checkpoint. A trusted file is read without restrictions if it holds
+        objects that nnU-Net does not store, and these may run any code. None for a command without that option.
+
+    Raises `XAttnResError` if the file is missing, unreadable at present or no checkpoint, and if reading it needs trust
+    that it does not have.
+    """
+
+    def load() -> Any:
+        try:
+            return _load_restricted(path)
+        except _NeedsTrust as error:
+            if trusted:
+                print(f"{path} is trusted and read without restrictions")
+                return _load(path, weights_only=False)
+            alternative = "" if trusted is None else ", or add --trust-checkpoint if you trust its origin"
+            raise XAttnResError(f"{error}{alternative}") from error
+
+    return _checked(load, path, remedy)
+
+
+def read_checkpoint_as_nnunet(path: Path, remedy: str) -> dict[str, Any]:
+    """`read_checkpoint` for a file that nnU-Net is about to read without restrictions in any case."""
+
+    def load() -> Any:
+        try:
+            return _load_restricted(path)
+        except _NeedsTrust:
+            return _load(path, weights_only=False)
+
+    return _checked(load, path, remedy)
+
+
+class _NeedsTrust(Exception):
+    """One line: why a file cannot be read with restrictions, and what to do."""
+
+
+def _checked(load: Callable[[], Any], path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        checkpoint = load()
+        _check_types(checkpoint)
+    except FileNotFoundError:
+        raise XAttnResError(f"{path} does not exist: {remedy}") from None
+    except XAttnResError:
+        raise
+    except Exception as error:
+        if _may_be_undamaged(error):
+            raise XAttnResError(f"cannot read {path} ({reason(error)}): mend that and run again") from error
+        raise XAttnResError(f"{path} is damaged or no nnU-Net checkpoint ({reason(error)}): {remedy}") from error
+    return checkpoint
+
+
+def _check_types(checkpoint: Any) -> None:
+    for key, kind in REQUIRED_KEYS.items():
+        if not isinstance(checkpoint[key], kind):
+            raise TypeError(f"{key} is no {kind.__name__}")
+    for key, weight in checkpoint["network_weights"].items():
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(f"{key} in network_weights is no tensor")
+    match checkpoint["init_args"].get("xattnres"):
+        case None | {"version": str(), "config": dict()}:
+            pass
+        case _:
+            raise TypeError("xattnres in init_args is not what our trainers store")
+
+
+def _may_be_undamaged(error: Exception) -> bool:
+    """Whether the error comes from the system, not from the content of the file."""
+    if isinstance(error, OSError):
+        # EINVAL is different: PyTorch seeks to negative positions in a truncated file.
+        return error.errno != errno.EINVAL
+    return is_out_of_memory(error) or str(error).startswith("unable to mmap")
+
+
+def _load_restricted(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return _load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None and not is_zipfile(path):
+            raise ValueError("not written by torch.save") from error
+        raise _NeedsTrust(
+            f"{path} holds {named[1] if named else 'something'} that nnU-Net does not store and that may run any code "
+            "when it is read: let its trainer store numbers and tensors only"
+        ) from error
+
+
+def _load(path: Path, weights_only: bool) -> Any:
+    # PyTorch cannot memory-map its older format, which is no zip file.
+    return torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=weights_only)

@@ -1,0 +1,229 @@
+"""What all XAttnRes trainers share. The trainers themselves are in `trainers/` and only choose a preset."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_xattnres import __version__
+from nnunet_xattnres.common.errors import XAttnResError, differences, one_line
+from nnunet_xattnres.model.build import add_xattnres
+from nnunet_xattnres.model.config import Config, XAttnResConfig
+from nnunet_xattnres.model.planned_unet import check_architecture
+from nnunet_xattnres.routing.drawing import draw_history, save_figure
+from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
+from nnunet_xattnres.training.checkpoint import read_checkpoint_as_nnunet
+
+# Drawing may take this share of the training time. The time of one drawing is measured; this is the first estimate.
+DRAWING_SHARE = 0.003
+DRAWING_SECONDS = 1.0
+
+# nnU-Net's `load_checkpoint` reads these keys, and the keys that every checkpoint has.
+KEYS_TO_CONTINUE = ("current_epoch", "logging", "_best_ema", "optimizer_state", "grad_scaler_state")
+BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+
+
+class XAttnResTrainerMixin(nnUNetTrainer):
+    """An nnU-Net trainer whose planned network gets XAttnRes, at stage level or at block level.
+
+    Put it before any nnU-Net trainer: `class Mine(XAttnResTrainerMixin, nnUNetTrainerDA5): ...`.
+
+    xattnres_config: what is added to the planned network. It is a class attribute because nnU-Net builds the network
+        for inference from the class alone. Every checkpoint records it, and it is checked when one is loaded.
+    default_num_epochs: the number of epochs if the plans do not say it. None: that of the base trainer.
+
+    Every validation appends the mean attention weights to `xattnres_routing.json`, beside nnU-Net's `progress.png`, and
+    sends them to the additional loggers of nnU-Net. `xattnres_routing.png` shows them. It is drawn in the first and in
+    the last epoch, and in between as often as drawing takes at most 0.3 % of the training time.
+
+    A configuration in the plans may hold a budget: `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
+    "num_val_iterations_per_epoch": ...}`. Each key is optional and overrides the trainer's value.
+
+    `checkpoint_latest.pth` is written after every twentieth of the epochs, at most 50 epochs apart as in nnU-Net.
+
+    Raises `XAttnResError` for an invalid budget, for plans without an encoder/decoder U-Net, and for a checkpoint that
+    is damaged or that another trainer or preset has written.
+    """
+
+    xattnres_config: ClassVar[Config] = XAttnResConfig()
+    default_num_epochs: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.default_num_epochs is not None:
+            self.num_epochs = self.default_num_epochs
+        budget = self.configuration_manager.configuration.get("training", {})
+        _check_budget(budget, configuration)
+        for key, value in budget.items():
+            setattr(self, key, value)
+        self._drawn_at, self._drawing_seconds = monotonic(), DRAWING_SECONDS
+        # nnU-Net writes it 20 times in its 1000 epochs.
+        self.save_every: int = min(self.save_every, max(1, self.num_epochs // 20))
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The network that the base trainer builds from the plans, with this class's XAttnRes."""
+        check_architecture(configuration_manager)
+        planned = super().build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        return add_xattnres(planned, cls.xattnres_config)
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.routing_recorder = ValidationRecorder(self.network, self.device, self.num_iterations_per_epoch)
+
+    def validation_step(self, batch: dict) -> dict:
+        with self._logging_failure("recorded"):
+            self.routing_recorder.observe(batch["data"])
+        return super().validation_step(batch)
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        means = self.routing_recorder.means()
+        if means and self.local_rank == 0:
+            with self._logging_failure("recorded"):
+                history = self._record_routing(means)
+                with self._logging_failure("drawn"):
+                    self._draw_routing(history)
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write the checkpoint as a whole or not at all: if the process is killed, the previous one remains."""
+        # nnU-Net stores `my_init_kwargs` in every checkpoint and ignores keys that it does not know.
+        self.my_init_kwargs["xattnres"] = {
+            "version": __version__,
+            "config": self.xattnres_config.architecture(),
+        }
+        temporary = f"{filename}.tmp"
+        try:
+            super().save_checkpoint(temporary)
+            if self.local_rank == 0 and not self.disable_checkpointing:
+                os.replace(temporary, filename)
+        finally:
+            if self.local_rank == 0:
+                Path(temporary).unlink(missing_ok=True)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if isinstance(filename_or_checkpoint, str):
+            self._check_checkpoint(filename_or_checkpoint)
+        super().load_checkpoint(filename_or_checkpoint)
+
+    @contextmanager
+    def _logging_failure(self, what: str) -> Iterator[None]:
+        """Write an error to the training log instead of raising it: a failed record must not end the training.
+
+        what: what the attention weights were not, "recorded" or "drawn".
+        """
+        try:
+            yield
+        except Exception as error:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            self.print_to_log_file(f"the attention weights of epoch {self.current_epoch} are not {what} ({reason})")
+
+    def _record_routing(self, means: dict[str, list[float | None]]) -> RoutingHistory:
+        history = self._routing_history()
+        history.record(self.current_epoch, means)
+        history.write(Path(self.output_folder, RECORD))
+        for target, sources in history.sources.items():
+            for source, weight in zip(sources, means[target], strict=True):
+                if weight is not None:
+                    for logger in self.logger.loggers:
+                        logger.log(f"routing/{target}/{source}", weight, self.current_epoch)
+        return history
+
+    def _draw_routing(self, history: RoutingHistory) -> None:
+        """Draw in the first and the last epoch, and otherwise if it takes little of the time since the last drawing."""
+        start = monotonic()
+        picture = Path(self.output_folder, PICTURE)
+        is_due = self.current_epoch + 1 >= self.num_epochs or not picture.exists()
+        if is_due or self._drawing_seconds < DRAWING_SHARE * (start - self._drawn_at):
+            save_figure(lambda: draw_history(history), picture)
+            self._drawn_at = monotonic()
+            self._drawing_seconds = self._drawn_at - start
+
+    def _routing_history(self) -> RoutingHistory:
+        """The history in the output folder, or a new one. An unusable file is renamed."""
+        path = Path(self.output_folder, RECORD)
+        new = RoutingHistory(self.routing_recorder.sources)
+        if not path.exists():
+            return new
+        try:
+            history = RoutingHistory.read(path)
+            if history.sources != new.sources:
+                raise XAttnResError(f"{path} is of another network")
+        except XAttnResError as error:
+            kept = os.fspath(path.with_suffix(".old.json"))
+            os.replace(path, kept)
+            self.print_to_log_file(f"{error}; it is kept as {kept}, and the record starts anew")
+            return new
+        return history
+
+    def _check_checkpoint(self, filename: str) -> None:
+        """Raise `XAttnResError` unless a trainer with this class's preset has written the checkpoint."""
+        remedy = "delete it to continue from another one"
+        checkpoint = read_checkpoint_as_nnunet(Path(filename), remedy)
+        missing = [key for key in KEYS_TO_CONTINUE if key not in checkpoint]
+        if missing:
+            raise XAttnResError(f"{filename} lacks {' and '.join(missing)}, so training cannot go on from it: {remedy}")
+        written_by = checkpoint["trainer_name"]
+        record: dict[str, Any] | None = checkpoint["init_args"].get("xattnres")
+        if record is None:
+            raise XAttnResError(
+                f"{filename} was written by {written_by}, which has no XAttnRes: continue it with -tr {written_by}"
+            )
+        check_preset(filename, checkpoint, type(self), "continue it")
+        if record["version"] != __version__:
+            self.print_to_log_file(
+                f"{filename} was written by nnunet-xattnres {record['version']}, this is {__version__}"
+            )
+
+
+def check_preset(filename: str, checkpoint: dict[str, Any], trainer: type[XAttnResTrainerMixin], what: str) -> None:
+    """Raise `XAttnResError` if the checkpoint records a preset that is not the trainer's.
+
+    what: what to do with the checkpoint by the trainer that wrote it, for the message.
+    """
+    record = checkpoint["init_args"]["xattnres"]
+    config = trainer.xattnres_config.architecture()
+    if record["config"] != config:
+        raise XAttnResError(
+            f"{filename} was written by {checkpoint['trainer_name']} of nnunet-xattnres {record['version']} with "
+            f"{_differences(record['config'], config)}: {what} with that trainer and version, not with "
+            f"{trainer.__name__} of {__version__}"
+        )
+
+
+def _differences(recorded: dict[str, Any], here: dict[str, Any]) -> str:
+    if not recorded.keys() & here.keys():
+        return f"another kind of preset ({', '.join(recorded)})"
+    return differences(recorded, here)
+
+
+def _check_budget(budget: Any, configuration: str) -> None:
+    where = f'"training" of the configuration {configuration} in the plans'
+    if not isinstance(budget, dict) or any(key not in BUDGET_KEYS for key in budget):
+        raise XAttnResError(f"{where} may hold {', '.join(BUDGET_KEYS)} and nothing else, not {budget!r}")
+    for key, value in budget.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise XAttnResError(f"{key} in {where} must be a positive whole number, not {value!r}")

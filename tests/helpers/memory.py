@@ -1,0 +1,35 @@
+"""Memory in tests: what a computation keeps, and limits of the process."""
+
+import resource
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def saved_bytes(compute: Callable[[], object], given: Iterable[Tensor]) -> int:
+    """What a computation keeps for its backward pass, apart from what it was given."""
+    pointers = {tensor.data_ptr() for tensor in given}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in pointers:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute()
+    return sum(saved.values())
+
+
+@contextmanager
+def limited(kind: int, limit: int) -> Iterator[None]:
+    """This process with a limit of the operating system's. kind: one of `resource.RLIMIT_*`."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))

@@ -1,0 +1,167 @@
+"""The measurement of one network, in the process of the tests. No test says how fast anything is."""
+
+import json
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from helpers.memory import limited
+from helpers.overhead import NO_SKIP, PLANNED, small_plans, small_request, use_own_trainer
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.overhead import measurement, runner
+from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Measurement, Request, measure
+
+BLOCK_INPUT = "nnUNetTrainerXAttnResBlockInput"
+READS_AT = {
+    PLANNED: [],
+    NO_SKIP: ["E2", "D0", "D1"],
+    BLOCK_INPUT: [
+        *("E0_block2", "E1_block2", "E2_block2"),
+        *("D0_memory", "D0_block2", "D1_memory", "D1_block2"),
+    ],
+}
+REGIONS = {"background": 0, "whole": [1, 2], "part": [2]}
+
+
+@pytest.fixture(autouse=True)
+def nnunet_folders(tmp_path, monkeypatch):
+    """The folders that the runner gives a measurement, and the shortest timing."""
+    for name, value in NnUNet(tmp_path / "measured", "cpu").folders().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(measurement, "STEP_SECONDS", 0)
+    monkeypatch.setattr(measurement, "INFERENCE_SECONDS", 0)
+
+
+@pytest.mark.parametrize("trainer", READS_AT)
+def test_a_measurement_knows_everything(trainer):
+    first, *_, answer = measure(small_request(trainer))
+    assert answer.status == MEASURED, answer.reason
+    assert len(answer.step_seconds) == len(answer.inference_seconds) == 1
+    assert min(*answer.step_seconds, *answer.inference_seconds, answer.peak_memory, answer.parameters) > 0
+    assert answer.compiled is False
+    assert answer.threads == torch.get_num_threads()
+    assert answer.reads_at == READS_AT[trainer]
+    # If the process is killed while it measures, this is what it leaves.
+    assert first.status == FAILED
+    assert first.parameters == answer.parameters
+
+
+def test_every_call_is_timed_but_the_first():
+    calls = []
+    times = measurement._times(lambda: calls.append(None), seconds=1e-4)
+    assert len(times) == len(calls) - 1 > 1
+    assert sum(times[:-1]) < 1e-4 <= sum(times)
+
+
+@pytest.mark.parametrize(
+    "labels, trainer",
+    [
+        (REGIONS, NO_SKIP),
+        (REGIONS | {"ignore": 3}, NO_SKIP),
+        ({"background": 0, "part": 1, "ignore": 2}, NO_SKIP),
+        ({"background": 0, "part": 1}, "nnUNetTrainerNoDeepSupervision"),
+    ],
+)
+def test_targets_fit_the_loss_of_every_kind_of_labels(labels, trainer):
+    _, dataset_json = small_plans()
+    dataset_json |= {"labels": labels, "regions_class_order": [1, 2]}
+    *_, answer = measure(small_request(trainer, dataset_json))
+    assert answer.status == MEASURED, answer.reason
+
+
+def test_2d_and_several_channels():
+    plans, dataset_json = small_plans("msd01", "2d")
+    *_, answer = measure(Request(plans, "small", dataset_json, NO_SKIP, "cpu"))
+    assert answer.status == MEASURED, answer.reason
+
+
+def test_flops_are_those_of_the_batch_and_of_the_network():
+    def flops(trainer, batch_size=1):
+        return Measurement(small_request(trainer, batch_size=batch_size)).counts(torch.device("meta"))["flops"]
+
+    planned = flops(PLANNED)
+    assert flops(PLANNED, 3) == 3 * planned
+    assert flops("nnUNetTrainerNoSkip") < planned < flops("nnUNetTrainerXAttnRes")
+
+
+def test_what_shapes_alone_do_not_tell_is_counted_on_the_device(monkeypatch):
+    counts = Measurement.counts
+    expected = counts(Measurement(small_request(NO_SKIP)), torch.device("meta"))
+
+    def without_meta(self, device):
+        if device.type == "meta":
+            raise NotImplementedError("needs numbers")
+        return counts(self, device)
+
+    monkeypatch.setattr(Measurement, "counts", without_meta)
+    *_, answer = measure(small_request(NO_SKIP))
+    assert answer.status == MEASURED, answer.reason
+    assert {name: getattr(answer, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, TypeError, ValueError])
+def test_whatever_error_shapes_alone_raise(error, monkeypatch):
+    def counts(self, device):
+        if device.type == "meta":
+            raise error("needs numbers")
+        return {"flops": 7}
+
+    monkeypatch.setattr(Measurement, "counts", counts)
+    monkeypatch.setattr(Measurement, "costs", lambda self: {"peak_memory": 8})
+    assert list(measure(small_request(NO_SKIP))) == [Answer(MEASURED, flops=7, peak_memory=8)]
+
+
+def test_what_the_user_can_mend_fails_before_anything_is_timed(monkeypatch):
+    def counts(self, device):
+        raise XAttnResError("mend it")
+
+    monkeypatch.setattr(Measurement, "counts", counts)
+    monkeypatch.setattr(Measurement, "costs", None)
+    assert list(measure(small_request(NO_SKIP))) == [Answer(FAILED, "mend it")]
+
+
+def test_the_backend_replaces_the_trainers():
+    trainer = Measurement(small_request(NO_SKIP, backend="reference")).trainer
+    assert trainer.xattnres_config.backend == "reference"
+    assert not trainer.xattnres_config.skip_connections
+    assert Measurement(small_request(NO_SKIP)).trainer.xattnres_config.backend == "auto"
+
+
+def test_a_batch_that_does_not_fit_is_out_of_memory_with_its_counts():
+    resource = pytest.importorskip("resource")
+    voxels = int(np.prod(small_plans()[0]["configurations"]["small"]["patch_size"]))
+    available = psutil.virtual_memory().available
+    batch_size = 2 * available // (4 * voxels)
+    with limited(resource.RLIMIT_DATA, psutil.Process().memory_info().data + available):
+        *_, answer = measure(small_request(PLANNED, batch_size=batch_size))
+    assert answer.status == OUT_OF_MEMORY, answer.reason
+    assert answer.parameters > 0
+
+
+def test_a_trainer_that_raises_has_failed(tmp_path, monkeypatch):
+    use_own_trainer("raise ValueError('my mistake\\nand more of it')", tmp_path / "mine", monkeypatch)
+    *_, answer = measure(small_request("nnUNetTrainerMine"))
+    assert (answer.status, answer.reason) == (FAILED, "ValueError: my mistake")
+    assert answer.parameters > 0
+
+
+def test_the_program_limits_its_memory_and_writes_its_answer(tmp_path, monkeypatch):
+    """`python -m nnunet_xattnres.overhead.measurement FOLDER`, for a trainer that does not exist."""
+    growth = []
+    monkeypatch.setattr("nnunet_xattnres.common.device.limit_memory", growth.append)
+    monkeypatch.setattr(sys, "argv", ["measurement", str(tmp_path)])
+    Path(tmp_path, "request.json").write_text(json.dumps(asdict(small_request("nnUNetTrainerNone"))))
+    monkeypatch.delitem(sys.modules, runner.MEASUREMENT)
+    runpy.run_module(runner.MEASUREMENT, run_name="__main__")
+    answer = Answer(**json.loads(Path(tmp_path, "answer.json").read_text()))
+    assert answer.status == FAILED
+    assert "finds no trainer nnUNetTrainerNone" in answer.reason
+    assert len(growth) == 1
+    assert 0 < growth[0] <= psutil.virtual_memory().total

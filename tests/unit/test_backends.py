@@ -1,0 +1,83 @@
+"""The choice of a backend, and what is refused."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.model.config import BACKENDS
+from nnunet_xattnres.ops import backends
+from nnunet_xattnres.ops.backends import ATTENTION_BACKENDS, attention_backend
+from nnunet_xattnres.ops.reference import Candidate
+from nnunet_xattnres.ops.streaming import attend_streaming
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    for module in ("nnunet_xattnres.ops.triton_operator", "nnunet_xattnres.ops.triton_kernels"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+
+
+def test_every_backend_that_can_be_configured_is_there():
+    assert set(BACKENDS) == {"auto", *ATTENTION_BACKENDS}
+
+
+def test_auto_is_streaming():
+    assert attention_backend("auto") is attend_streaming
+
+
+def test_a_backend_that_is_not_available_here_says_which_are():
+    with pytest.raises(XAttnResError, match=r"'cuda' is not available here.*reference, streaming, triton$"):
+        attention_backend("cuda")
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_triton_is_imported_on_request_only():
+    for file in Path(backends.__file__).parent.glob("*.py"):
+        if not file.name.startswith("triton"):
+            runpy.run_path(str(file))
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_a_missing_triton_is_named():
+    with pytest.raises(XAttnResError, match=r"needs Triton, which is not installed: .*'auto'$"):
+        attention_backend("triton")
+
+
+def test_triton_on_the_cpu_asks_for_another_backend(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from nnunet_xattnres.ops import triton_operator
+
+    monkeypatch.setattr(triton_operator, "INTERPRETED", False)
+    attend = attention_backend("triton")
+    with pytest.raises(XAttnResError, match=r"needs a GPU.*'auto'$"):
+        attend(torch.ones(2), torch.ones(2), [Candidate(torch.ones(1, 2, 4, 4), None)], (4, 4))
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    from nnunet_xattnres.ops import triton_kernels as kernels
+
+    if kernels.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tile = {"FACTORS": ((1, 2, 2), (1, 1, 1)), "CHANNELS": 20, "BLOCK_CHANNELS": 32, "TILE": 64, "EPS": 1e-6}
+    part = {"ROWS": 2, "PARTS": 4, "TILE_X": 2, "TILE_SOURCES": 32, "CHANNELS": 20, "BLOCK_CHANNELS": 32}
+    factors = {"FACTOR_Z": 1, "FACTOR_Y": 2, "FACTOR_X": 2}
+    for kernel, options in (
+        (kernels._mix_kernel, tile),
+        (kernels._coefficients_kernel, tile | {"BLOCK_SOURCES": 2}),
+        (kernels._source_gradient_kernel, part | factors),
+    ):
+        constants = options | {"PRECISION": triton.language.float32}
+        types = {"sources": ("*fp16", "*fp16"), "source": "*fp16", "gradient": "*fp16", "mixture": "*fp16"}
+        types |= {"source_parts": "*fp16", "query": "*fp32", "coefficients": "*fp32", "query_parts": "*fp32"}
+        types |= dict.fromkeys(constants, "constexpr")
+        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+        source = triton.compiler.ASTSource(kernel, signature, constants)
+        target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
+        assert triton.compile(source, target=target).asm["cubin"]

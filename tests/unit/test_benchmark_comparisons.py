@@ -1,0 +1,137 @@
+"""The comparison of two trainers: what is paired, what is one hypothesis, and the ratios of costs."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pandas
+import pytest
+from scipy import stats
+
+from helpers.benchmark import DATASETS, OURS, PLANNED, case_row, cells_of, tables_of, two_trainers
+from nnunet_xattnres.benchmark.comparisons import compare, unrelated_datasets
+from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
+from nnunet_xattnres.benchmark.tables import Tables
+
+
+@pytest.fixture
+def tables() -> Tables:
+    return two_trainers()
+
+
+def one_set(differences: list[float]) -> Tables:
+    """One dataset, fold and seed. differences: ours - planned, one per case."""
+    rows = [
+        case_row("Dataset001_A", trainer, 0, 0, str(case), 0.5 + difference * (trainer == OURS))
+        for case, difference in enumerate(differences)
+        for trainer in (PLANNED, OURS)
+    ]
+    return tables_of(rows)
+
+
+def differences_of(tables: Tables, dataset: str) -> np.ndarray:
+    """By loops: per case the mean over seeds of ours - planned."""
+    dice = {(row.case, row.seed, row.trainer): row.dice for row in tables.cases.itertuples() if row.dataset == dataset}
+    cases = dict.fromkeys(case for case, _, _ in dice)
+    return np.array([np.mean([dice[case, s, OURS] - dice[case, s, PLANNED] for s in range(2)]) for case in cases])
+
+
+class TestDifferences:
+    def test_a_pair_is_compared_over_cases_with_seeds_averaged_first(self, tables):
+        row = next(row for row in compare(tables) if row["dataset"] == "Dataset001_A" and row["metric"] == "dice")
+        expected = differences_of(tables, "Dataset001_A")
+        assert (row["first"], row["second"]) == (OURS, PLANNED)
+        assert (row["cases"], row["cells"], row["cells_ahead"]) == (12, 4, 4)
+        assert row["difference"] == pytest.approx(expected.mean(), abs=1e-6)
+        assert row["low"] < row["difference"] < row["high"]
+        assert (row["wins"], row["ties"], row["losses"]) == (12, 0, 0)
+        assert row["p"] == pytest.approx(stats.wilcoxon(expected).pvalue, rel=1e-5)
+        # Two families.
+        assert row["p_holm"] == pytest.approx(2 * row["p"], rel=1e-5)
+        assert row["verdict"] == BETTER
+        assert (row["seconds_per_epoch_ratio"], row["parameters_ratio"]) == (1.5, 2.0)
+        assert row["peak_memory_gb_ratio"] is None
+
+    def test_a_family_is_one_hypothesis_over_patients(self, tables):
+        rows = [row for row in compare(tables) if row["family"] == "Sarcoma" and row["metric"] == "dice"]
+        assert [row["dataset"] for row in rows] == ["Dataset002_CT", "Dataset003_MR", ""]
+        assert [row["verdict"] for row in rows] == [None, None, NO_DIFFERENCE]
+        per_patient = (differences_of(tables, "Dataset002_CT") + differences_of(tables, "Dataset003_MR")) / 2
+        assert rows[2]["cases"] == 12
+        assert rows[2]["p"] == pytest.approx(stats.wilcoxon(per_patient).pvalue, rel=1e-4)
+        assert rows[2]["difference"] == pytest.approx(per_patient.mean(), abs=1e-6)
+
+    def test_only_common_folds_and_seeds_are_compared(self, tables):
+        lacks = cells_of(tables.cases, trainer=OURS, fold=1, seed=1)
+        cases = tables.cases[~lacks].copy()
+        # These would make a difference, if they were compared.
+        cases.loc[cells_of(cases, trainer=PLANNED, fold=1, seed=1), "dice"] = 0.0
+        row = compare(replace(tables, cases=cases))[0]
+        assert (row["cells"], row["cases"]) == (3, 12)
+        assert row["difference"] == pytest.approx(0.05, abs=0.01)
+
+    @pytest.mark.parametrize("sign, verdict", [(1, BETTER), (-1, WORSE)])
+    def test_the_test_decides_and_not_the_interval(self, sign, verdict):
+        differences = [sign * (0.01 + 0.001 * case) for case in range(6)]
+        assert compare(one_set(differences))[0]["verdict"] == verdict
+        # Five cases can never be significant, however narrow their interval.
+        few = compare(one_set(differences[:5]))[0]
+        assert few["low"] * few["high"] > 0
+        assert few["verdict"] == NO_DIFFERENCE
+
+    def test_ranks_and_mean_that_point_apart_show_nothing(self):
+        row = compare(one_set([0.01] * 20 + [-0.4]))[0]
+        assert row["p_holm"] < 0.05
+        assert row["difference"] < 0
+        assert row["verdict"] == NO_DIFFERENCE
+
+    def test_nothing_is_warned_of(self, tables):
+        # Validation comes before test: names that are not sorted.
+        cases = pandas.concat([tables.cases, tables.cases.assign(set="test")])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compare(replace(tables, cases=cases))
+
+
+class TestFamilies:
+    def test_datasets_without_common_names_are_told(self, tables):
+        assert unrelated_datasets(tables.cases) == []
+        renamed = tables.cases.dataset == "Dataset003_MR"
+        names = tables.cases.case.where(~renamed, "MR_" + tables.cases.case)
+        found = unrelated_datasets(tables.cases.assign(case=names))
+        assert found == [("Sarcoma", "Dataset002_CT", "Dataset003_MR")]
+
+    def test_different_folds_are_different_patients(self, tables):
+        fold_of = {"Dataset002_CT": 0, "Dataset003_MR": 1}
+        kept = tables.cases.fold == tables.cases.dataset.map(fold_of).fillna(tables.cases.fold)
+        assert unrelated_datasets(tables.cases[kept]) == []
+
+
+class TestCostRatios:
+    def test_costs_are_compared_over_common_folds_and_seeds(self, tables):
+        cases = tables.cases[(tables.cases.trainer == PLANNED) | (tables.cases.seed == 0)]
+        cells = tables_of(cases.to_dict("records")).cells
+        # Ours lacks seed 1.
+        cells.loc[cells_of(cells, trainer=PLANNED, seed=1), "seconds_per_epoch"] = 1000.0
+        row = compare(replace(tables, cases=cases, cells=cells))[0]
+        assert (row["cells"], row["seconds_per_epoch_ratio"]) == (2, 1.5)
+
+    def test_times_of_two_machines_are_not_compared(self, tables):
+        cells = tables.cells
+        cells["peak_memory_gb"] = 1.0
+        of_second = cells_of(cells, trainer=PLANNED, fold=1)
+        cells.loc[of_second, ["device", "seconds_per_epoch", "parameters"]] = ["another", 1000.0, 500_000]
+        row = compare(replace(tables, cells=cells))[0]
+        # The four trainings: two on one machine, two that are not.
+        assert (row["cells"], row["seconds_per_epoch_ratio"], row["peak_memory_gb_ratio"]) == (4, 1.5, 1.0)
+        assert row["parameters_ratio"] > 2
+        cells.loc[cells.trainer == PLANNED, "device"] = "another"
+        assert compare(replace(tables, cells=cells))[0]["seconds_per_epoch_ratio"] is None
+
+
+def test_every_pair_and_metric_is_compared(tables):
+    rows = compare(tables)
+    assert {(row["first"], row["second"], row["metric"]) for row in rows} == {
+        (OURS, PLANNED, metric) for metric in ("dice", "nsd")
+    }
+    assert {row["dataset"] for row in rows} == {*DATASETS, ""}

@@ -1,0 +1,54 @@
+"""The device and the peak memory of a training, recorded while it runs."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.benchmark import eventually
+from nnunet_xattnres.benchmark import cost_recording
+from nnunet_xattnres.benchmark.cost_recording import recorded_costs
+
+
+def test_memory_is_recorded_until_the_training_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost_recording, "SAMPLING_SECONDS", 0.01)
+    cost_recording.record_costs(tmp_path, num_gpus=0)
+    held = np.ones(100_000_000 // 8)
+    assert eventually((tmp_path / "costs.json").exists)
+    time.sleep(0.1)
+    (tmp_path / "checkpoint_final.pth").touch()
+    assert eventually(lambda: recorded_costs(tmp_path)["peak_memory_gb"] >= held.nbytes / 1e9)
+
+
+def test_every_device_of_a_training_is_recorded_once_and_none_of_its_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost_recording, "SAMPLING_SECONDS", 0.01)
+    final = tmp_path / "checkpoint_final.pth"
+    for cpu, cores in (("Slow", 2), ("Slow", 2), ("Slow", 3), ("Fast", 3)):
+        monkeypatch.setattr(cost_recording, "cpu_name", lambda cpu=cpu: cpu)
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        cost_recording.record_costs(tmp_path, num_gpus=0)
+        final.touch()
+        assert eventually(lambda: not any(thread.name == cost_recording.COSTS for thread in threading.enumerate()))
+        final.unlink()
+    devices = ["Slow, 2 threads", "Slow, 3 threads", "Fast, 3 threads"]
+    assert recorded_costs(tmp_path)["devices"] == devices
+    final.touch()
+    monkeypatch.setattr(cost_recording, "cpu_name", lambda: "Another")
+    cost_recording.record_costs(tmp_path, num_gpus=0)
+    time.sleep(0.1)
+    assert recorded_costs(tmp_path)["devices"] == devices
+
+
+@pytest.mark.parametrize(("num_gpus", "device"), [(1, "A100"), (4, "4 x A100")])
+def test_gpus_are_named_with_their_number(num_gpus, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
+    assert cost_recording._device_name(num_gpus) == device
+
+
+def test_no_record_and_a_damaged_one_say_nothing(tmp_path):
+    nothing = {"peak_memory_gb": None, "devices": []}
+    assert recorded_costs(tmp_path) == nothing
+    (tmp_path / "costs.json").touch()
+    assert recorded_costs(tmp_path) == nothing

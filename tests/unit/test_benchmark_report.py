@@ -1,0 +1,228 @@
+"""A report on tables: its files, its Markdown and its figures, and what it refuses."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+
+from helpers.benchmark import (
+    DATASETS,
+    OURS,
+    PLANNED,
+    ROOT,
+    case_row,
+    cells_of,
+    edit,
+    tables_of,
+    two_trainers,
+)
+from helpers.routing import assert_no_texts_overlap
+from nnunet_xattnres.benchmark import report
+from nnunet_xattnres.benchmark.comparisons import case_values
+from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences
+from nnunet_xattnres.benchmark.markdown import markdown
+from nnunet_xattnres.benchmark.report import run_report
+from nnunet_xattnres.benchmark.results import results_of
+from nnunet_xattnres.benchmark.spec import read_spec
+from nnunet_xattnres.benchmark.statistics import holm
+from nnunet_xattnres.benchmark.tables import Tables, read_tables, write_tables
+from nnunet_xattnres.cli import main
+
+EVIDENCE = ROOT / "results" / "cpu-evidence"
+WRITTEN = {"cases", "cells", "curves", "datasets", "trainers", "versions", "summary", "comparisons", "spreads"}
+
+
+@pytest.fixture
+def tables() -> Tables:
+    return two_trainers()
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    monkeypatch.setattr(report, "write_figures", lambda *given: [])
+
+
+def of_dataset(tables: Tables, *names: str) -> Tables:
+    """The tables of a benchmark with these datasets only."""
+    return tables_of(tables.cases[tables.cases.dataset.isin(names)].to_dict("records"))
+
+
+def committed_figures() -> list[str]:
+    return re.findall(r"!\[.*\]\((.*)\.png\)", (EVIDENCE / "report.md").read_text())
+
+
+class TestFiles:
+    def test_a_report_is_rebuilt_from_its_csv_files_byte_for_byte(self, tables, tmp_path):
+        write_tables(of_dataset(tables, "Dataset001_A"), tmp_path)
+        for origin, output in ((tmp_path, "one"), (tmp_path / "one", "two")):
+            assert main(["benchmark", "report", str(origin), "-o", str(tmp_path / output)]) == 0
+        files = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
+        assert files == {file.name: file.read_bytes() for file in (tmp_path / "two").iterdir()}
+        figures = ["paired_differences", "dice_Dataset001_A_small_validation", "curves_Dataset001_A_small"]
+        expected = {f"{name}.csv" for name in WRITTEN} | {"report.md", "report.json"}
+        assert files.keys() == expected | {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")}
+        assert all(f"![{name}]({name}.png)" in files["report.md"].decode() for name in figures)
+        json.loads(files["report.json"], parse_constant=pytest.fail)
+
+    def test_the_committed_numbers_follow_from_the_committed_tables(self):
+        """Of one dataset with two of its trainers; `test_the_committed_report_follows_from_its_tables` checks all."""
+        committed = pandas.read_csv(EVIDENCE / "comparisons.csv", keep_default_na=False)
+        tables = read_tables(EVIDENCE)
+        dataset = "Dataset004_Hippocampus"
+        arms = tables.trainers[tables.trainers.trainer.isin([PLANNED, OURS])]
+        chosen = replace(
+            tables,
+            cases=tables.cases[(tables.cases.dataset == dataset) & tables.cases.trainer.isin(arms.trainer)],
+            trainers=arms,
+        )
+        rows = pandas.DataFrame(results_of(chosen).comparisons).set_index("metric")
+        pair = cells_of(committed, dataset=dataset, first=OURS, second=PLANNED)
+        expected = committed[pair].set_index("metric").loc[["dice", "nsd"]]
+        # Other families of the pair, which the correction counts, are left out here.
+        for column in ("cases", "difference", "low", "high", "wins", "ties", "losses", "p"):
+            assert list(rows[column]) == pytest.approx(list(expected[column].astype(float)), rel=1e-5), column
+        for column in ("seconds_per_epoch_ratio", "parameters_ratio"):
+            assert list(rows[column]) == pytest.approx(list(expected[column].astype(float)), rel=1e-5), column
+
+    def test_the_committed_corrections_are_holms(self):
+        """Of all pairs, from the committed p of families."""
+        committed = pandas.read_csv(EVIDENCE / "comparisons.csv", keep_default_na=False)
+        tested = committed[committed.p_holm != ""]
+        for _, of_pair in tested.groupby(["first", "second", "metric"], sort=False):
+            assert holm(list(of_pair.p)) == pytest.approx(list(of_pair.p_holm.astype(float)), rel=1e-5)
+
+    @pytest.mark.slow
+    def test_the_committed_report_follows_from_its_tables(self, tmp_path, monkeypatch):
+        """But for figures, whose bytes depend on what draws them."""
+        monkeypatch.setattr(report, "write_figures", lambda *given: committed_figures())
+        run_report(EVIDENCE, tmp_path)
+        committed = {file.name: file.read_bytes() for file in EVIDENCE.iterdir() if file.suffix not in (".png", ".pdf")}
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == committed
+
+    def test_a_single_trainer_is_reported_alone(self, tables, tmp_path, without_figures):
+        alone = tables_of(tables.cases[tables.cases.trainer == OURS].to_dict("records"))
+        write_tables(alone, tmp_path)
+        run_report(tmp_path, tmp_path / "out")
+        assert "There is no pair of trainers to compare." in (tmp_path / "out" / "report.md").read_text()
+        assert read_tables(tmp_path / "out").cases.equals(read_tables(tmp_path).cases)
+
+    def test_trainers_have_the_order_of_the_spec(self, tmp_path, without_figures):
+        # The first dataset lacks the first trainer.
+        trained = {"Dataset001_A": ("wide", OURS), "Dataset002_CT": (OURS, "wide", PLANNED)}
+        rows = [
+            case_row(dataset, trainer, 0, 0, str(case), 0.5)
+            for dataset, trainers in trained.items()
+            for trainer in trainers
+            for case in range(2)
+        ]
+        write_tables(tables_of(rows, trainers=(PLANNED, OURS, "wide")), tmp_path)
+        run_report(tmp_path, tmp_path / "out")
+        comparisons = pandas.read_csv(tmp_path / "out" / "comparisons.csv")
+        pairs = comparisons[["first", "second"]].drop_duplicates().to_numpy().tolist()
+        assert pairs == [[OURS, PLANNED], ["wide", PLANNED], ["wide", OURS]]
+        summary = pandas.read_csv(tmp_path / "out" / "summary.csv")
+        assert list(summary.trainer[summary.label == "mean"]) == [OURS, "wide", PLANNED, OURS, "wide"]
+
+
+class TestRefusals:
+    def test_damaged_files_are_said_in_one_line(self, tables, tmp_path, capsys):
+        write_tables(tables, tmp_path)
+        edit(tmp_path / "cases.csv", ",nsd,", ",surface,")
+        assert main(["benchmark", "report", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "cases.csv has no column nsd" in error
+        assert not (tmp_path / "out").exists()
+
+    def test_a_folder_that_holds_neither_a_report_nor_a_benchmark(self, tmp_path, capsys):
+        assert main(["benchmark", "report", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert "no matrix.json" in error
+        assert error.count("\n") == 1
+
+    def test_an_output_that_cannot_be_written(self, tables, tmp_path, capsys):
+        write_tables(tables, tmp_path)
+        assert main(["benchmark", "report", str(tmp_path), "-o", str(tmp_path / "cells.csv" / "out")]) == 1
+        assert "choose another -o" in capsys.readouterr().err
+
+
+class TestMarkdown:
+    def test_what_is_compared_and_measured(self, tables):
+        text = markdown(tables, results_of(tables), [])
+        assert "24 of 24 trainings of the matrix are finished" in text
+        assert "| XAttnRes - Planned | family Sarcoma, by patient | - | - | 12 |" in text
+        assert "| a | Planned | 4 | 12 |" in text
+        assert text.count("1.50x | 2.00x | - |") == 2 * len(DATASETS)
+        assert "have no name of a case in common" not in text
+
+    def test_a_family_without_common_names_is_not_to_be_trusted(self, tables):
+        renamed = tables.cases.dataset == "Dataset003_MR"
+        names = tables.cases.case.where(~renamed, "MR_" + tables.cases.case)
+        of_others = replace(tables, cases=tables.cases.assign(case=names))
+        text = markdown(of_others, results_of(of_others), [])
+        assert (
+            "**Dataset002_CT and Dataset003_MR are of the family Sarcoma and have no name of a case in common" in text
+        )
+
+    def test_cells_that_are_missing_are_named(self, tables):
+        cell = {"dataset": "Dataset001_A", "configuration": "small", "trainer": "nnUNetTrainerNoSkip", "fold": 1}
+        unfinished = (cell | {"seed": 0, "state": "failed"}, cell | {"seed": 1, "state": "waiting"})
+        lacks = cells_of(tables.cases, trainer=OURS, fold=1, dataset="Dataset001_A")
+        incomplete = tables_of(tables.cases[~lacks].to_dict("records"), unfinished)
+        text = markdown(incomplete, results_of(incomplete), [])
+        assert "22 of 24 trainings of the matrix are finished" in text
+        assert "- Dataset001_A, small, NoSkip: fold 1 seed 0 (failed), fold 1 seed 1 (waiting)" in text
+        assert "| a | XAttnRes | 2* | 6 |" in text
+        assert text.count("not to be compared with the other rows") == 1
+        assert "| Dataset001_A, small, validation | 1 | 4 | - | - | - | XAttnRes, NoSkip |" in text
+
+    def test_the_device_of_costs_is_named_under_every_table(self, tables):
+        tables.cells.loc[tables.cells.dataset != "Dataset001_A", "device"] = "another"
+        text = markdown(tables, results_of(tables), [])
+        assert text.count("Time and memory: cpu.") == 1 and text.count("Time and memory: another.") == 2
+
+
+class TestFigures:
+    def test_texts_do_not_overlap(self, tables):
+        rows = [row for row in results_of(tables).comparisons if row["metric"] == "dice"]
+        assert_no_texts_overlap(draw_differences(rows))
+        values = case_values(tables.cases)
+        assert_no_texts_overlap(draw_cases(values[values.dataset == "Dataset001_A"], [PLANNED, OURS]))
+
+    @pytest.fixture
+    def evidence(self, monkeypatch) -> Tables:
+        """Tables of the size of the evidence's matrix, with two cases per fold."""
+        monkeypatch.setenv("XATTNRES_DATA", "/")
+        spec = read_spec(ROOT / "specs" / "cpu-evidence.yaml")
+        rng = np.random.default_rng(0)
+        rows = []
+        for dataset in spec.datasets:
+            name = Path(dataset.path or "").name
+            more = {"configuration": dataset.configurations[0], "family": dataset.family or name}
+            rows += [
+                case_row(name, arm.name, fold, 0, f"{fold}{case}", rng.uniform(0.5, 0.9), **more)
+                for fold in spec.folds
+                for arm in spec.arms_of(dataset)
+                for case in range(2)
+            ]
+        return tables_of(rows, trainers=tuple(arm.name for arm in spec.trainers))
+
+    def test_eight_trainers_are_readable(self, evidence):
+        results = results_of(evidence)
+        # 7 on one dataset, 4 on three of them and on a family.
+        rows = [row for row in results.with_first if row["metric"] == "dice"]
+        assert len(rows) == 7 + 4 * 4
+        assert_no_texts_overlap(draw_differences(rows))
+        assert_no_texts_overlap(draw_differences([row for row in rows if row["dataset"] == "Task04_Hippocampus"]))
+        trainers = list(evidence.trainers.trainer)
+        values = case_values(evidence.cases)
+        assert_no_texts_overlap(draw_cases(values[values.dataset == "Task04_Hippocampus"], trainers))
+        assert_no_texts_overlap(draw_curves(evidence.curves[evidence.curves.configuration == "2d_cpu"], trainers))
+        text, _, other_pairs = markdown(evidence, results, []).partition("other pairs\n")
+        assert text.count("XAttnResBlock - Planned |") == 1 + 2 * 5
+        assert "PlannedSameParameters - XAttnRes |" not in text
+        assert other_pairs.count("| PlannedSameParameters - XAttnRes | Task04_Hippocampus") == 1
