@@ -143,6 +143,8 @@ def _msd_archive(archive: Path) -> InputDataset:
     archive, name = named
 
     def unpack_and_convert(nnunet: NnUNet, folder: Path) -> None:
+        if not hasattr(tarfile, "data_filter"):
+            raise XAttnResError(f"this Python cannot unpack archives safely: unpack {archive} and give its folder")
         unpacked = folder / "unpacked"
         try:
             with tarfile.open(archive) as content:

@@ -13,8 +13,8 @@ from nnunet_xattnres.common.errors import XAttnResError
 
 # 2.8 is the first release that looks for trainers in the folders of `nnUNet_extTrainer`.
 SUPPORTED_NNUNET = ">=2.8,<3"
-# Checkpoints are read with restrictions, which older releases do not know.
-SUPPORTED_TORCH = ">=2.6"
+# Older releases export a fixed batch size.
+SUPPORTED_TORCH = ">=2.7"
 TRAINER_PREFIX = "nnUNetTrainer"
 
 

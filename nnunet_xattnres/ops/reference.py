@@ -22,8 +22,6 @@ from torch import Tensor
 from nnunet_xattnres.ops.alignment import align
 
 EPS = 1e-6
-# PyTorch before 2.7 tells only whether it exports to ONNX.
-_is_torch_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
 
 
 class Candidate(NamedTuple):
@@ -97,7 +95,7 @@ def inverse_rms(mean_square: Tensor, eps: float) -> Tensor:
 
 def is_exporting() -> bool:
     """Whether torch.export, torch.onnx.export or torch.jit.trace is recording a forward pass."""
-    return torch.jit.is_tracing() or _is_torch_exporting()
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def scaled_query(query: Tensor, norm_scale: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from nnunet_xattnres.ops.reference import EPS, Candidate, is_exporting, scaled_q
 from nnunet_xattnres.ops.streaming import attend_streaming
 from nnunet_xattnres.ops.triton_kernels import INTERPRETED, MAX_CHANNELS, MAX_ELEMENTS, mix, mix_gradients
 
-# PyTorch before 2.7 cannot infer them from annotations with collections.abc.Sequence.
+# Written out, because older PyTorch cannot infer them from annotations with collections.abc.Sequence.
 FORWARD_SCHEMA = "(Tensor query, Tensor[] sources, SymInt[] size, float eps) -> Tensor"
 BACKWARD_SCHEMA = "(Tensor gradient, Tensor query, Tensor[] sources, float eps) -> (Tensor, Tensor[])"
 

@@ -151,7 +151,7 @@ def draw_case(picture: CasePicture) -> Figure:
     end = left_margin + len(sources) * (width + gap)
     for row, (target, maps) in enumerate(picture.maps.items()):
         top = rows_top + row * (height + gap)
-        scale = Normalize(0, max(max(weights.max() for weights, _ in maps.values()), 1e-6))
+        scale = Normalize(0, max(max(float(weights.max()) for weights, _ in maps.values()), 1e-6))
         page.text(left_margin - 0.1, top + height / 2, target, ha="right", va="center")
         for source, (weights, mean) in maps.items():
             left = left_margin + sources.index(source) * (width + gap)

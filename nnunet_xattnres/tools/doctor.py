@@ -94,21 +94,22 @@ def _versions_for_nnunet() -> Iterator[Finding]:
         return
     python = metadata("nnunetv2")["Requires-Python"] or ""
     yield _version("Python", platform.python_version(), python, "use another Python")
-    own = [Requirement(f"torch{SUPPORTED_TORCH}")]
-    for requirement in [*map(Requirement, requires("nnunetv2") or []), *own]:
+    for requirement in map(Requirement, requires("nnunetv2") or []):
         of_an_extra = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
         if requirement.name in ("torch", "dynamic-network-architectures") and not of_an_extra:
-            name, specifier = requirement.name, str(requirement.specifier)
-            for_whom = "this plugin" if requirement in own else "nnU-Net"
-            yield _version(name, installed_version(name), specifier, f"pip install '{name}{specifier}'", for_whom)
+            name = requirement.name
+            specifier = str(requirement.specifier & SpecifierSet(SUPPORTED_TORCH if name == "torch" else ""))
+            yield _version(name, installed_version(name), specifier, f"pip install '{name}{specifier}'")
 
 
-def _version(name: str, installed: str | None, specifier: str, remedy: str, for_whom: str = "nnU-Net") -> Finding:
+def _version(name: str, installed: str | None, specifier: str, remedy: str) -> Finding:
     if installed is None:
         return Finding(PROBLEM, f"{name} is not installed: {remedy}")
     if not SpecifierSet(specifier).contains(installed, prereleases=True):
-        return Finding(PROBLEM, f"{name} {installed} does not fit {for_whom}, which needs {specifier}: {remedy}")
-    return Finding(OK, f"{name} {installed} fits {for_whom}")
+        return Finding(
+            PROBLEM, f"{name} {installed} does not fit nnU-Net with this plugin, which needs {specifier}: {remedy}"
+        )
+    return Finding(OK, f"{name} {installed}")
 
 
 def _import(name: str, module: str, remedy: str) -> Finding:

@@ -191,3 +191,12 @@ class TestPlacement:
 
     def test_phantoms_are_the_dataset_without_data(self):
         assert phantom_dataset().name == "Dataset900_Phantom"
+
+
+def test_a_python_that_cannot_unpack_safely_asks_for_the_folder(tmp_path, monkeypatch):
+    archive = tmp_path / "Task04_Hippocampus.tar"
+    with tarfile.open(archive, "w"):
+        pass
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(XAttnResError, match="unpack .* and give its folder"):
+        read_dataset(archive).make(NnUNet(tmp_path, "cpu"), tmp_path)

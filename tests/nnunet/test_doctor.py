@@ -102,13 +102,15 @@ class TestVersions:
         assert version is not None
         assert examine(f"{package} {version}").status == OK
 
-    @pytest.mark.parametrize("package, other", [("torch", "2.9.1"), ("dynamic-network-architectures", "0.3")])
-    def test_that_nnunet_excludes(self, examine, monkeypatch, package, other):
+    @pytest.mark.parametrize(
+        "package, other", [("torch", "2.9.1"), ("torch", "2.6.0"), ("dynamic-network-architectures", "0.3")]
+    )
+    def test_that_nnunet_or_this_plugin_excludes(self, examine, monkeypatch, package, other):
         installed = doctor.installed_version
         monkeypatch.setattr(doctor, "installed_version", lambda name: other if name == package else installed(name))
         line = examine(f"{package} {other}")
         assert line.status == PROBLEM
-        assert line.text.startswith(f"{package} {other} does not fit nnU-Net, which needs ")
+        assert line.text.startswith(f"{package} {other} does not fit nnU-Net with this plugin, which needs ")
         assert f"pip install '{package}" in line.text
         assert line.exit_status == 1
 

@@ -55,7 +55,7 @@ def build(name: str, backend: str = "auto") -> tuple[nn.Module, Tensor, Tensor]:
             parameter += 0.2 * torch.randn_like(parameter)
     images = torch.randn(3, 1, *size)
     images[..., : size[-1] // 2] = 0  # as beyond the edge of a small image, where norms vanish
-    return network, torch.zeros(1, 1, *size), images
+    return network, torch.zeros(2, 1, *size), images
 
 
 def run_onnx(file: Path, images: Tensor) -> Tensor:
