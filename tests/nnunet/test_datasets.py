@@ -198,5 +198,5 @@ def test_a_python_that_cannot_unpack_safely_asks_for_the_folder(tmp_path, monkey
     with tarfile.open(archive, "w"):
         pass
     monkeypatch.delattr(tarfile, "data_filter")
-    with pytest.raises(XAttnResError, match="unpack .* and give its folder"):
+    with pytest.raises(XAttnResError, match=r"unpack .* and give its folder"):
         read_dataset(archive).make(NnUNet(tmp_path, "cpu"), tmp_path)
