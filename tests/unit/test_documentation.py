@@ -38,7 +38,7 @@ NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 # Formulas and what is no code at all.
 TEXT = "text"
 # Commands whose options are not checked.
-PLAIN_COMMANDS = ("cp", "mkdir", "pytest", "python")
+PLAIN_COMMANDS = ("cp", "mkdir", "pre-commit", "pytest", "python")
 COMMAND_IN_SENTENCE = re.compile(r"(nnunet-xattnres|make|pip|pytest|python) |nnUNetv2_")
 COMMAND_ENDS = (";", "&&", "||", "|")
 FOLDERS = ("nnunet_xattnres", "trainers", "tests", "docs", "specs", "results", "studies")
