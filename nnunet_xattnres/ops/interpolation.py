@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.ops.reference import is_exporting
 
 # On a CPU, a target axis of at least MIN_EXTENT_FOR_BLOCKS voxels is interpolated in blocks of BLOCK voxels. On two
 # threads, forward and backward pass of the attention then took 0.89 of the time for 64 x 192 x 192 voxels and 0.86 for
@@ -67,7 +68,8 @@ def axis_interpolation(source: int, target: int, like: Tensor) -> Interpolation:
     dense = dense_interpolation(interpolation_matrix(source, target, like))
     factor = target // source
     in_blocks = like.device.type == "cpu" and target >= MIN_EXTENT_FOR_BLOCKS
-    if not in_blocks or target % BLOCK or BLOCK % factor:
+    # The older ONNX exporter does not know overlapping blocks.
+    if not in_blocks or is_exporting() or target % BLOCK or BLOCK % factor:
         return dense
     # The voxels of a block, and one neighbour on either side.
     seen = BLOCK // factor + 2

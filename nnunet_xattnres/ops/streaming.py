@@ -78,7 +78,11 @@ def _mix_by_chunks(
         mixture = call.new_mixture()
         for chunk in call.chunks():
             read = call.read(chunk)
-            chunk.of(mixture).copy_(_weighted_sum(read.scores.softmax(dim=0), call.values(read)))
+            part = _weighted_sum(read.scores.softmax(dim=0), call.values(read))
+            if is_exporting():
+                # The only chunk. The older ONNX exporter loses what is copied into a part of a tensor.
+                return part.to(mixture.dtype)
+            chunk.of(mixture).copy_(part)
     return mixture
 
 

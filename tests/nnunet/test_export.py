@@ -39,6 +39,7 @@ NETWORKS = {  # strides, network, config, image size
 }
 # An export to ONNX takes seconds. The snippet of the documentation exports a 2D network at stage level.
 FAST_ONNX = ("3d-block-encoder",)
+FAST_OLDER_ONNX = ("2d", "2d-wide", "2d-no-skips", "3d-residual", "3d-block-encoder")
 FAST_TRACED = ("2d-wide", "2d-no-skips", "3d-residual", "3d-block-encoder")
 
 
@@ -71,6 +72,18 @@ def test_onnx_computes_what_the_network_does(name, tmp_path):
     with torch.no_grad():
         expected = network(images)
     torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", each_network(FAST_OLDER_ONNX))
+def test_the_older_onnx_exporter_computes_what_the_network_does(name, tmp_path):
+    """`dynamo=False`, the default of PyTorch before 2.9. Its graphs have one batch size."""
+    network, _, images = build(name)
+    for batch in (images[:1], images):
+        torch.onnx.export(network, (torch.zeros_like(batch),), tmp_path / "model.onnx", dynamo=False)
+        with torch.no_grad():
+            expected = network(batch)
+        torch.testing.assert_close(run_onnx(tmp_path / "model.onnx", batch), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
