@@ -38,16 +38,6 @@ def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NnUNet]:
 
 
 @pytest.fixture(scope="session")
-def large_2d_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """nnU-Net's plans for 512 x 512 images, whose network has many stages."""
-    from helpers.shared_folders import LARGE_2D, plan_large_2d, shared_folder
-    from nnunet_xattnres.nnunet.commands import NnUNet
-
-    with shared_folder(tmp_path_factory, "large_2d", plan_large_2d) as workdir:
-        yield NnUNet(workdir, "cpu").preprocessed / LARGE_2D / "nnUNetPlans.json"
-
-
-@pytest.fixture(scope="session")
 def trained_model(nnunet: NnUNet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The model folder of nnUNetTrainerXAttnRes with 2d_small: fold 0 is trained, fold 1 differs from it at random."""
     from helpers.shared_folders import PHANTOM, shared_folder, train_two_folds

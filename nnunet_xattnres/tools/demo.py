@@ -35,6 +35,7 @@ from nnunet_xattnres.nnunet.datasets import (
 from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration, reduced_patch_size
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.tools.demo_report import PicturedCase, dice_per_case, dice_table, draw_cases, spread_over_ranking
+from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 
 BASELINE = "nnUNetTrainerPlanned"
@@ -231,7 +232,7 @@ class Demo:
         print(f"{command[0]} took {time.monotonic() - started:.0f} s")
 
     def _checkpoint(self, trainer: str) -> Path:
-        return self._model(trainer).folder(self.nnunet.results) / f"fold_{FOLD}" / "checkpoint_final.pth"
+        return self._model(trainer).folder(self.nnunet.results) / f"fold_{FOLD}" / FINAL_CHECKPOINT
 
     def _model(self, trainer: str) -> Model:
         return Model(self.dataset.name, self.configuration, trainer, PLANS)

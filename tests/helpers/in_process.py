@@ -6,10 +6,8 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
-import numpy as np
 import pytest
 import torch
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
 from helpers.training import run_in_threads
 from nnunet_xattnres.nnunet.commands import NnUNet
@@ -26,7 +24,6 @@ class InProcess(NnUNet):
             run_in_threads(self, patch)
             for name, value in ({"nnUNet_n_proc_DA": workers} | dict(environment or {})).items():
                 patch.setenv(name, value)
-            _sample_few_intensities(patch)
             # nnU-Net takes a thread for every core that it counts, also where several workers share the cores.
             patch.setattr(multiprocessing, "cpu_count", lambda: threads)
             try:
@@ -39,13 +36,3 @@ class InProcess(NnUNet):
                     script.load()()
             finally:
                 torch.set_num_threads(threads)
-
-
-def _sample_few_intensities(patch: pytest.MonkeyPatch) -> None:
-    """nnU-Net's fingerprint draws 10^8 foreground voxels of a dataset, with replacement, however small the images."""
-    collect = DatasetFingerprintExtractor.collect_foreground_intensities
-
-    def collect_few(segmentation: np.ndarray, images: np.ndarray, seed: int = 1234, num_samples: int = 10_000) -> tuple:
-        return collect(segmentation, images, seed, min(num_samples, 10_000))
-
-    patch.setattr(DatasetFingerprintExtractor, "collect_foreground_intensities", staticmethod(collect_few))

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
 
 PHANTOM = "Dataset901_Phantom"
 ONE_SHORT_EPOCH = TrainingBudget(num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1)
@@ -25,7 +25,7 @@ def read_plans(nnunet: NnUNet, identifier: str = "nnUNetPlans") -> dict:
 def make_trainer(
     nnunet: NnUNet, trainer_class: type[nnUNetTrainer], configuration: str = "3d_small", **budget: Any
 ) -> Any:
-    plans = read_plans(nnunet) | {"continue_training": False}
+    plans = read_plans(nnunet)
     plans["configurations"][configuration].setdefault("training", {}).update(budget)
     dataset_json = json.loads((nnunet.raw / PHANTOM / "dataset.json").read_text())
-    return trainer_class(plans, configuration, 0, dataset_json, torch.device("cpu"))
+    return PlannedNetwork(PHANTOM, plans, configuration, dataset_json).make_trainer(trainer_class, fold=0, device="cpu")

@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from PIL import Image
 
 from helpers.in_process import InProcess
 from helpers.phantom_dataset import ONE_SHORT_EPOCH, PHANTOM, plans_file, read_plans
@@ -24,8 +21,6 @@ from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.derived_configurations import add_small_configuration
 from nnunet_xattnres.nnunet.phantom import write_phantom_dataset
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
-
-LARGE_2D = "Dataset902_Large2d"
 
 
 @contextmanager
@@ -69,23 +64,6 @@ def plan_phantoms(workdir: Path) -> None:
     cases = [f"phantom_{case:03d}" for case in range(6)]
     # Otherwise the first training would write it.
     write_json_atomically(generate_crossval_split(cases), plans_file(nnunet).with_name("splits_final.json"))
-
-
-def plan_large_2d(workdir: Path) -> None:
-    """Fill a working directory with plans for 512 x 512 images."""
-    nnunet = InProcess(workdir, "cpu")
-    folder = nnunet.raw / LARGE_2D
-    rng = np.random.default_rng(0)
-    for kind in ("imagesTr", "labelsTr"):
-        (folder / kind).mkdir(parents=True)
-    for case in range(2):
-        label = np.zeros((512, 512), np.uint8)
-        label[100:300, 200:400] = 1
-        image = rng.integers(0, 100, label.shape, dtype=np.uint8) + 100 * label
-        Image.fromarray(image).save(folder / "imagesTr" / f"case{case}_0000.png")
-        Image.fromarray(label).save(folder / "labelsTr" / f"case{case}.png")
-    generate_dataset_json(str(folder), {0: "photo"}, {"background": 0, "square": 1}, 2, ".png")
-    nnunet.run("nnUNetv2_plan_and_preprocess", "-d", "902", "--no_pp", "-npfp", "2", log="plan")
 
 
 def train_two_folds(nnunet: NnUNet, results: Path) -> None:
