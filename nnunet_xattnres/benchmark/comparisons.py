@@ -4,9 +4,10 @@ The value of a case is its mean over the labels that its reference contains. Dif
 the folds and seeds that both trainers have finished, and its values are averaged over these first. A label that the
 reference of a case lacks has no part in any mean; what was predicted there is counted separately (`summarise`).
 
-Datasets of one family are the same patients, and therefore one hypothesis. The value of a patient, which is a case
-name, is the mean of its differences over all sets of the family (datasets, configurations, validation and test), and
-the family has one test. Holm's correction is over families, for every pair of trainers and metric by itself.
+Datasets of one family are the same patients, and therefore one hypothesis. A patient is a case's name within validation
+or test: datasets often number both from the same start. Its value is the mean of its differences over the datasets and
+configurations of the family, and the family has one test. Holm's correction is over families, for every pair of
+trainers and metric by itself.
 """
 
 from collections.abc import Iterator
@@ -88,13 +89,12 @@ def _rows_of_pair(
             of_cells = of_set.groupby(["fold", "seed"], sort=False)[metric].mean()
             num_cells = {"cells": len(of_cells), "cells_ahead": int((of_cells > 0).sum())}
             per_case = of_set.groupby("case", sort=False)[metric].mean()
-            common = cells.merge(of_set[["fold", "seed"]].drop_duplicates())
-            ratios = cost_ratios(common, key[0], key[1], first, second)
+            ratios = cost_ratios(cells, key[0], key[1], first, second)
             yield identity | num_cells | _test(per_case.to_numpy()) | ratios
         if len(sets) > 1:
             identity = {"family": family, **dict.fromkeys(SET, ""), "sets_of_family": len(sets)}
             per_set = of_family.groupby([*SET, "case"], sort=False)[metric].mean()
-            per_patient = per_set.groupby("case", sort=False).mean()
+            per_patient = per_set.groupby(["set", "case"], sort=False).mean()
             no_ratios = {f"{cost}_ratio": None for cost in COSTS}
             yield identity | {"cells": None, "cells_ahead": None} | _test(per_patient.to_numpy()) | no_ratios
 

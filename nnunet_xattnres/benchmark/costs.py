@@ -17,8 +17,7 @@ def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: st
     Time and memory are those on one device, cost_device: the known device of most finished cells of all trainers. If no
     device is known, cost_device is "", and the cells without a device count.
     """
-    finished = _finished(cells, dataset, configuration)
-    device = _cost_device(finished)
+    finished, device = _finished(cells, dataset, configuration)
     own = finished[finished.trainer == trainer]
     comparable = own[own.device == device]
     medians = {cost: (comparable if cost in COSTS_OF_DEVICE else own)[cost].median() for cost in COSTS}
@@ -31,12 +30,11 @@ def cost_ratios(
 ) -> dict[str, float | None]:
     """The ratios first / second: medians over the folds and seeds that both trainers have finished.
 
-    For time and memory, only folds and seeds count that both have trained on the device of most cells.
+    For time and memory, only folds and seeds count that both have trained on the device that `costs` names.
     """
-    finished = _finished(cells, dataset, configuration)
+    finished, device = _finished(cells, dataset, configuration)
     ours, theirs = (finished[finished.trainer == trainer] for trainer in (first, second))
     both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
-    device = _cost_device(finished)
     comparable = both[(both.device == device) & (both.device_of_second == device) & (device != "")]
     ratios = {}
     for cost in COSTS:
@@ -46,11 +44,9 @@ def cost_ratios(
     return ratios
 
 
-def _cost_device(finished: pandas.DataFrame) -> str:
-    """The known device of most of these cells; "" if none is known."""
+def _finished(cells: pandas.DataFrame, dataset: str, configuration: str) -> tuple[pandas.DataFrame, str]:
+    """The finished cells, and the known device of most of them, "" if none is known."""
+    of_set = (cells.dataset == dataset) & (cells.configuration == configuration)
+    finished = cells[of_set & (cells.state == FINISHED)]
     devices = [device for device in finished.device if device]
-    return max(devices, key=devices.count, default="")
-
-
-def _finished(cells: pandas.DataFrame, dataset: str, configuration: str) -> pandas.DataFrame:
-    return cells[(cells.dataset == dataset) & (cells.configuration == configuration) & (cells.state == FINISHED)]
+    return finished, max(devices, key=devices.count, default="")

@@ -11,6 +11,7 @@ from scipy import stats
 from helpers.benchmark import DATASETS, OURS, PLANNED, case_row, cells_of, tables_of, two_trainers
 from nnunet_xattnres.benchmark.comparisons import compare, unrelated_datasets
 from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
+from nnunet_xattnres.benchmark.summaries import summarise
 from nnunet_xattnres.benchmark.tables import Tables
 
 
@@ -60,6 +61,22 @@ class TestDifferences:
         assert rows[2]["cases"] == 12
         assert rows[2]["p"] == pytest.approx(stats.wilcoxon(per_patient).pvalue, rel=1e-4)
         assert rows[2]["difference"] == pytest.approx(per_patient.mean(), abs=1e-6)
+
+    def test_a_name_in_validation_and_test_is_two_patients(self):
+        gain = {"validation": 0.1, "test": 0.3}
+        rows = [
+            case_row(dataset, trainer, 0, 0, str(case), 0.5 + gain[kind] * (trainer == OURS), set=kind)
+            for dataset in ("Dataset002_CT", "Dataset003_MR")
+            for kind in gain
+            for case in range(6)
+            for trainer in (PLANNED, OURS)
+        ]
+        family = compare(tables_of(rows))[4]
+        per_patient = np.repeat([0.1, 0.3], 6)
+        # Two datasets of the same patients, and two sets of other ones.
+        assert (family["dataset"], family["cases"], family["wins"]) == ("", 12, 12)
+        assert family["p"] == pytest.approx(stats.wilcoxon(per_patient).pvalue, rel=1e-5)
+        assert (family["difference"], family["verdict"]) == (pytest.approx(0.2), BETTER)
 
     def test_only_common_folds_and_seeds_are_compared(self, tables):
         lacks = cells_of(tables.cases, trainer=OURS, fold=1, seed=1)
@@ -127,6 +144,16 @@ class TestCostRatios:
         assert row["parameters_ratio"] > 2
         cells.loc[cells.trainer == PLANNED, "device"] = "another"
         assert compare(replace(tables, cells=cells))[0]["seconds_per_epoch_ratio"] is None
+
+    def test_ratios_are_of_the_device_that_the_report_names(self):
+        third = "nnUNetTrainerNoSkip"
+        trainings = [(PLANNED, 0), (PLANNED, 1), (PLANNED, 2), (OURS, 0), (OURS, 1), (OURS, 2), (third, 2)]
+        tables = tables_of([case_row("Dataset001_A", trainer, fold, 0, "1", 0.5) for trainer, fold in trainings])
+        tables.cells.loc[tables.cells.fold == 2, ["device", "seconds_per_epoch"]] = ["gpu", 1.0]
+        assert {row["cost_device"] for row in summarise(tables)} == {"cpu"}
+        ratios = {(row["first"], row["second"]): row["seconds_per_epoch_ratio"] for row in compare(tables)}
+        # The third trainer was never trained on the CPU.
+        assert ratios == {(OURS, PLANNED): 1.5, (third, PLANNED): None, (third, OURS): None}
 
 
 def test_every_pair_and_metric_is_compared(tables):
