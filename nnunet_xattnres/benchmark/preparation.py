@@ -213,6 +213,11 @@ class DatasetPreparation:
             splits = [
                 {key: list(map(str, part)) for key, part in fold.items()} for fold in generate_crossval_split(cases)
             ]
+            if max(self.folds) >= len(splits):
+                raise XAttnResError(
+                    f"nnU-Net makes {len(splits)} folds of {self.dataset.name}, counted from 0: leave "
+                    f"{max(self.folds)} out of the spec's, or put a {SPLITS} with more into {self.dataset.path}"
+                )
         write_json_atomically(splits, self.folder / SPLITS)
 
     def _run_once(self, result: str, *command: str) -> None:

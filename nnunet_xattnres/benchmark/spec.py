@@ -26,7 +26,6 @@ from nnunet_xattnres.common.errors import XAttnResError, one_line, suggestion
 from nnunet_xattnres.common.files import write_text_atomically
 
 PLANNER = "ExperimentPlanner"
-NUM_FOLDS = 5
 # The configurations that nnU-Net itself plans.
 PLANNED = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
 # Beyond these limits a number is taken for a slip.
@@ -232,7 +231,7 @@ class Spec(_Entry):
     datasets: Annotated[List[Dataset], AtLeastOne]
     configurations: Annotated[List[Configuration], AtLeastOne, AllDifferent]
     trainers: Annotated[List[Arm], AtLeastOne, AllDifferent]
-    folds: Annotated[List[Annotated[int, Field(ge=0, lt=NUM_FOLDS)]], AtLeastOne, AllDifferent]
+    folds: Annotated[List[Annotated[int, Field(ge=0)]], AtLeastOne, AllDifferent]
     seeds: Annotated[List[Annotated[int, Field(ge=0, lt=2**31)]], AtLeastOne, AllDifferent]
     executor: Executor = Executor()
 

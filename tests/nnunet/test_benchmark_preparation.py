@@ -228,9 +228,18 @@ class TestFolds:
         own = [{"train": CASES[:3], "val": CASES[3:]}, {"train": CASES[2:], "val": CASES[:2]}]
         assert split(own) == own
 
+    def test_a_split_may_have_more_folds_than_nnunet_makes(self, split):
+        own = 10 * [{"train": CASES[:3], "val": CASES[3:]}]
+        assert split(own, folds=(0, 9)) == own
+
     def test_folds_without_a_split_of_the_user(self, split):
         folds = split(None)
         assert sorted(case for fold in folds for case in fold["val"]) == CASES
+
+    def test_a_fold_that_nnunet_does_not_make(self, split):
+        # nnU-Net itself would take a random split.
+        with pytest.raises(XAttnResError, match="nnU-Net makes 5 folds of .* leave 5 out of the spec's, or put a spl"):
+            split(None, folds=(0, 5))
 
     @pytest.mark.parametrize(
         ("own", "message"),

@@ -66,7 +66,7 @@ def slurm(**keys):
         ({"trainers": []}, ": trainers: say at least one"),
         ({"folds": []}, ": folds: say at least one"),
         ({"seeds": []}, ": seeds: say at least one"),
-        ({"folds": [0, 5]}, ": folds, entry 2: must be less than 5, not 5"),
+        ({"folds": [0, -1]}, ": folds, entry 2: must be greater than or equal to 0, not -1"),
         ({"folds": [0, 0]}, ": folds: 0 is there twice: say it once"),
         ({"seeds": [-1]}, ": seeds, entry 1: must be greater than or equal to 0, not -1"),
         ({"seeds": [2**31]}, ": seeds, entry 1: must be less than 2147483648, not 2147483648"),
@@ -283,7 +283,7 @@ def specs(draw) -> Spec:
             )
             for name in arms
         ],
-        folds=draw(st.lists(st.integers(0, 4), min_size=1, unique=True)),
+        folds=draw(st.lists(st.integers(0, 9), min_size=1, unique=True)),
         seeds=draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3, unique=True)),
         executor=draw(
             st.builds(Executor, jobs=COUNTS, num_gpus=COUNTS)
