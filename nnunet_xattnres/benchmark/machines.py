@@ -28,7 +28,9 @@ A_DAY_IN_MINUTES = 24 * 60
 
 
 class Machine(Protocol):
-    """Where cells run."""
+    """Where cells run. poll_seconds: the time between two looks at all cells."""
+
+    poll_seconds: float
 
     def has_room(self) -> bool: ...
 
@@ -49,6 +51,8 @@ def make_machine(root: Path, executor: Executor) -> Machine:
 
 class LocalMachine:
     """This machine: several cells at a time, each with a share of the GPUs, or of the cores if there is no GPU."""
+
+    poll_seconds = 1.0
 
     def __init__(self, root: Path, executor: Executor) -> None:
         self.root = root
@@ -86,6 +90,9 @@ class LocalMachine:
 
 class SlurmCluster:
     """A Slurm cluster: all cells are submitted at once. The names of jobs tell which cells an earlier run submitted."""
+
+    # A look reads files of every cell, of which there may be hundreds, on a file system that many share.
+    poll_seconds = 30.0
 
     def __init__(self, root: Path, executor: Executor) -> None:
         self.root = root

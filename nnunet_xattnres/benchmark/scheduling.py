@@ -7,11 +7,10 @@ from pathlib import Path
 from nnunet_xattnres.benchmark.cells import FAILED, FINISHED, RUNNING, WAITING, Cell
 from nnunet_xattnres.benchmark.locks import SECONDS_FOR_A_LOOK, Busy, is_locked, locked
 from nnunet_xattnres.benchmark.machines import JOBS, Machine
-from nnunet_xattnres.benchmark.status import failure_lines, progress
+from nnunet_xattnres.benchmark.status import TrainingLogs, failure_lines
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.processes import termination_as_exception
 
-POLL_SECONDS = 1.0
 # A process may be killed by hand or by the system. If it ends early every time, something is wrong with the cell.
 ATTEMPTS = 3
 
@@ -44,6 +43,7 @@ class Schedule:
         self.records_before = {cell: cell.record(root) for cell in cells}
         self.attempts = dict.fromkeys(cells, 0)
         self.announced = dict.fromkeys(cells, "")
+        self.logs = {cell: TrainingLogs(root, cell) for cell in cells}
 
     def run(self) -> None:
         """Start cells as the machine has room, until every cell is settled."""
@@ -57,7 +57,7 @@ class Schedule:
             # Settled cells are not looked at again: the matrix may be large and its file system slow.
             open_cells = [cell for cell in open_cells if cell not in settled]
             if open_cells:
-                time.sleep(POLL_SECONDS)
+                time.sleep(self.machine.poll_seconds)
 
     def start(self, cell: Cell) -> None:
         """Submit an idle cell, or record that it has failed if its process has always ended early."""
@@ -89,7 +89,7 @@ class Schedule:
         for cell in cells:
             # The process that has settled a cell holds its lock an instant longer.
             state = cell.record(self.root)["state"] if cell in settled else cell.state(self.root)
-            line = progress(self.root, cell).line if state == RUNNING else state
+            line = self.logs[cell].progress().line if state == RUNNING else state
             if state != WAITING and line != self.announced[cell]:
                 self.announced[cell] = line
                 print(f"{cell.title}: {line}", flush=True)

@@ -3,7 +3,7 @@
 import re
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunet_xattnres.benchmark.cells import (
@@ -49,24 +49,62 @@ class Progress:
         return f"epoch {self.epochs + 1}/{self.num_epochs}, pseudo-Dice {_dice(self.pseudo_dice)}{left}"
 
 
+class TrainingLogs:
+    """nnU-Net's training logs of a cell, one per attempt at the training. A look reads only what is new."""
+
+    def __init__(self, root: Path, cell: Cell) -> None:
+        self.folder = cell.folder(root)
+        self.num_epochs = cell.num_epochs
+        self._logs: dict[Path, _TrainingLog] = {}
+
+    def progress(self) -> Progress:
+        epochs, pseudo_dice = 0, None
+        seconds: list[float] = []
+        for path in sorted(self.folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime):
+            log = self._logs.setdefault(path, _TrainingLog(path))
+            log.read_on()
+            seconds += log.seconds
+            epochs = epochs if log.epochs is None else log.epochs
+            pseudo_dice = pseudo_dice if log.pseudo_dice is None else log.pseudo_dice
+        left = statistics.median(seconds) * (self.num_epochs - epochs) if seconds else None
+        return Progress(epochs, self.num_epochs, pseudo_dice, left)
+
+
+@dataclass
+class _TrainingLog:
+    """A log that grows, and what it has said so far. begun: the numbers of epochs. seconds: of those that have ended."""
+
+    path: Path
+    position: int = 0
+    begun: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    pseudo_dice: float | None = None
+
+    @property
+    def epochs(self) -> int | None:
+        """The number of finished epochs of the training, earlier attempts included. None if none has begun here."""
+        if self.seconds:
+            return self.begun[len(self.seconds) - 1] + 1
+        return self.begun[0] if self.begun else None
+
+    def read_on(self) -> None:
+        """Read the complete lines that were appended since the last time."""
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            appended = file.read()
+        complete = appended[: appended.rfind(b"\n") + 1]
+        self.position += len(complete)
+        text = complete.decode(errors="replace")
+        self.begun += map(int, EPOCH.findall(text))
+        self.seconds += map(float, EPOCH_TIME.findall(text))
+        for printed in PSEUDO_DICE.findall(text):
+            values = [float(number) for number in NUMBER.findall(printed)]
+            self.pseudo_dice = statistics.mean(values) if values else self.pseudo_dice
+
+
 def progress(root: Path, cell: Cell) -> Progress:
-    """Read from nnU-Net's training logs, one per attempt at the training."""
-    logs = sorted(cell.folder(root).glob("training_log_*.txt"), key=lambda log: log.stat().st_mtime)
-    epochs, pseudo_dice = 0, None
-    seconds: list[float] = []
-    for log in logs:
-        text = log.read_text(errors="replace")
-        begun = EPOCH.findall(text)
-        ended = EPOCH_TIME.findall(text)
-        seconds += map(float, ended)
-        if ended:
-            epochs = int(begun[len(ended) - 1]) + 1
-        elif begun:
-            epochs = int(begun[0])
-        values = [float(number) for number in NUMBER.findall((PSEUDO_DICE.findall(text) or [""])[-1])]
-        pseudo_dice = statistics.mean(values) if values else pseudo_dice
-    left = statistics.median(seconds) * (cell.num_epochs - epochs) if seconds else None
-    return Progress(epochs, cell.num_epochs, pseudo_dice, left)
+    """Read all training logs of a cell once."""
+    return TrainingLogs(root, cell).progress()
 
 
 def run_status(root: Path) -> None:

@@ -130,6 +130,10 @@ class TestSlurm:
         queue.pop()
         assert machine.submit(cells[2])
 
+    def test_the_cells_of_a_cluster_are_looked_at_less_often(self, queue, tmp_path):
+        assert make_machine(tmp_path, SLURM).poll_seconds == 30.0
+        assert make_machine(tmp_path, Executor()).poll_seconds == 1.0
+
     def test_slurm_that_takes_no_job_at_all(self, queue, tmp_path):
         queue += ["something", "else"]
         with pytest.raises(XAttnResError, match="Slurm takes no job: sbatch: error: QOSMaxSubmitJobPerUserLimit"):

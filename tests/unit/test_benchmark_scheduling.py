@@ -16,6 +16,8 @@ from nnunet_xattnres.benchmark.scheduling import ATTEMPTS, Schedule, run_cells
 class FakeMachine:
     """Does with every cell, at once, what it is told to."""
 
+    poll_seconds = 0.01
+
     def __init__(self, root, do):
         self.root, self.do, self.submissions = root, do, []
 
@@ -66,7 +68,6 @@ class ReluctantMachine(FakeMachine):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(scheduling, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(scheduling, "SECONDS_FOR_A_LOOK", 0.1)
 
 
@@ -148,3 +149,12 @@ def test_what_a_machine_does_not_take_is_not_given_up(tmp_path):
     machine = ReluctantMachine(tmp_path, lambda cell: cell.write_record(tmp_path, FINISHED))
     run_cells(tmp_path, [CELL], machine)
     assert CELL.state(tmp_path) == FINISHED
+
+
+def test_the_machine_says_how_often_cells_are_looked_at(tmp_path, monkeypatch):
+    machine = FakeMachine(tmp_path, lambda cell: cell.write_record(tmp_path, FINISHED))
+    machine.poll_seconds = 30.0
+    waited = []
+    monkeypatch.setattr(scheduling.time, "sleep", waited.append)
+    Schedule(tmp_path, [CELL], machine).run()
+    assert waited == [30.0]

@@ -8,7 +8,7 @@ import pytest
 from helpers.benchmark import CELL, folder_of_cell
 from nnunet_xattnres.benchmark.cells import FAILED, FINISHED, PREPARATION_LOCK, write_cells
 from nnunet_xattnres.benchmark.locks import locked
-from nnunet_xattnres.benchmark.status import progress
+from nnunet_xattnres.benchmark.status import TrainingLogs, progress
 from nnunet_xattnres.cli import main
 
 LOG = """
@@ -33,6 +33,25 @@ def test_progress_is_read_from_nnunets_log(tmp_path):
     second.write_text(LOG.replace("Epoch 1", "Epoch 2").replace("Epoch 0", "Epoch 1").replace("0.75", "0.95"))
     os.utime(log, (0, 0))
     assert progress(tmp_path, CELL).line == "epoch 3/3, pseudo-Dice 0.600, 1 min of training left"
+
+
+def test_only_what_was_appended_to_a_log_is_read(tmp_path):
+    log = folder_of_cell(tmp_path) / "training_log_1.txt"
+    log.write_text(LOG)
+    logs = TrainingLogs(tmp_path, CELL)
+    assert logs.progress().line == "epoch 2/3, pseudo-Dice 0.500, 2 min of training left"
+    # What was read before is read no more: here it is no longer there.
+    log.write_text(" " * len(LOG))
+    second = LOG.partition("Epoch 1")[0].replace("Epoch 0", "Epoch 1").replace("0.75", "0.95").replace("60.0", "180.0")
+    half = second.index("Pseudo dice") + 20
+    with log.open("a") as file:
+        for part, line in (
+            (second[:half], "epoch 2/3, pseudo-Dice 0.500, 2 min of training left"),
+            (second[half:], "epoch 3/3, pseudo-Dice 0.600, 2 min of training left"),
+        ):
+            file.write(part)
+            file.flush()
+            assert logs.progress().line == line
 
 
 @pytest.mark.parametrize(
