@@ -12,7 +12,7 @@ from typing import Protocol
 import submitit
 import torch
 
-from nnunet_xattnres.benchmark.cell_task import CellTask
+from nnunet_xattnres.benchmark.cell_task import NUM_AUGMENTATION_WORKERS, CellTask, augmentation_workers
 from nnunet_xattnres.benchmark.cells import Cell
 from nnunet_xattnres.benchmark.signals import children_heed_interrupts
 from nnunet_xattnres.benchmark.spec import Executor
@@ -164,10 +164,18 @@ def shares_of_machine(executor: Executor) -> list[dict[str, str]]:
             raise XAttnResError(f"num_gpus of executor is {executor.num_gpus}, and PyTorch finds no GPU here")
         jobs = executor.jobs or 1
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // jobs))
-        return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}] * jobs
+        return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads, **_workers("cpu", jobs, 1)}] * jobs
     if executor.num_gpus > len(gpus):
         raise XAttnResError(f"num_gpus of executor is {executor.num_gpus}, and there are {len(gpus)}: say fewer")
     starts = range(0, len(gpus) - executor.num_gpus + 1, executor.num_gpus)
     groups = [",".join(gpus[start : start + executor.num_gpus]) for start in starts]
+    jobs = executor.jobs or len(groups)
+    workers = _workers("cuda", jobs, executor.num_gpus)
     # submitit could set the variable, but only to numbers. If there are more jobs than groups, jobs share a group.
-    return [{"CUDA_VISIBLE_DEVICES": groups[job % len(groups)]} for job in range(executor.jobs or len(groups))]
+    return [{"CUDA_VISIBLE_DEVICES": groups[job % len(groups)], **workers} for job in range(jobs)]
+
+
+def _workers(device: str, jobs: int, num_gpus: int) -> dict[str, str]:
+    """The number of augmentation workers of each of the jobs that share the cores; the user's own, if set, wins."""
+    workers = augmentation_workers(device, available_cores() // jobs, num_gpus)
+    return {NUM_AUGMENTATION_WORKERS: os.environ.get(NUM_AUGMENTATION_WORKERS, workers)}

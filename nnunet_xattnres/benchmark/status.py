@@ -72,7 +72,10 @@ class TrainingLogs:
 
 @dataclass
 class _TrainingLog:
-    """A log that grows, and what it has said so far. begun: the numbers of epochs. seconds: of those that have ended."""
+    """A log that grows, and what it has said so far.
+
+    begun: the numbers of epochs. seconds: of those that have ended.
+    """
 
     path: Path
     position: int = 0

@@ -144,3 +144,22 @@ def test_a_job_gets_its_share_of_the_machine(commands, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     CellTask()(tmp_path, CELL, 1, {"OMP_NUM_THREADS": "7"})
     assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_gpu", "num_gpus", "expected"),
+    [
+        ({}, True, 1, "12"),
+        ({"SLURM_CPUS_PER_TASK": "8"}, True, 1, "8"),
+        ({"SLURM_CPUS_PER_TASK": "8"}, True, 4, "2"),
+        ({"SLURM_CPUS_PER_TASK": "1"}, False, 1, "1"),
+        ({"SLURM_CPUS_PER_TASK": "8", "nnUNet_n_proc_DA": "20"}, True, 1, "20"),
+    ],
+)
+def test_augmentation_workers_follow_the_cores_of_a_job(environment, has_gpu, num_gpus, expected, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**environment})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(cell_task, "available_cores", lambda: 64)
+    monkeypatch.setattr(cell_task, "run_cell", lambda *given: None)
+    CellTask()(Path(), CELL, num_gpus, {})
+    assert os.environ["nnUNet_n_proc_DA"] == expected

@@ -13,6 +13,7 @@ from nnunet_xattnres.benchmark.machines import make_machine, shares_of_machine
 from nnunet_xattnres.benchmark.scheduling import run_cells
 from nnunet_xattnres.benchmark.spec import Executor
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.nnunet.commands import CPU_SETTINGS
 
 SLURM = Executor(kind="slurm")
 
@@ -32,7 +33,31 @@ class TestThisMachine:
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-        assert shares_of_machine(executor) == [{"CUDA_VISIBLE_DEVICES": gpus} for gpus in expected]
+        assert [share["CUDA_VISIBLE_DEVICES"] for share in shares_of_machine(executor)] == expected
+
+    @pytest.mark.parametrize(
+        ("gpus", "executor", "user", "expected"),
+        [
+            (1, Executor(), None, "12"),
+            (4, Executor(), None, "4"),
+            (4, Executor(num_gpus=4), None, "4"),
+            (2, Executor(jobs=4), None, "4"),
+            (32, Executor(), None, "1"),
+            (4, Executor(), "7", "7"),
+            (0, Executor(), None, "2"),
+            (0, Executor(jobs=16), None, "1"),
+            (0, Executor(), "0", "0"),
+        ],
+    )
+    def test_augmentation_workers_follow_the_cores(self, gpus, executor, user, expected, monkeypatch):
+        for name in ("CUDA_VISIBLE_DEVICES", "nnUNet_n_proc_DA"):
+            monkeypatch.delenv(name, raising=False)
+        if user:
+            monkeypatch.setenv("nnUNet_n_proc_DA", user)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(machines, "available_cores", lambda: 16)
+        monkeypatch.setitem(CPU_SETTINGS, "nnUNet_n_proc_DA", "2")
+        assert {share["nnUNet_n_proc_DA"] for share in shares_of_machine(executor)} == {expected}
 
     @pytest.mark.parametrize(
         ("executor", "user", "expected"),
