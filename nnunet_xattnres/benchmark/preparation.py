@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shlex
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +31,7 @@ from nnunet_xattnres.benchmark.spec_check import plans_name
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.common.processes import environment_with
+from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.nnunet.datasets import InputDataset, place_raw_dataset, read_dataset_json
 from nnunet_xattnres.nnunet.derived_configurations import (
@@ -224,7 +224,7 @@ class DatasetPreparation:
         """Run the command that makes `result`, unless it has succeeded before. The result alone may be incomplete."""
         complete = self.folder / f"{result}.complete"
         if not complete.exists():
-            print(f"$ {shlex.join(command)}", flush=True)
+            print(f"$ {shell_command(*command)}", flush=True)
             self.nnunet.run(*command, log=f"{self.dataset.name}/{result}")
             complete.touch()
 

@@ -10,6 +10,7 @@ from nnunet_xattnres.benchmark.spec import read_spec
 from nnunet_xattnres.benchmark.spec_check import check_spec
 from nnunet_xattnres.benchmark.tables import read_tables
 from nnunet_xattnres.common.files import make_writable_folder
+from nnunet_xattnres.common.text import shell_command
 
 
 def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> None:
@@ -30,4 +31,5 @@ def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> No
     if earlier is not None:
         take_over(earlier, root)
     run_cells(root, cells, machine)
-    print(f"All {len(cells)} cells are finished: nnunet-xattnres benchmark report {root} -o REPORT")
+    report_command = shell_command("nnunet-xattnres", "benchmark", "report", root, "-o", "REPORT")
+    print(f"All {len(cells)} cells are finished: {report_command}")

@@ -3,7 +3,6 @@
 import codecs
 import os
 import select
-import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line
+from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.installation import external_trainers
 
 # nnU-Net starts 8 processes by default for steps that work case by case.
@@ -122,7 +122,7 @@ class NnUNet:
             return_code = process.wait()
         if return_code:
             raise XAttnResError(
-                f"{shlex.join(command)} failed: {_reason(return_code, log_file)} (whole output: {log_file})"
+                f"{shell_command(*command)} failed: {_reason(return_code, log_file)} (whole output: {log_file})"
             )
 
 

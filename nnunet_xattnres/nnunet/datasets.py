@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import shlex
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from nnunetv2.utilities.utils import (
 
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.common.files import read_json, temporary_folder
+from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.nnunet.phantom import write_phantom_dataset
 
@@ -128,7 +128,7 @@ def _msd_task(data: Path) -> InputDataset:
         # The command refuses a number that is in use in any of nnU-Net's folders.
         elsewhere = dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), str(folder))
         command = ("nnUNetv2_convert_MSD_dataset", "-i", str(data))
-        print(f"$ {shlex.join(command)}", flush=True)
+        print(f"$ {shell_command(*command)}", flush=True)
         nnunet.run(*command, log=f"{dataset}_convert", environment=elsewhere)
 
     return InputDataset(str(data), dataset, convert)

@@ -10,6 +10,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.text import shell_command
 
 # 2.8 is the first release that looks for trainers in the folders of `nnUNet_extTrainer`.
 SUPPORTED_NNUNET = ">=2.8,<3"
@@ -44,7 +45,7 @@ def installed_version(package: str) -> str | None:
 
 def check_nnunet_version() -> None:
     """Raise `XAttnResError` unless the installed nnU-Net finds external trainers."""
-    remedy = f"pip install 'nnunetv2{SUPPORTED_NNUNET}'"
+    remedy = shell_command("pip", "install", f"nnunetv2{SUPPORTED_NNUNET}")
     installed = installed_version("nnunetv2")
     if installed is None:
         raise XAttnResError(f"nnunetv2 is not installed: {remedy}")
@@ -58,7 +59,8 @@ def check_installed(*modules: str) -> None:
     """Raise `XAttnResError` unless the modules, which the benchmark needs beside nnU-Net, can be imported."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise XAttnResError(f"the benchmark needs {', '.join(missing)}: pip install 'nnunet-xattnres[benchmark]'")
+        remedy = shell_command("pip", "install", "nnunet-xattnres[benchmark]")
+        raise XAttnResError(f"the benchmark needs {', '.join(missing)}: {remedy}")
 
 
 def external_trainers() -> str:

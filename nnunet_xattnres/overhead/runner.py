@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.figures import write_figure
 from nnunet_xattnres.common.files import write_json_atomically, write_text_atomically
 from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line, termination_as_exception
+from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
@@ -198,7 +198,7 @@ def _of_dead_process(answer: Answer, return_code: int, log: str) -> Answer:
 def _write(comparisons: list[Comparison], options: Options, device: str) -> None:
     choices = {"device": device, "compile": options.compile, "backend": options.backend, "repeats": options.repeats}
     content = {
-        "command": shlex.join(["nnunet-xattnres", *sys.argv[1:]]),
+        "command": shell_command("nnunet-xattnres", *sys.argv[1:]),
         "environment": _environment(),
         "options": choices,
         "plans": [comparison.record() for comparison in comparisons],

@@ -5,7 +5,6 @@ run continues where the last one stopped.
 """
 
 import json
-import shlex
 import shutil
 import time
 from functools import cached_property
@@ -21,6 +20,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_xattnres.common.device import choose_device
 from nnunet_xattnres.common.figures import write_figure
 from nnunet_xattnres.common.files import make_writable_folder, write_json_atomically
+from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, Model, NnUNet
 from nnunet_xattnres.nnunet.datasets import (
     Cases,
@@ -70,7 +70,7 @@ def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> 
     nnunet = NnUNet(workdir.resolve(), choose_device())
     print("The commands below, and any other of nnU-Net's, work in a shell with these variables:")
     for variable, value in nnunet.folders().items():
-        print(f"  export {variable}={shlex.quote(value)}")
+        print(f"  {shell_command('export', f'{variable}={value}')}")
     demo = Demo(nnunet, dataset, num_steps=4 + 3 * len(trainers))
     demo.get_dataset()
     demo.plan_and_preprocess()
@@ -226,7 +226,7 @@ class Demo:
         print(f"Already there: {result}")
 
     def _run(self, *command: str, log: str) -> None:
-        print(f"$ {shlex.join(command)}", flush=True)
+        print(f"$ {shell_command(*command)}", flush=True)
         started = time.monotonic()
         self.nnunet.run(*command, log=f"{self.dataset.name}_{log}")
         print(f"{command[0]} took {time.monotonic() - started:.0f} s")

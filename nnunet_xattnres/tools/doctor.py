@@ -21,6 +21,7 @@ from packaging.specifiers import SpecifierSet
 from nnunet_xattnres.common.errors import XAttnResError, type_and_message
 from nnunet_xattnres.common.files import why_not_writable
 from nnunet_xattnres.common.processes import environment_with
+from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.installation import (
     SUPPORTED_NNUNET,
     SUPPORTED_TORCH,
@@ -69,7 +70,8 @@ def examine() -> Iterator[Finding]:
     gpu = _gpu()
     yield gpu
     if nnunet.status == OK:
-        remedy = f"pip install 'nnunetv2{SUPPORTED_NNUNET}', with --force-reinstall --no-deps if that finds it complete"
+        install = shell_command("pip", "install", f"nnunetv2{SUPPORTED_NNUNET}")
+        remedy = f"{install}, with --force-reinstall --no-deps if that finds it complete"
         nnunet = _import("nnU-Net", "nnunetv2.training.nnUNetTrainer.nnUNetTrainer", remedy)
         yield nnunet
     if nnunet.status == PROBLEM:
@@ -99,7 +101,8 @@ def _versions_for_nnunet() -> Iterator[Finding]:
         if requirement.name in ("torch", "dynamic-network-architectures") and not of_an_extra:
             name = requirement.name
             specifier = str(requirement.specifier & SpecifierSet(SUPPORTED_TORCH if name == "torch" else ""))
-            yield _version(name, installed_version(name), specifier, f"pip install '{name}{specifier}'")
+            remedy = shell_command("pip", "install", f"{name}{specifier}")
+            yield _version(name, installed_version(name), specifier, remedy)
 
 
 def _version(name: str, installed: str | None, specifier: str, remedy: str) -> Finding:

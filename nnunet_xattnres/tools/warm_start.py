@@ -5,7 +5,6 @@ The gates of residual fusion are zero at the start, so both networks compute the
 
 import io
 import os
-import shlex
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from nnunet_xattnres.common.errors import XAttnResError, differences, reason
 from nnunet_xattnres.common.files import check_writable, folder_written_atomically, write_json_atomically
 from nnunet_xattnres.common.processes import environment_with
+from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.model.config import XAttnResConfig
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_content, from_dataset, from_file
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
@@ -221,11 +221,9 @@ def _write_model_folder(output: Path, trainer: nnUNetTrainer, trained: TrainedNe
 def _print_next_commands(options: Options, target: PlannedNetwork, fold: int | str, model_folder: Path) -> None:
     train = ["nnUNetv2_train", target.plans["dataset_name"], options.configuration, str(fold), "-tr", options.trainer]
     train += ["-p", options.plans_name]
-    output = shlex.quote(str(options.output))
+    predict = ["nnUNetv2_predict_from_modelfolder", "-m", str(options.output), "-f", str(fold), "-chk", CHECKPOINT]
     print(f"{options.output} computes what {options.start} does. To predict with it:")
-    print(
-        f"  nnUNetv2_predict_from_modelfolder -m {output} -f {fold} -chk {CHECKPOINT} -i IMAGES -o PREDICTIONS",
-    )
+    print(f"  {shell_command(*predict, '-i', 'IMAGES', '-o', 'PREDICTIONS')}")
     print("To train on from it, segmentation heads included:")
     results = os.environ.get("nnUNet_results")
     place = None if results is None else Path(results, model_folder)
@@ -233,7 +231,9 @@ def _print_next_commands(options: Options, target: PlannedNetwork, fold: int | s
         if place is not None and (place / f"fold_{fold}").exists():
             there = place / f"fold_{fold}"
             print(f"{there} is there already: move it away first, or --c goes on from a {FINAL_CHECKPOINT} there")
-        print(f'  mkdir -p "$nnUNet_results/{model_folder}" && cp -r {output}/. "$nnUNet_results/{model_folder}"')
-    print(f"  {shlex.join([*train, '--c'])}")
+        copy = shell_command("cp", "-r", f"{options.output}/.")
+        place_in_results = f'"$nnUNet_results"/{shell_command(model_folder)}'
+        print(f"  mkdir -p {place_in_results} && {copy} {place_in_results}")
+    print(f"  {shell_command(*train, '--c')}")
     print("To train from it with new heads, as nnU-Net does with pretrained weights:")
-    print(f"  {shlex.join([*train, '-pretrained_weights', str(options.output / PRETRAINED)])}")
+    print(f"  {shell_command(*train, '-pretrained_weights', options.output / PRETRAINED)}")

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing.dummy
+import shlex
 import shutil
 
 import pytest
@@ -125,6 +126,12 @@ class TestRun:
         assert "another spec" in capsys.readouterr().err
         assert steps.count(("plan", TINY)) == 2
 
+    def test_the_command_for_the_report_can_be_pasted(self, data, steps, tmp_path, capsys):
+        out = tmp_path / "a b"
+        run_benchmark(write_spec_file(SPEC, tmp_path), out)
+        printed = capsys.readouterr().out.partition("are finished: ")[2]
+        assert shlex.split(printed) == ["nnunet-xattnres", "benchmark", "report", str(out), "-o", "REPORT"]
+
     def test_a_report_to_continue_from_is_looked_at_before_anything_is_prepared(self, data, steps, tmp_path, capsys):
         command = benchmark_run(SPEC, tmp_path)
         assert main([*command, "--continue-from", str(tmp_path / "nowhere")]) == 1
@@ -238,7 +245,7 @@ class TestFolds:
 
     def test_a_fold_that_nnunet_does_not_make(self, split):
         # nnU-Net itself would take a random split.
-        with pytest.raises(XAttnResError, match="nnU-Net makes 5 folds of .* leave 5 out of the spec's, or put a spl"):
+        with pytest.raises(XAttnResError, match=r"nnU-Net makes 5 folds of .* leave 5 out of the spec's, or put a spl"):
             split(None, folds=(0, 5))
 
     @pytest.mark.parametrize(
