@@ -8,14 +8,15 @@ from typing import Any
 
 from nnunet_xattnres.benchmark.locks import is_locked
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.common.files import write_json_atomically, write_text_atomically
+from nnunet_xattnres.common.files import read_json, write_json_atomically, write_text_atomically
 from nnunet_xattnres.nnunet.commands import Model
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 
 SPEC = "spec.yaml"
 MATRIX = "matrix.json"
-SPLITS = "splits_final.json"
 RECORD = "cell.json"
+# Beside a result of preparation, once the command that makes it has succeeded.
+COMPLETE = ".complete"
 PREPARATION_LOCK = "preparation.lock"
 EARLIER = "earlier"
 FINISHED, FAILED, RUNNING, INTERRUPTED, WAITING = STATES = ("finished", "failed", "running", "interrupted", "waiting")
@@ -125,3 +126,12 @@ def read_cells(root: Path) -> list[Cell]:
         raise XAttnResError(
             f"{root / MATRIX} is damaged: `nnunet-xattnres benchmark run` writes it again, and trains nothing twice"
         ) from None
+
+
+def read_planned(path: Path) -> dict[str, Any]:
+    """Read the plans of a benchmark's folder. Raises `XAttnResError` if they are missing or damaged."""
+    remedy = f"delete it and {path.stem}{COMPLETE} beside it, run again, and nnU-Net plans again"
+    plans = read_json(path, remedy)
+    if "configurations" not in plans:
+        raise XAttnResError(f"{path} has no configurations: {remedy}")
+    return plans

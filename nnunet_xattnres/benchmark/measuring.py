@@ -4,10 +4,10 @@ Voxels that the reference marks as to be ignored count as background in referenc
 slice are measured in two dimensions. Where images have no spacing (PNG), a pixel is 1 mm.
 """
 
-import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nnunet_xattnres.benchmark.cells import FINISHED, RECORD, SPEC, SPLITS, Cell, read_cells
+from nnunet_xattnres.benchmark.cells import FINISHED, RECORD, SPEC, Cell, read_cells, read_planned
 from nnunet_xattnres.benchmark.metrics import measure
 from nnunet_xattnres.benchmark.spec import Arm, Dataset, read_spec
 from nnunet_xattnres.benchmark.tables import CELL, Tables, make_table
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS
-from nnunet_xattnres.nnunet.datasets import read_dataset_json, reader_for
+from nnunet_xattnres.nnunet.datasets import SPLITS, read_dataset_json, read_splits, reader_for
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
 
 # The packages that measure, and those that decide about the bytes of a report.
@@ -98,12 +98,16 @@ class _References:
         self.family = dataset.family
         self.tolerance = dataset.nsd_tolerance_mm
         self.raw = root / "nnUNet_raw" / dataset.name
-        self.splits = root / "nnUNet_preprocessed" / dataset.name / SPLITS
+        self.splits_file = root / "nnUNet_preprocessed" / dataset.name / SPLITS
         content = read_dataset_json(self.raw)
         self.file_ending: str = content["file_ending"]
         self.reader = reader_for(content)()
         self.labels = labels_or_regions(content["labels"])
         self.ignored = LabelManager(content["labels"], content.get("regions_class_order")).ignore_label
+
+    @cached_property
+    def splits(self) -> list[dict[str, list[str]]]:
+        return read_splits(self.splits_file, "mend or remove it, and run again")
 
     def row(self) -> dict[str, Any]:
         """The dataset's row of datasets.csv."""
@@ -112,7 +116,7 @@ class _References:
 
     def files(self, cell: Cell) -> list[tuple[str, Path]]:
         """The references of the cases that a cell must have predicted, each with its set."""
-        cases = json.loads(self.splits.read_text())[cell.fold]["val"]
+        cases = self.splits[cell.fold]["val"]
         found = [(VALIDATION, self.raw / "labelsTr" / f"{case}{self.file_ending}") for case in sorted(cases)]
         if cell.test:
             found += [(TEST, path) for path in sorted((self.raw / "labelsTs").glob(f"*{self.file_ending}"))]
@@ -173,7 +177,7 @@ def _predictions(root: Path, cell: Cell, references: _References) -> list[_Predi
 
 
 def _cell_row(root: Path, cell: Cell, state: str) -> dict[str, Any]:
-    plans = PlansManager(str(root / "nnUNet_preprocessed" / cell.dataset / f"{cell.plans}.json"))
+    plans = PlansManager(read_planned(root / "nnUNet_preprocessed" / cell.dataset / f"{cell.plans}.json"))
     planned = plans.get_configuration(cell.planned_configuration)
     record = cell.record(root)
     more = {

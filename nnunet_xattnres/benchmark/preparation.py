@@ -14,7 +14,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_xattnres.benchmark.cells import PREPARATION_LOCK, SPEC, SPLITS, Cell, write_cells
+from nnunet_xattnres.benchmark.cells import COMPLETE, PREPARATION_LOCK, SPEC, Cell, read_planned, write_cells
 from nnunet_xattnres.benchmark.locks import is_locked, locked
 from nnunet_xattnres.benchmark.spec import (
     WIDTHS,
@@ -33,7 +33,7 @@ from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
-from nnunet_xattnres.nnunet.datasets import InputDataset, place_raw_dataset, read_dataset_json
+from nnunet_xattnres.nnunet.datasets import SPLITS, InputDataset, place_raw_dataset, read_dataset_json, read_splits
 from nnunet_xattnres.nnunet.derived_configurations import (
     TrainingBudget,
     add_small_configuration,
@@ -103,7 +103,7 @@ class DatasetPreparation:
         self._run_once("dataset_fingerprint", *fingerprint)
         for planner in dict.fromkeys(arm.planner for arm in self.arms):
             self._run_once(plans_name(planner), "nnUNetv2_plan_experiment", "-d", self.number, "-pl", planner)
-            self.plans[planner] = plans = json.loads(self._plans_file(planner).read_text())
+            self.plans[planner] = plans = read_planned(self._plans_file(planner))
             for configuration in self.configurations:
                 self._add_configuration(plans, configuration)
                 for arm in self.arms:
@@ -222,7 +222,7 @@ class DatasetPreparation:
 
     def _run_once(self, result: str, *command: str) -> None:
         """Run the command that makes `result`, unless it has succeeded before. The result alone may be incomplete."""
-        complete = self.folder / f"{result}.complete"
+        complete = self.folder / f"{result}{COMPLETE}"
         if not complete.exists():
             print(f"$ {shell_command(*command)}", flush=True)
             self.nnunet.run(*command, log=f"{self.dataset.name}/{result}")
@@ -231,11 +231,8 @@ class DatasetPreparation:
 
 def _read_splits(path: Path, cases: list[str], folds: tuple[int, ...]) -> list[dict[str, list[str]]]:
     """Read a split. Raises `XAttnResError` if nnU-Net could not train with it, or would replace it by a random one."""
-    try:
-        splits = json.loads(path.read_text())
-        unknown = {case for fold in splits for part in ("train", "val") for case in fold[part]}.difference(cases)
-    except (ValueError, KeyError, TypeError):
-        raise XAttnResError(f"{path} is no list of folds with train and val: mend or remove it") from None
+    splits = read_splits(path, "mend or remove it")
+    unknown = {case for fold in splits for part in fold.values() for case in part}.difference(cases)
     if unknown:
         raise XAttnResError(f"{path} has {min(unknown)}, which is no training case of the dataset: mend or remove it")
     if max(folds) >= len(splits):

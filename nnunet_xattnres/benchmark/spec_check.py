@@ -88,12 +88,13 @@ def _filled_in(dataset: Dataset, data: InputDataset) -> Dataset:
 
 def _has_test_set(dataset: Dataset, data: Path) -> bool:
     """Whether to predict a test set. Raises `XAttnResError` if one of its labels or images is missing."""
-    is_raw = data.is_dir() and "channel_names" in read_dataset_json(data)
+    dataset_json = read_dataset_json(data) if data.is_dir() else {}
+    is_raw = "channel_names" in dataset_json
     if not is_raw and dataset.test:
         raise XAttnResError(f"{data}: the test sets of MSD tasks have no labels: remove test from the dataset")
     if not is_raw or dataset.test is False:
         return False
-    ending = read_dataset_json(data)["file_ending"]
+    ending = dataset_json["file_ending"]
     images = data / "imagesTs"
     cases = get_identifiers_from_splitted_dataset_folder(str(images), ending) if images.is_dir() else []
     if not len(cases):

@@ -1,6 +1,7 @@
 """Datasets that a user has: their layout is recognised, they are checked and brought into nnU-Net's raw format."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ PHANTOM_DATASET = "Dataset900_Phantom"
 PHANTOM_CASES = 24
 PHANTOM_SEED = 0
 NUM_FOLDS = 5
+SPLITS = "splits_final.json"
 
 MSD_KEYS = ("labels", "modality", "numTraining", "training", "test")
 RAW_KEYS = ("labels", "channel_names", "numTraining", "file_ending")
@@ -102,6 +104,23 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise XAttnResError(f"{folder} has no dataset.json: give the folder of {LAYOUTS}")
     return read_json(path, "mend it or get the dataset again")
+
+
+def read_splits(path: Path, remedy: str) -> list[dict[str, list[str]]]:
+    """The training and validation cases of every fold, "train" and "val", from a file as nnU-Net writes it.
+
+    Raises `XAttnResError`, with the remedy, if the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+        splits = [{part: [str(case) for case in fold[part]] for part in ("train", "val")} for fold in content]
+    except OSError as error:
+        raise XAttnResError(f"cannot read {path} ({error.strerror}): {remedy}") from None
+    except (ValueError, KeyError, TypeError):
+        splits = []
+    if not splits:
+        raise XAttnResError(f"{path} is no list of folds with train and val: {remedy}")
+    return splits
 
 
 def _path_with_name(data: Path, pattern: str) -> tuple[Path, re.Match[str]] | None:

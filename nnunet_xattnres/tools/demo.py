@@ -4,7 +4,6 @@ The steps run nnU-Net's own commands in one working directory. A step whose resu
 run continues where the last one stopped.
 """
 
-import json
 import shutil
 import time
 from functools import cached_property
@@ -18,11 +17,13 @@ from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_xattnres.common.device import choose_device
+from nnunet_xattnres.common.errors import XAttnResError, reason
 from nnunet_xattnres.common.figures import write_figure
-from nnunet_xattnres.common.files import make_writable_folder, write_json_atomically
+from nnunet_xattnres.common.files import make_writable_folder, read_json, write_json_atomically
 from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, Model, NnUNet
 from nnunet_xattnres.nnunet.datasets import (
+    SPLITS,
     Cases,
     InputDataset,
     names_of_values,
@@ -30,6 +31,7 @@ from nnunet_xattnres.nnunet.datasets import (
     place_raw_dataset,
     read_dataset,
     read_dataset_json,
+    read_splits,
     reader_for,
 )
 from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration, reduced_patch_size
@@ -122,7 +124,7 @@ class Demo:
 
     def add_configuration(self) -> None:
         self._announce(f"A CPU-sized configuration, {self.configuration}, in the plans")
-        plans = json.loads(self.plans_file.read_text())
+        plans = read_json(self.plans_file, self._begin_again)
         if self.configuration not in plans["configurations"]:
             patch_size = reduced_patch_size(plans, self.planned_configuration, MAX_PATCH_VOXELS)
             planned_batch_size = plans["configurations"][self.planned_configuration]["batch_size"]
@@ -177,9 +179,7 @@ class Demo:
 
     def report(self, trainers: list[str]) -> None:
         self._announce("Results")
-        summaries = {
-            trainer: load_summary_json(str(self._predictions(trainer) / "summary.json")) for trainer in trainers
-        }
+        summaries = {trainer: self._summary(trainer) for trainer in trainers}
         print(f"Dice on {len(self.held_out_cases)} held-out cases of {self.dataset.name}\n")
         print(dice_table(summaries, self.dataset_json["labels"]), end="\n\n")
         picture = self.output / "demo.png"
@@ -217,7 +217,12 @@ class Demo:
     @cached_property
     def held_out_cases(self) -> list[str]:
         """The validation cases of fold 0. The training has written the split."""
-        return json.loads((self.preprocessed_dataset / "splits_final.json").read_text())[0]["val"]
+        return read_splits(self.preprocessed_dataset / SPLITS, self._begin_again)[0]["val"]
+
+    @property
+    def _begin_again(self) -> str:
+        """What to do about a damaged file. The training has written the split, and is not repeated for it alone."""
+        return f"delete {self.preprocessed_dataset} and {self.nnunet.results / self.dataset.name}, run again"
 
     def _announce(self, title: str) -> None:
         print(f"\n[{next(self._step_numbers)}/{self.num_steps}] {title}", flush=True)
@@ -239,6 +244,13 @@ class Demo:
 
     def _predictions(self, trainer: str) -> Path:
         return self.output / "predictions" / trainer
+
+    def _summary(self, trainer: str) -> dict[str, Any]:
+        path = self._predictions(trainer) / "summary.json"
+        try:
+            return load_summary_json(str(path))
+        except (ValueError, KeyError) as error:
+            raise XAttnResError(f"{path} is damaged ({reason(error)}): delete it, run again") from None
 
     def _link_held_out_cases(self) -> None:
         shutil.rmtree(self.output / "held_out", ignore_errors=True)

@@ -203,6 +203,25 @@ class TestMeasuring:
         assert "\n" not in str(error.value)
         assert str(error.value).endswith(remedy.format(folder=folder))
 
+    @pytest.mark.parametrize("content", [None, '[{"train": [], "val', "{}", "[]"])
+    @pytest.mark.parametrize(
+        "name, remedy",
+        [
+            ("splits_final.json", "mend or remove it, and run again"),
+            ("nnUNetPlans.json", "delete it and nnUNetPlans.complete beside it, run again, and nnU-Net plans again"),
+        ],
+    )
+    def test_damaged_splits_and_plans_are_said_in_one_line(self, benchmark, name, remedy, content):
+        path = benchmark / "nnUNet_preprocessed" / DATASET / name
+        path.unlink()
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(XAttnResError) as error:
+            collect(benchmark, lambda tables: None)
+        assert str(path) in str(error.value)
+        assert str(error.value).endswith(remedy)
+        assert "\n" not in str(error.value)
+
 
 class TestReport:
     def test_a_benchmark_is_reported_and_the_report_again(self, benchmark, measured, tmp_path, monkeypatch):

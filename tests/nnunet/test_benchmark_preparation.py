@@ -205,6 +205,9 @@ class TestPlans:
         preparing.plan()
         preparing.write_plans()
         assert (folder / "nnUNetPlans.json").read_bytes() == before
+        (folder / "nnUNetPlans.json").write_bytes(before[:100])
+        with pytest.raises(XAttnResError, match=r"is not valid JSON \(.*\): delete it and nnUNetPlans\.complete"):
+            preparing.plan()
 
 
 CASES = [f"case_{number}" for number in range(5)]

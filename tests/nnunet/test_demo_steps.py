@@ -155,3 +155,21 @@ def test_added_configuration_is_kept(preprocessed):
     preprocessed.plans_file.write_text(json.dumps(added))
     preprocessed.add_configuration()
     assert json.loads(preprocessed.plans_file.read_text()) == added
+
+
+def test_damaged_files_are_said_in_one_line(preprocessed):
+    (preprocessed.preprocessed_dataset / "splits_final.json").write_text('[{"train"')
+    preprocessed.plans_file.write_text("{")
+    summary = preprocessed.output / "predictions" / TRAINER / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.write_text("{")
+    begin_again = f"delete {preprocessed.preprocessed_dataset} and {preprocessed.nnunet.results / 'Dataset123_Tiny'}, "
+    for step, remedy in (
+        (preprocessed.add_configuration, begin_again),
+        (lambda: preprocessed.predict(TRAINER), begin_again),
+        (lambda: preprocessed.report([TRAINER]), "delete it, run again"),
+    ):
+        with pytest.raises(XAttnResError) as error:
+            step()
+        assert remedy in str(error.value)
+        assert "\n" not in str(error.value)
