@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ from typing import Any
 
 from nnunet_xattnres.common.errors import XAttnResError, reason
 
+# What is temporary is beside its final place, under a new name: processes on several machines may share a folder.
+TEMPORARY_PREFIX = ".nnunet_xattnres_"
+
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
     """A temporary path to write to. It becomes `path` at the end, so that nobody ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}_{path.name}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -46,7 +50,7 @@ def temporary_folder(parent: Path, name: str | None = None) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if temporary is None:
-            temporary = Path(mkdtemp(prefix=".nnunet_xattnres_", dir=parent))
+            temporary = Path(mkdtemp(prefix=TEMPORARY_PREFIX, dir=parent))
         else:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
@@ -57,6 +61,30 @@ def temporary_folder(parent: Path, name: str | None = None) -> Iterator[Path]:
         for folder in new:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+@contextmanager
+def files_written_atomically(path: Path) -> Iterator[Path]:
+    """A path in a temporary folder, with the name of `path`. What is written into the folder is moved at the end.
+
+    The file at the temporary path, if there is one, is moved last. After an error, nothing is moved.
+    """
+    with temporary_folder(path.parent) as folder:
+        yield folder / path.name
+        written = [file for file in folder.rglob("*") if file.is_file()]
+        for file in sorted(written, key=lambda file: file.name == path.name):
+            target = path.parent / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left of temporary files and folders. Nobody else may write to `folder` now."""
+    for left in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 @contextmanager

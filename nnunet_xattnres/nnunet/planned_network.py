@@ -1,5 +1,7 @@
 """One configuration of nnU-Net's plans: where it is read from, and the network and trainer that are made of it."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +48,9 @@ class PlannedNetwork:
         return int(PlansManager(self.plans).get_label_manager(self.dataset_json).num_segmentation_heads)
 
     def build(self, trainer: type[nnUNetTrainer], deep_supervision: bool = True) -> nn.Module:
-        """The network that a trainer builds from the plans. It is called as nnU-Net calls it."""
-        return trainer.build_network_architecture(
+        """The network that a trainer builds from the plans."""
+        return call_as_nnunet(
+            trainer.build_network_architecture,
             PlansManager(self.plans),
             self.manager,
             self.num_input_channels,
@@ -70,6 +73,26 @@ class PlannedNetwork:
             f"{self.name}, {self.configuration} of {self.plans['plans_name']}: {network} of {stages} stages, "
             f"patch {size}, batch {self.manager.batch_size}"
         )
+
+
+def call_as_nnunet(
+    build_network_architecture: Callable[..., nn.Module],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    deep_supervision: bool,
+) -> nn.Module:
+    """Call a trainer's method with the signature that it has. nnU-Net 2.8 also serves that of its earlier versions."""
+    if "plans_manager" in inspect.signature(build_network_architecture).parameters:
+        planned: tuple[Any, ...] = (plans, configuration)
+    else:
+        planned = (
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+        )
+    return build_network_architecture(*planned, num_input_channels, num_output_channels, deep_supervision)
 
 
 def from_preset(preset: str, configuration: str, plans_name: str) -> PlannedNetwork:

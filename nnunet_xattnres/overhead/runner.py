@@ -30,6 +30,7 @@ from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.ops.backends import check_backend
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
+from nnunet_xattnres.training.mixin import check_bases
 
 PLANNED = "nnUNetTrainerPlanned"
 MEASUREMENT = "nnunet_xattnres.overhead.measurement"
@@ -78,7 +79,7 @@ def run_overhead(options: Options) -> None:
     _check_numbers(options)
     trainers = list(dict.fromkeys([PLANNED, *options.trainers]))
     for trainer in trainers:
-        find_trainer(trainer)
+        check_bases(find_trainer(trainer))
     if options.backend is not None:
         check_backend(options.backend, device)
     all_planned = _all_planned(options)

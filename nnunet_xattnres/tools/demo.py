@@ -38,7 +38,7 @@ from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_sm
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.tools.demo_report import PicturedCase, dice_per_case, dice_table, draw_cases, spread_over_ranking
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
-from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, check_bases
 
 BASELINE = "nnUNetTrainerPlanned"
 PLANS = "nnUNetPlans"
@@ -87,7 +87,9 @@ def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> 
 
 def check_trainer(name: str) -> None:
     """Say so if the trainer ignores the demo's budget. Raises `XAttnResError` unless nnU-Net finds the trainer."""
-    if not issubclass(find_trainer(name), XAttnResTrainerMixin):
+    trainer = find_trainer(name)
+    check_bases(trainer)
+    if not issubclass(trainer, XAttnResTrainerMixin):
         print(f"{name} ignores the demo's short budget: it trains as long as it always does.")
 
 

@@ -53,11 +53,14 @@ def read_checkpoint(path: Path, remedy: str, trusted: bool | None = None) -> dic
             alternative = "" if trusted is None else ", or add --trust-checkpoint if you trust its origin"
             raise XAttnResError(f"{error}{alternative}") from error
 
-    return _checked(load, path, remedy)
+    return _checked(load, str(path), remedy)
 
 
-def read_checkpoint_as_nnunet(path: Path, remedy: str) -> dict[str, Any]:
-    """`read_checkpoint` for a file that nnU-Net is about to read without restrictions in any case."""
+def read_checkpoint_as_nnunet(path: Path, remedy: str, if_missing: str) -> dict[str, Any]:
+    """`read_checkpoint` for a file that nnU-Net is about to read without restrictions in any case.
+
+    if_missing: what to do if there is no such file.
+    """
 
     def load() -> Any:
         try:
@@ -65,25 +68,30 @@ def read_checkpoint_as_nnunet(path: Path, remedy: str) -> dict[str, Any]:
         except _NeedsTrust:
             return _load(path, weights_only=False)
 
-    return _checked(load, path, remedy)
+    return _checked(load, str(path), remedy, if_missing)
+
+
+def check_content(checkpoint: dict[str, Any], name: str, remedy: str) -> None:
+    """Raise `XAttnResError` if a dict is no nnU-Net checkpoint. name: what it is called in the message."""
+    _checked(lambda: checkpoint, name, remedy)
 
 
 class _NeedsTrust(Exception):
     """One line: why a file cannot be read with restrictions, and what to do."""
 
 
-def _checked(load: Callable[[], Any], path: Path, remedy: str) -> dict[str, Any]:
+def _checked(load: Callable[[], Any], name: str, remedy: str, if_missing: str | None = None) -> dict[str, Any]:
     try:
         checkpoint = load()
         _check_types(checkpoint)
     except FileNotFoundError:
-        raise XAttnResError(f"{path} does not exist: {remedy}") from None
+        raise XAttnResError(f"{name} does not exist: {if_missing or remedy}") from None
     except XAttnResError:
         raise
     except Exception as error:
         if _may_be_undamaged(error):
-            raise XAttnResError(f"cannot read {path} ({reason(error)}): mend that and run again") from error
-        raise XAttnResError(f"{path} is damaged or no nnU-Net checkpoint ({reason(error)}): {remedy}") from error
+            raise XAttnResError(f"cannot read {name} ({reason(error)}): mend that and run again") from error
+        raise XAttnResError(f"{name} is damaged or no nnU-Net checkpoint ({reason(error)}): {remedy}") from error
     return checkpoint
 
 

@@ -114,7 +114,7 @@ class TestWhatNeedsTrust:
 
     def test_what_nnunet_reads_anyway_is_read_without_a_word(self, path, capsys):
         torch.save(self.STORES_MORE, path)
-        assert read_checkpoint_as_nnunet(path, "delete it")["extra"] == Path("here")
+        assert read_checkpoint_as_nnunet(path, "delete it", "find it")["extra"] == Path("here")
         assert capsys.readouterr().out == ""
         assert read_checkpoint(path, "delete it", trusted=True)["extra"] == Path("here")
         assert capsys.readouterr().out == f"{path} is trusted and read without restrictions\n"

@@ -27,6 +27,12 @@ class TestFiles:
             temporary.write_text("new")
         assert [file.read_text() for file in tmp_path.iterdir()] == ["new"]
 
+    def test_processes_with_the_same_number_on_two_machines_may_write_it(self, tmp_path):
+        with written_atomically(tmp_path / "new.txt") as first, written_atomically(tmp_path / "new.txt") as second:
+            first.write_text("one")
+            second.write_text("other")
+        assert [file.read_text() for file in tmp_path.iterdir()] == ["one"]
+
     def test_on_a_full_disk_a_file_keeps_its_previous_version(self, tmp_path, monkeypatch):
         path = tmp_path / "plans.json"
         write_json_atomically({"plans": "previous"}, path)

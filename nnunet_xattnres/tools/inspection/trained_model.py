@@ -208,7 +208,7 @@ class Model:
                 "model of an XAttnRes trainer"
             )
         if "xattnres" in checkpoint["init_args"]:
-            check_preset(str(self.folder / self.checkpoint_name), checkpoint, trainer, "inspect it")
+            check_preset(str(self.folder / self.checkpoint_name), checkpoint, network, self.trainer, "inspect it")
         try:
             network.load_state_dict(checkpoint["network_weights"])
         except RuntimeError as error:
