@@ -171,7 +171,7 @@ def refuse(monkeypatch, capsys, outputs, plans_file):
         (["--preset", "msd04", "--batch-size", "0"], "--batch-size must be from 1 to 1000000, not 0"),
         (["--preset", "msd04", "--batch-size", "1" + "0" * 20], "--batch-size must be from 1 to 1000000, not 1000"),
         (["--preset", "msd04", "--repeats", "0"], "--repeats must be from 1 to 1000000, not 0"),
-        (["--preset", "msd04", "--device", "cpu", "--compile"], "never compiles on a CPU"),
+        (["--preset", "msd04", "--device", "cpu", "--compile"], "never compiles on cpu"),
         (["--preset", "msd04", "--json", "nowhere/o.json"], "cannot write nowhere/o.json (No such file or directory)"),
         (["--preset", "msd04", "--chart", "o.tiffany"], "use .png, .pdf or .svg"),
         (["--preset", "msd04", "--csv", "."], "is a folder"),
@@ -199,7 +199,7 @@ def test_backend_that_is_not_there(refuse, monkeypatch):
 def test_triton_on_a_cpu(refuse, monkeypatch):
     kernels = pytest.importorskip("nnunet_xattnres.ops.triton_operator", reason="Triton is not installed")
     monkeypatch.setattr(kernels, "INTERPRETED", False)
-    assert "'triton' needs a GPU" in refuse("--preset", "msd04", "--device", "cpu", "--backend", "triton")
+    assert "'triton' needs CUDA" in refuse("--preset", "msd04", "--device", "cpu", "--backend", "triton")
 
 
 def test_files_that_are_not_python_beside_trainers(refuse, tmp_path, monkeypatch):

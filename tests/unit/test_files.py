@@ -32,7 +32,7 @@ class TestFiles:
         write_json_atomically({"plans": "previous"}, path)
         previous = path.read_bytes()
 
-        def disk_full(self, text):
+        def disk_full(self, text, encoding):
             self.write_bytes(text.encode()[:5])
             raise OSError("No space left on device")
 
