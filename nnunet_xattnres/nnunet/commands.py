@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import IO
 
 from nnunet_xattnres.common.device import available_cores
 from nnunet_xattnres.common.errors import XAttnResError
@@ -154,7 +155,7 @@ def _copy_output(process: subprocess.Popen[bytes], log_file: Path) -> None:
     """Copy the process's output to the terminal and to the log until the process ends."""
     # On Windows only a thread can wait for output and for the end of the process at once.
     chunks: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_read_output, args=(process, chunks), daemon=True).start()
+    threading.Thread(target=_read_output, args=(process.stdout, chunks), daemon=True).start()
     # A multi-byte character may arrive in two pieces.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     with log_file.open("wb") as log:
@@ -175,10 +176,10 @@ def _copy_output(process: subprocess.Popen[bytes], log_file: Path) -> None:
             sys.stdout.flush()
 
 
-def _read_output(process: subprocess.Popen[bytes], chunks: "SimpleQueue[bytes]") -> None:
-    """Put the process's output into the queue piece by piece, and nothing, b"", when it ends."""
-    with process.stdout as output:  # type: ignore[union-attr]
-        while chunk := output.read1(65536):  # type: ignore[attr-defined]
+def _read_output(output: IO[bytes], chunks: "SimpleQueue[bytes]") -> None:
+    """Put what is written to a pipe into the queue piece by piece, and nothing, b"", when the pipe is closed."""
+    with output:
+        while chunk := os.read(output.fileno(), 65536):
             chunks.put(chunk)
     chunks.put(b"")
 

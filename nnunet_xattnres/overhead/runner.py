@@ -22,7 +22,13 @@ from nnunet_xattnres.common.device import NO_MEMORY_LEFT, choose_device, cpu_nam
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.figures import write_figure
 from nnunet_xattnres.common.files import write_json_atomically, write_text_atomically
-from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line, termination_as_exception, was_killed
+from nnunet_xattnres.common.processes import (
+    child_process,
+    how_it_ended,
+    last_meaningful_line,
+    termination_as_exception,
+    was_killed,
+)
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer

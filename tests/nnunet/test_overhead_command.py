@@ -13,7 +13,7 @@ from helpers.overhead import NO_SKIP, PLANNED, made_up_answers, output_options, 
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.overhead import runner
-from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer
+from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, WARM_UP_STEPS, Answer
 
 find_trainer_once = cache(find_trainer)
 
@@ -127,6 +127,21 @@ def test_a_run_that_is_interrupted_early_has_neither_table_nor_files(monkeypatch
 
 
 # Mistakes: one line, before anything is measured
+
+
+def test_an_apple_gpu_is_measured_where_there_is_one(monkeypatch, outputs, refuse):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert "never compiles on mps" in refuse("--preset", "msd04", "--compile")
+    assert "'triton' needs CUDA" in refuse("--preset", "msd04", "--device", "mps", "--backend", "triton")
+    answer = made_up_answers([1.0])[0]
+    monkeypatch.setattr(
+        runner, "measure_in_new_process", lambda request, compile: devices.append(request.device) or answer
+    )
+    assert main(["overhead", "--preset", "msd04", "--trainers", PLANNED, "--repeats", "1", *outputs]) == 0
+    assert devices == ["mps"]
+    assert devices[0] in WARM_UP_STEPS
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Commands in a process that lacks what Windows lacks. On Linux, torch and nnU-Net are imported before it is removed."""
+"""Commands in a process that lacks what Windows lacks. Torch and nnU-Net need it on Linux and are imported before."""
 
 import os
 import signal
