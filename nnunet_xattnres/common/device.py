@@ -22,14 +22,18 @@ SAMPLING_SECONDS = 1e-3
 
 
 def choose_device(name: str | None = None) -> str:
-    """The device of that name, "cpu" or "cuda". Without a name: "cuda" if there is a GPU.
+    """The device of that name: "cuda", "mps" (the GPU of an Apple computer) or "cpu". Without a name: a GPU, if any.
 
-    Raises `XAttnResError` for "cuda" if PyTorch finds no GPU.
+    Raises `XAttnResError` if PyTorch does not find the device.
     """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise XAttnResError("PyTorch finds no CUDA device here: use --device cpu, or install a PyTorch with CUDA")
-    return name or ("cuda" if available else "cpu")
+    is_here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [device for device in is_here if is_here[device]]
+    if name is not None and name not in here:
+        kind = name.upper()
+        raise XAttnResError(
+            f"PyTorch finds no {kind} device here: use --device {here[0]}, or install a PyTorch with {kind}"
+        )
+    return name or here[0]
 
 
 def cpu_name() -> str:
@@ -68,7 +72,7 @@ class PeakMemory:
     """The largest amount of memory in use, in bytes: `peak`, as far as it was sampled.
 
     CUDA: the memory that PyTorch has allocated on the current GPU. The allocator itself keeps the maximum, so that one
-    sample at the end is enough.
+    sample at the end is enough. MPS: the same, without the maximum.
     CPU: the growth of the process's resident size since this object was made. The kernel's own maximum, ru_maxrss, is
     no alternative: a program inherits it from the process that started it.
     """
@@ -83,13 +87,15 @@ class PeakMemory:
         """Compare the memory in use with the peak."""
         if self.device.type == "cuda":
             used = torch.cuda.max_memory_allocated()
+        elif self.device.type == "mps":
+            used = torch.mps.current_allocated_memory()
         else:
             used = self._process.memory_info().rss - self._resident_at_start
         self.peak = max(self.peak, used)
 
     @contextmanager
     def observed(self) -> Iterator[None]:
-        """Sample until the block is left: on a CPU every millisecond.
+        """Sample until the block is left: every millisecond, except on CUDA.
 
         On CUDA the allocator's maximum is reset first, so that what was in use before does not count.
         """

@@ -30,7 +30,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 def write_text_atomically(text: str, path: Path) -> None:
     with written_atomically(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8")
 
 
 @contextmanager
@@ -123,6 +123,17 @@ def _move_entries(filled: Path, target: Path) -> None:
         raise
 
 
+def link_or_copy(source: Path, place: Path) -> None:
+    """Make `place` a link to a file or a folder, or a copy where links are not allowed, as on Windows by default."""
+    try:
+        place.symlink_to(source)
+    except OSError:
+        if source.is_dir():
+            shutil.copytree(source, place)
+        else:
+            shutil.copy(source, place)
+
+
 def check_writable(folder: Path, option: str) -> None:
     """Raise `XAttnResError`, which names `option`, if the folder cannot be written to or made."""
     if problem := why_not_writable(folder):
@@ -158,7 +169,7 @@ def write_json_atomically(content: Any, path: Path) -> None:
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Read a JSON object. Raises `XAttnResError`, with the remedy, if the file is missing, unreadable or no object."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise XAttnResError(f"cannot read {path} ({error.strerror}): {remedy}") from None
     except ValueError as error:

@@ -23,7 +23,7 @@ def chosen_backend(name: str) -> str:
 
 
 def check_backend(name: str, device: str) -> None:
-    """Raise `XAttnResError` for a backend that is not available here, or not on a device, "cpu" or "cuda"."""
+    """Raise `XAttnResError` for a backend that is not available here, or not on a device, by its name."""
     attention_backend(name)
     if name == "triton":
         from nnunet_xattnres.ops.triton_operator import check_device

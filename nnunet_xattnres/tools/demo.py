@@ -19,7 +19,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_xattnres.common.device import choose_device
 from nnunet_xattnres.common.errors import XAttnResError, reason
 from nnunet_xattnres.common.figures import write_figure
-from nnunet_xattnres.common.files import make_writable_folder, read_json, write_json_atomically
+from nnunet_xattnres.common.files import link_or_copy, make_writable_folder, read_json, write_json_atomically
 from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, Model, NnUNet
 from nnunet_xattnres.nnunet.datasets import (
@@ -259,9 +259,10 @@ class Demo:
         self.held_out_images.mkdir(parents=True)
         self.held_out_references.mkdir()
         for case in self.held_out_cases:
-            (self.held_out_references / f"{case}{self.file_ending}").symlink_to(self.cases[case]["label"])
+            reference = Path(self.cases[case]["label"])
+            link_or_copy(reference, self.held_out_references / f"{case}{self.file_ending}")
             for channel, image in enumerate(self.cases[case]["images"]):
-                (self.held_out_images / f"{case}_{channel:04d}{self.file_ending}").symlink_to(image)
+                link_or_copy(Path(image), self.held_out_images / f"{case}_{channel:04d}{self.file_ending}")
 
     def _draw(self, summaries: dict[str, dict[str, Any]]) -> Figure:
         reader = reader_for(self.dataset_json)()

@@ -78,6 +78,20 @@ def maps_of(case: Path) -> dict[str, nibabel.Nifti1Image]:
     return {file.name.removesuffix(".nii.gz"): nibabel.load(file) for file in sorted(case.glob("*_from_*.nii.gz"))}
 
 
+def test_an_apple_gpu_is_used_where_there_is_one(tmp_path, monkeypatch, capsys):
+    def see(*arguments):
+        *_, device, _ = arguments
+        raise XAttnResError(f"device {device}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(command, "Model", see)
+    for options, device in (([], "mps"), (["--device", "mps"], "mps"), (["--device", "cpu"], "cpu")):
+        folders = ["-m", str(tmp_path), "-i", str(tmp_path), "-o", str(tmp_path / "out")]
+        assert main(["inspect", *folders, "-f", "0", *options]) == 1
+        assert f"device {device}" in capsys.readouterr().err
+
+
 class TestInspect:
     @pytest.mark.parametrize("configuration", ["3d_small", "2d_small"])
     def test_maps_lie_over_the_image_and_sum_to_one(self, nnunet_environment, tmp_path, configuration):

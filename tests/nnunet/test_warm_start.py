@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -402,6 +401,7 @@ class TestRefusals:
     @pytest.mark.parametrize("room", [5_000, 100_000])
     def test_a_full_disk_leaves_nothing(self, plain_checkpoint, refuse, room):
         """Too full for plans.json, or for a checkpoint only, about which PyTorch has its own error."""
+        resource = pytest.importorskip("resource")  # not on Windows
         with limited(resource.RLIMIT_FSIZE, room):
             message = refuse(plain_checkpoint)
         assert re.search(r"cannot write .*out \(.+\): make room or choose another -o", message)
@@ -410,4 +410,5 @@ class TestRefusals:
     def test_an_output_where_nothing_can_be_written(self, plain_checkpoint, tmp_path, refuse):
         (tmp_path / "file").touch()
         message = refuse(plain_checkpoint, "-o", str(tmp_path / "file" / "out"))
-        assert "file/out (Not a directory): choose another -o" in message
+        assert f"{Path('file', 'out')} (" in message
+        assert "): choose another -o" in message

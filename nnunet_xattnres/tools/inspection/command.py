@@ -35,7 +35,7 @@ class Options:
     images: folders, or files named as nnU-Net expects them.
     output: the parent of the folders that are written, one for every case.
     targets: their names. None: all.
-    device: "cpu" or "cuda". None: a GPU if there is one.
+    device: see `choose_device`.
     pdf: draw pictures as PDF too.
     trust_checkpoint: see `read_checkpoint`.
     """
@@ -114,7 +114,7 @@ def _errors_explained(what: str, device: torch.device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        remedy = "choose fewer --targets" + ", or --device cpu" * (device.type == "cuda")
+        remedy = "choose fewer --targets" + ", or --device cpu" * (device.type != "cpu")
         raise XAttnResError(f"too little memory for {what}: {remedy}") from None
 
 
