@@ -118,8 +118,7 @@ class TestOtherFiles:
             ),
             (
                 {"epoch": 3, "state_dict": {}},
-                "a dict with epoch, state_dict; nnU-Net's trainers also store trainer_name, init_args, "
-                "network_weights",
+                "a dict with epoch, state_dict; nnU-Net's trainers also store trainer_name, init_args, network_weights",
             ),
         ],
     )
