@@ -129,7 +129,7 @@ def draw_case(picture: CasePicture) -> Figure:
     rows_top = top_margin + height + 0.45
     title = f"{picture.title}: attention weights"
     page = _Page(
-        max(left_margin + len(sources) * (width + gap) + right_margin, 5.2, TITLE_CHARACTER * len(title)),
+        max(left_margin + len(sources) * (width + gap) + right_margin, 5.5, TITLE_CHARACTER * len(title)),
         rows_top + len(picture.maps) * (height + gap) + 0.2 + 2 * NOTE,
     )
     _draw_title(page, title)
