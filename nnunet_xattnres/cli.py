@@ -207,7 +207,8 @@ def _add_inspect(commands: Commands) -> None:
         help="show what a trained model reads in any case",
         description="Run a trained model through nnU-Net's own preprocessing and inference, and write, in a folder per "
         "case, its attention weights as NIfTI over the image, their means by predicted label (routing.json), a picture "
-        "(routing.png) and the prediction.",
+        "(routing.png) and the prediction. A weight is a share of the mixture. It does not measure influence: features "
+        "differ in size.",
     )
     inspect.add_argument(
         "-m",

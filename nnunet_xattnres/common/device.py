@@ -63,6 +63,20 @@ def limit_memory(growth: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
+def free_memory() -> int:
+    """The bytes that this process can still allocate, swap included, within its limits."""
+    free = [psutil.virtual_memory().available + psutil.swap_memory().free]
+    if sys.platform == "linux":
+        import resource
+
+        used = psutil.Process().memory_info()
+        for limited, in_use in ((resource.RLIMIT_DATA, used.data), (resource.RLIMIT_AS, used.vms)):
+            soft, _ = resource.getrlimit(limited)
+            if soft != resource.RLIM_INFINITY:
+                free.append(soft - in_use)
+    return max(0, min(free))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that there is too little memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY_LEFT.search(str(error)) is not None

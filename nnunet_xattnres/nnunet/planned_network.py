@@ -1,7 +1,8 @@
 """One configuration of nnU-Net's plans: where it is read from, and the network and trainer that are made of it."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,13 +117,22 @@ def from_dataset(dataset: str, configuration: str, plans_name: str) -> PlannedNe
     except (RuntimeError, ValueError):
         raise XAttnResError(f"nnU-Net knows no dataset {dataset} in {root}: {known}") from None
     if name not in datasets:
-        raise XAttnResError(f"{root} has no {name}: {known}; nnUNetv2_plan_experiment plans it")
+        raise XAttnResError(f"{root} has no {name}: {known}; nnUNetv2_plan_and_preprocess plans it")
     path = root / name / f"{plans_name}.json"
     if not path.is_file():
         others = [file.stem for file in sorted(path.parent.glob("*.json")) if "lans" in file.stem]
         near = suggestion(plans_name, others) or "nnUNetv2_plan_experiment makes them"
         raise XAttnResError(f"{name} has no plans {plans_name}: {near}")
     return from_file(path, configuration)
+
+
+def all_of_dataset(name: str) -> Iterator[tuple[str, PlannedNetwork]]:
+    """Every usable configuration of every plans file of a dataset in nnUNet_preprocessed, with the plans' name."""
+    for path in sorted(Path(nnUNet_preprocessed, name).glob("*.json")):
+        with suppress(XAttnResError):
+            for configuration in read_json(path, "").get("configurations", ()):
+                with suppress(XAttnResError):
+                    yield path.stem, from_file(path, configuration)
 
 
 def from_file(path: Path, configuration: str) -> PlannedNetwork:
