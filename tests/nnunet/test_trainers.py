@@ -284,7 +284,9 @@ class TestCheckpoints:
         assert all(torch.equal(weight, weights[key]) for key, weight in trainer.network.state_dict().items())
 
     def test_a_dict_that_is_no_checkpoint_is_refused(self, trainer):
-        with pytest.raises(XAttnResError, match=r"the checkpoint is damaged or no nnU-Net checkpoint \('trainer_name'"):
+        with pytest.raises(
+            XAttnResError, match=r"the checkpoint is no nnU-Net checkpoint, but a dict with state_dict; "
+        ):
             trainer.load_checkpoint({"state_dict": {}})
         with pytest.raises(TypeError, match="needs a file"):
             trainer.load_checkpoint()
