@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeVar
 
@@ -18,6 +19,9 @@ Options = TypeVar("Options")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 1 after a mistake, with one line on stderr, and 130 after Ctrl-C."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A file or a pipe on Windows cannot take all characters.
+        sys.stdout.reconfigure(errors="replace")
     parsed = _parser().parse_args(arguments)
     # A package that nnU-Net imports causes it. Users cannot change that.
     warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
@@ -203,7 +207,8 @@ def _add_inspect(commands: Commands) -> None:
         help="show what a trained model reads in any case",
         description="Run a trained model through nnU-Net's own preprocessing and inference, and write, in a folder per "
         "case, its attention weights as NIfTI over the image, their means by predicted label (routing.json), a picture "
-        "(routing.png) and the prediction.",
+        "(routing.png) and the prediction. A weight is a share of the mixture. It does not measure influence: features "
+        "differ in size.",
     )
     inspect.add_argument(
         "-m",
@@ -300,7 +305,7 @@ def _add_trainer(command: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    command.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: a GPU if there is one, cuda or mps")
 
 
 def _add_trust_checkpoint(command: argparse.ArgumentParser) -> None:

@@ -17,16 +17,16 @@ SAMPLING_SECONDS = 0.2
 WRITING_SECONDS = 5.0
 
 
-def record_costs(folder: Path, num_gpus: int) -> None:
+def record_costs(folder: Path, device: str, num_gpus: int = 1) -> None:
     """Record in `folder`, until the training has ended, the device and the peak memory of this process.
 
-    num_gpus: 0 for the CPU. Memory on a CPU is the growth of this process from now on, without nnU-Net's workers.
-        Memory on GPUs is what PyTorch has allocated on the first one.
+    device: "cpu", "cuda" or "mps". Memory on a CPU is the growth of this process from now on, without nnU-Net's
+        workers. Memory on GPUs is what PyTorch has allocated on the first one.
     """
     # A process that only validates has no costs of a training.
     if not (folder / FINAL_CHECKPOINT).exists():
-        memory = PeakMemory(torch.device("cuda" if num_gpus else "cpu"))
-        arguments = (folder, _device_name(num_gpus), memory)
+        memory = PeakMemory(torch.device(device))
+        arguments = (folder, _device_name(device, num_gpus), memory)
         threading.Thread(target=_record, args=arguments, name=COSTS, daemon=True).start()
 
 
@@ -41,9 +41,11 @@ def recorded_costs(folder: Path) -> dict[str, Any]:
         return {"peak_memory_gb": None, "devices": []}
 
 
-def _device_name(num_gpus: int) -> str:
+def _device_name(device: str, num_gpus: int) -> str:
     """The device's name in reports, which compare time and memory between trainings on one device only."""
-    if not num_gpus:
+    if device == "mps":
+        return f"{cpu_name()}, MPS"
+    if device == "cpu":
         return f"{cpu_name()}, {torch.get_num_threads()} threads"
     return f"{num_gpus} x {torch.cuda.get_device_name()}" if num_gpus > 1 else torch.cuda.get_device_name()
 

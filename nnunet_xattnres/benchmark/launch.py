@@ -36,7 +36,7 @@ def main() -> None:
             num_gpus = int(arguments[arguments.index("-num_gpus") + 1])
             seed_every_gpu(int(seed), Path(folder), num_gpus)
         else:
-            record_costs(Path(folder), num_gpus=int("cuda" in arguments))
+            record_costs(Path(folder), device=arguments[arguments.index("-device") + 1])
     sys.argv = [command, *arguments]
     run()
 
@@ -72,7 +72,7 @@ def run_on_gpu(seed: int, folder: Path, num_gpus: int, rank: int, *arguments: ob
 
     set_seeds(seed + 1000 * rank)
     if rank == 0:
-        record_costs(folder, num_gpus)
+        record_costs(folder, "cuda", num_gpus)
     run_ddp(rank, *arguments)
 
 

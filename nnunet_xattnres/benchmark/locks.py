@@ -4,7 +4,6 @@ The library filelock is not used, because its release unlocks the file for all p
 a lock ends when the last of them has closed it, so that a training that outlives a killed run keeps its cell locked.
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nnunet_xattnres.common.errors import XAttnResError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # `is_locked` holds a lock for an instant: whoever wants it tries at least as long as this.
 SECONDS_FOR_A_LOOK = 2.0
@@ -21,12 +25,21 @@ class Busy(Exception):
     """Another process has the lock."""
 
 
+def check_locks() -> None:
+    """Raise `XAttnResError` where there are no such locks."""
+    if fcntl is None:
+        raise XAttnResError(
+            "the folder of a benchmark needs file locks that Windows does not have: use Linux, macOS or WSL"
+        )
+
+
 @contextmanager
 def locked(path: Path, patience: float) -> Iterator[int]:
     """Hold a lock that ends with this process and with those that inherit the file descriptor, which is returned.
 
     patience: for how many seconds to try. Raises `Busy` after that.
     """
+    check_locks()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -41,6 +54,7 @@ def locked(path: Path, patience: float) -> Iterator[int]:
 
 
 def is_locked(path: Path) -> bool:
+    check_locks()
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nnunet_xattnres.benchmark.collecting import check_names, take_over
+from nnunet_xattnres.benchmark.locks import check_locks
 from nnunet_xattnres.benchmark.machines import make_machine
 from nnunet_xattnres.benchmark.preparation import prepare
 from nnunet_xattnres.benchmark.scheduling import run_cells
@@ -20,6 +21,7 @@ def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> No
 
     Raises `XAttnResError` for a spec that cannot be run, before anything is trained, and if cells have failed.
     """
+    check_locks()
     earlier = None if report is None else read_tables(report)
     spec, inputs = check_spec(read_spec(spec_file))
     if earlier is not None:

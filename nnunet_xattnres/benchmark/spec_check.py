@@ -13,7 +13,7 @@ from nnunet_xattnres.benchmark.spec import PLANNER, Arm, Configuration, Dataset,
 from nnunet_xattnres.common.errors import XAttnResError, suggestion
 from nnunet_xattnres.nnunet.datasets import InputDataset, read_dataset, read_dataset_json
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
-from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, check_bases
 
 
 def check_spec(spec: Spec) -> tuple[Spec, list[InputDataset]]:
@@ -49,6 +49,7 @@ def _check_arm(arm: Arm, configurations: tuple[Configuration, ...]) -> None:
     plans_name(arm.planner)
     if arm.parameters_of is not None:
         find_trainer(arm.parameters_of)
+    check_bases(find_trainer(arm.trainer))
     budgets = [configuration.name for configuration in configurations if configuration.epochs]
     if not issubclass(find_trainer(arm.trainer), XAttnResTrainerMixin) and budgets:
         raise XAttnResError(

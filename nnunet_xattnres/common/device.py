@@ -22,14 +22,18 @@ SAMPLING_SECONDS = 1e-3
 
 
 def choose_device(name: str | None = None) -> str:
-    """The device of that name, "cpu" or "cuda". Without a name: "cuda" if there is a GPU.
+    """The device of that name: "cuda", "mps" (the GPU of an Apple computer) or "cpu". Without a name: a GPU, if any.
 
-    Raises `XAttnResError` for "cuda" if PyTorch finds no GPU.
+    Raises `XAttnResError` if PyTorch does not find the device.
     """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise XAttnResError("PyTorch finds no CUDA device here: use --device cpu, or install a PyTorch with CUDA")
-    return name or ("cuda" if available else "cpu")
+    is_here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [device for device in is_here if is_here[device]]
+    if name is not None and name not in here:
+        kind = name.upper()
+        raise XAttnResError(
+            f"PyTorch finds no {kind} device here: use --device {here[0]}, or install a PyTorch with {kind}"
+        )
+    return name or here[0]
 
 
 def cpu_name() -> str:
@@ -59,6 +63,20 @@ def limit_memory(growth: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
+def free_memory() -> int:
+    """The bytes that this process can still allocate, swap included, within its limits."""
+    free = [psutil.virtual_memory().available + psutil.swap_memory().free]
+    if sys.platform == "linux":
+        import resource
+
+        used = psutil.Process().memory_info()
+        for limited, in_use in ((resource.RLIMIT_DATA, used.data), (resource.RLIMIT_AS, used.vms)):
+            soft, _ = resource.getrlimit(limited)
+            if soft != resource.RLIM_INFINITY:
+                free.append(soft - in_use)
+    return max(0, min(free))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that there is too little memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY_LEFT.search(str(error)) is not None
@@ -68,7 +86,7 @@ class PeakMemory:
     """The largest amount of memory in use, in bytes: `peak`, as far as it was sampled.
 
     CUDA: the memory that PyTorch has allocated on the current GPU. The allocator itself keeps the maximum, so that one
-    sample at the end is enough.
+    sample at the end is enough. MPS: the same, without the maximum.
     CPU: the growth of the process's resident size since this object was made. The kernel's own maximum, ru_maxrss, is
     no alternative: a program inherits it from the process that started it.
     """
@@ -83,13 +101,15 @@ class PeakMemory:
         """Compare the memory in use with the peak."""
         if self.device.type == "cuda":
             used = torch.cuda.max_memory_allocated()
+        elif self.device.type == "mps":
+            used = torch.mps.current_allocated_memory()
         else:
             used = self._process.memory_info().rss - self._resident_at_start
         self.peak = max(self.peak, used)
 
     @contextmanager
     def observed(self) -> Iterator[None]:
-        """Sample until the block is left: on a CPU every millisecond.
+        """Sample until the block is left: every millisecond, except on CUDA.
 
         On CUDA the allocator's maximum is reset first, so that what was in use before does not count.
         """

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ from typing import Any
 
 from nnunet_xattnres.common.errors import XAttnResError, reason
 
+# What is temporary is beside its final place, under a new name: processes on several machines may share a folder.
+TEMPORARY_PREFIX = ".nnunet_xattnres_"
+
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
     """A temporary path to write to. It becomes `path` at the end, so that nobody ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}_{path.name}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -26,7 +30,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 def write_text_atomically(text: str, path: Path) -> None:
     with written_atomically(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8")
 
 
 @contextmanager
@@ -46,7 +50,7 @@ def temporary_folder(parent: Path, name: str | None = None) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if temporary is None:
-            temporary = Path(mkdtemp(prefix=".nnunet_xattnres_", dir=parent))
+            temporary = Path(mkdtemp(prefix=TEMPORARY_PREFIX, dir=parent))
         else:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
@@ -57,6 +61,30 @@ def temporary_folder(parent: Path, name: str | None = None) -> Iterator[Path]:
         for folder in new:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+@contextmanager
+def files_written_atomically(path: Path) -> Iterator[Path]:
+    """A path in a temporary folder, with the name of `path`. What is written into the folder is moved at the end.
+
+    The file at the temporary path, if there is one, is moved last. After an error, nothing is moved.
+    """
+    with temporary_folder(path.parent) as folder:
+        yield folder / path.name
+        written = [file for file in folder.rglob("*") if file.is_file()]
+        for file in sorted(written, key=lambda file: file.name == path.name):
+            target = path.parent / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left of temporary files and folders. Nobody else may write to `folder` now."""
+    for left in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -95,6 +123,17 @@ def _move_entries(filled: Path, target: Path) -> None:
         raise
 
 
+def link_or_copy(source: Path, place: Path) -> None:
+    """Make `place` a link to a file or a folder, or a copy where links are not allowed, as on Windows by default."""
+    try:
+        place.symlink_to(source)
+    except OSError:
+        if source.is_dir():
+            shutil.copytree(source, place)
+        else:
+            shutil.copy(source, place)
+
+
 def check_writable(folder: Path, option: str) -> None:
     """Raise `XAttnResError`, which names `option`, if the folder cannot be written to or made."""
     if problem := why_not_writable(folder):
@@ -130,7 +169,7 @@ def write_json_atomically(content: Any, path: Path) -> None:
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Read a JSON object. Raises `XAttnResError`, with the remedy, if the file is missing, unreadable or no object."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise XAttnResError(f"cannot read {path} ({error.strerror}): {remedy}") from None
     except ValueError as error:

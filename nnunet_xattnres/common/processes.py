@@ -9,6 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
 
+import psutil
+
+# Windows has no SIGHUP.
+SIGNALS_TO_END = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SECONDS_TO_END = 10
 PROGRESS_BAR = re.compile(r"^\s*\d+%\|| \[\d+:\d+<|it/s\]|s/it\]")
 
@@ -38,7 +42,7 @@ def termination_as_exception() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    handled = [number for number in SIGNALS_TO_END if signal.getsignal(number) != signal.SIG_IGN]
 
     def leave(number: int, frame: object) -> None:
         # `timeout` sends two signals. The second one must not interrupt the cleaning up.
@@ -80,7 +84,13 @@ def child_process(
 
 
 def end_process_group(process: subprocess.Popen[bytes]) -> None:
-    """End the process, which leads a group, and all others of the group: first with SIGTERM, then with SIGKILL."""
+    """End the process, which leads a group, and all others of the group: first with SIGTERM, then with SIGKILL.
+
+    Windows has neither groups nor these signals: there the process is ended with those that it has started.
+    """
+    if not hasattr(os, "killpg"):
+        _end_tree(process)
+        return
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -88,6 +98,20 @@ def end_process_group(process: subprocess.Popen[bytes]) -> None:
             return
         with suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS_TO_END)
+
+
+def _end_tree(process: subprocess.Popen[bytes]) -> None:
+    with suppress(psutil.NoSuchProcess):
+        leader = psutil.Process(process.pid)
+        for member in [*leader.children(recursive=True), leader]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.wait()
+
+
+def was_killed(return_code: int) -> bool:
+    """Whether SIGKILL ended the process, as it does when there is too little memory. Windows has no such signal."""
+    return return_code == -9
 
 
 def how_it_ended(return_code: int) -> str:

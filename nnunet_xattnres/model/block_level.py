@@ -129,7 +129,7 @@ class BlockXAttnResUNet(PlannedUNet):
 
     def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: BlockXAttnResConfig) -> None:
         super().__init__(planned)
-        self.config = config
+        self.config: BlockXAttnResConfig = config
         if config.isar_in_encoder:
             for i, stage in enumerate(self.encoder.stages):
                 self._add_intra_stage_attention(f"E{i}", stage, self.encoder_channels[i])

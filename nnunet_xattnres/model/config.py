@@ -34,6 +34,11 @@ class XAttnResConfig:
         _check_choice(self, "fusion", FUSIONS)
         _check_choice(self, "backend", BACKENDS)
 
+    @classmethod
+    def of_planned_network(cls) -> "XAttnResConfig":
+        """The config of the network that nnU-Net planned."""
+        return cls(read_in_encoder=False, read_in_decoder=False)
+
     @property
     def is_planned_network(self) -> bool:
         """Whether the network is the one that nnU-Net planned, with nothing added and nothing removed."""

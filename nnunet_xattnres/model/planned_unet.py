@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.collecting import Receiver, collected
+from nnunet_xattnres.model.config import Config
 
 
 class PlannedUNet(AbstractDynamicNetworkArchitectures):
@@ -27,18 +28,22 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
     planned: the network that nnU-Net planned, initialised. `encoder.*` and `decoder.*` keep nnU-Net's names in the
         state dict. What a subclass adds is under `xattnres.*`.
 
+    config: what is added, set by the subclass. planned_parameters: the number of parameters of `planned`.
+
     forward: image (B, channels, *size) -> logits (B, classes, *size), or with `decoder.deep_supervision` a list of
         logits, the highest resolution first. Every axis must be divisible by the product of its strides.
 
     Raises `XAttnResError` if `planned` is not an encoder/decoder U-Net, and in forward for an indivisible image size.
     """
 
+    config: Config
     encoder: PlainConvEncoder | ResidualEncoder
     decoder: UNetDecoder
 
     def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet) -> None:
         super().__init__()
-        _check_class(type(planned))
+        check_class(type(planned), "give it a PlainConvUNet or ResidualEncoderUNet")
+        self.planned_parameters = sum(parameter.numel() for parameter in planned.parameters())
         self.encoder = planned.encoder
         self.decoder = planned.decoder
         self.key_to_encoder = planned.key_to_encoder
@@ -127,7 +132,8 @@ def check_architecture(configuration: ConfigurationManager) -> None:
     """Raise `XAttnResError` if the planned architecture is not an encoder/decoder U-Net. Nothing is built."""
     network_class = locate(configuration.network_arch_class_name)
     if isinstance(network_class, type):  # a class that has moved is found by nnU-Net itself
-        _check_class(network_class)
+        remedy = "choose plans whose architecture is a PlainConvUNet or ResidualEncoderUNet, such as nnUNetPlans"
+        check_class(network_class, f"{remedy} or nnUNetResEncUNetMPlans")
 
 
 def uncompiled(network: nn.Module) -> nn.Module:
@@ -137,13 +143,14 @@ def uncompiled(network: nn.Module) -> nn.Module:
     return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
-def _check_class(network_class: type) -> None:
+def check_class(network_class: type, remedy: str, origin: str = "") -> None:
+    """Raise `XAttnResError` unless nnU-Net's planners write this class.
+
+    origin: where the network comes from, a clause for the message.
+    """
     # Subclasses are refused too, because their own forward would be lost.
     if network_class not in (PlainConvUNet, ResidualEncoderUNet):
-        raise XAttnResError(
-            f"XAttnRes cannot read in a {network_class.__name__}: choose plans whose architecture is a PlainConvUNet "
-            "or ResidualEncoderUNet, such as nnUNetPlans or nnUNetResEncUNetMPlans"
-        )
+        raise XAttnResError(f"XAttnRes cannot read in a {network_class.__name__}{origin}: {remedy}")
 
 
 def _keep_in(weights: dict[str, list[Tensor]]) -> Receiver:

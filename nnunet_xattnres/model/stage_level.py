@@ -91,7 +91,7 @@ class XAttnResUNet(PlannedUNet):
 
     def __init__(self, planned: PlainConvUNet | ResidualEncoderUNet, config: XAttnResConfig) -> None:
         super().__init__(planned)
-        self.config = config
+        self.config: XAttnResConfig = config
         # The keys are the stages that read: E2, E3, ... and D0, D1, ...
         if config.read_in_encoder:
             for i in range(2, len(self.encoder_channels)):

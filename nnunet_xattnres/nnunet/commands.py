@@ -2,27 +2,42 @@
 
 import codecs
 import os
-import select
 import shutil
-import signal
 import subprocess
 import sys
+import sysconfig
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import IO
 
+from nnunet_xattnres.common.device import available_cores
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line
+from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line, was_killed
 from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.installation import external_trainers
 
 # nnU-Net starts 8 processes by default for steps that work case by case.
-NUM_WORKERS = str(min(8, os.cpu_count() or 1))
+NUM_WORKERS = str(min(8, available_cores()))
+SETTINGS = {
+    "nnUNet_def_n_proc": NUM_WORKERS,
+    # nnU-Net's own default is 12, or the number of the machine's cores.
+    "nnUNet_n_proc_DA": str(min(12, available_cores())),
+    # Python 3.13 and newer: nnU-Net takes a thread for every core that it counts.
+    "PYTHON_CPU_COUNT": str(available_cores()),
+    "PYTHONUNBUFFERED": "1",
+    # On Windows, Python writes to a pipe in an encoding that lacks many characters.
+    "PYTHONIOENCODING": "utf-8",
+    # PyTorch computes on the CPU what it cannot compute with MPS.
+    "PYTORCH_ENABLE_MPS_FALLBACK": "1",
+}
 CPU_SETTINGS = {
     # OpenMP's threads wait for each other in a loop, by default for some 300,000 rounds. If augmentation needs the core
     # meanwhile, a training step takes several times as long. On idle cores 3,000 rounds are as fast.
     "GOMP_SPINCOUNT": "3000",
-    "nnUNet_n_proc_DA": str(min(2, os.cpu_count() or 1)),
+    "nnUNet_n_proc_DA": str(min(2, available_cores())),
     # Every worker process imports torch: more than one of each kind costs more time than it saves.
     "nnUNet_npp": "1",
     "nnUNet_nps": "1",
@@ -70,7 +85,7 @@ class Model:
 class NnUNet:
     """nnU-Net with its three folders in `workdir`. The shell's own `nnUNet_*` folders are not used.
 
-    device: "cpu" or "cuda".
+    device: "cpu", "cuda" or "mps".
     keep_open: file descriptors that the commands inherit.
     """
 
@@ -101,9 +116,7 @@ class NnUNet:
 
     def environment(self) -> dict[str, str]:
         """All environment variables of a command. The user's own win over our defaults, except for the folders."""
-        defaults = {"nnUNet_def_n_proc": NUM_WORKERS, "PYTHONUNBUFFERED": "1"}
-        if self.device == "cpu":
-            defaults |= CPU_SETTINGS
+        defaults = SETTINGS | (CPU_SETTINGS if self.device == "cpu" else {})
         return defaults | dict(os.environ) | self.folders()
 
     def run(self, *command: str, log: str, environment: Mapping[str, str] | None = None) -> None:
@@ -131,7 +144,7 @@ def find_command(name: str) -> str:
 
     Raises `XAttnResError` if there is none.
     """
-    search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    search_path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     found = shutil.which(name, path=search_path)
     if found is None:
         raise XAttnResError(f"the command {name} is neither beside {sys.executable} nor on PATH: pip install nnunetv2")
@@ -140,26 +153,38 @@ def find_command(name: str) -> str:
 
 def _copy_output(process: subprocess.Popen[bytes], log_file: Path) -> None:
     """Copy the process's output to the terminal and to the log until the process ends."""
-    assert process.stdout is not None
+    # On Windows only a thread can wait for output and for the end of the process at once.
+    chunks: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_read_output, args=(process.stdout, chunks), daemon=True).start()
     # A multi-byte character may arrive in two pieces.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    with process.stdout as output, log_file.open("wb") as log:
+    with log_file.open("wb") as log:
         while True:
             ended = process.poll() is not None
-            if select.select([output], [], [], 0 if ended else POLL_SECONDS)[0]:
-                chunk = os.read(output.fileno(), 65536)
-                if not chunk:
+            try:
+                chunk = chunks.get(timeout=POLL_SECONDS)
+            except Empty:
+                if ended:
+                    # Workers that outlive a killed nnU-Net keep its output open.
                     return
-                log.write(chunk)
-                log.flush()
-                sys.stdout.write(decoder.decode(chunk))
-                sys.stdout.flush()
-            elif ended:
-                # Workers that outlive a killed nnU-Net keep its output open.
+                continue
+            if not chunk:
                 return
+            log.write(chunk)
+            log.flush()
+            sys.stdout.write(decoder.decode(chunk))
+            sys.stdout.flush()
+
+
+def _read_output(output: IO[bytes], chunks: "SimpleQueue[bytes]") -> None:
+    """Put what is written to a pipe into the queue piece by piece, and nothing, b"", when the pipe is closed."""
+    with output:
+        while chunk := os.read(output.fileno(), 65536):
+            chunks.put(chunk)
+    chunks.put(b"")
 
 
 def _reason(return_code: int, log_file: Path) -> str:
     if return_code < 0:
-        return how_it_ended(return_code) + (", out of memory?" if return_code == -signal.SIGKILL else "")
-    return last_meaningful_line(log_file.read_text(errors="replace")) or how_it_ended(return_code)
+        return how_it_ended(return_code) + ", out of memory?" * was_killed(return_code)
+    return last_meaningful_line(log_file.read_text("utf-8", "replace")) or how_it_ended(return_code)

@@ -29,7 +29,7 @@ from nnunetv2.utilities.utils import (
 )
 
 from nnunet_xattnres.common.errors import XAttnResError, one_line
-from nnunet_xattnres.common.files import read_json, temporary_folder
+from nnunet_xattnres.common.files import link_or_copy, read_json, temporary_folder
 from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.nnunet.phantom import write_phantom_dataset
@@ -183,7 +183,7 @@ def _raw_dataset(data: Path) -> InputDataset:
     data, _ = named
 
     def link(nnunet: NnUNet, folder: Path) -> None:
-        (folder / data.name).symlink_to(data.resolve())
+        link_or_copy(data.resolve(), folder / data.name)
 
     return InputDataset(str(data), data.name, link)
 
@@ -212,7 +212,7 @@ def place_raw_dataset(dataset: InputDataset, nnunet: NnUNet, option: str, with_t
             message = str(error).replace(f"{staged}{os.sep}", "")
             raise XAttnResError(f"{dataset.origin}: {message}") from None
         if not staged.is_symlink():
-            (staged / "origin.txt").write_text(dataset.origin)
+            (staged / "origin.txt").write_text(dataset.origin, "utf-8")
         nnunet.raw.mkdir(exist_ok=True)
         staged.rename(place)
     return True
@@ -224,7 +224,7 @@ def _check_same_origin(dataset: InputDataset, place: Path, option: str) -> None:
     if place.is_symlink():
         origin, expected = str(place.resolve()), str(Path(dataset.origin).resolve())
     else:
-        origin = record.read_text() if record.is_file() else "something else"
+        origin = record.read_text("utf-8") if record.is_file() else "something else"
     if origin != expected:
         raise XAttnResError(f"{place} was made from {origin}, not from {dataset.origin}: choose another {option}")
 

@@ -30,7 +30,7 @@ def trainers_folder() -> Path:
 def list_trainers() -> Iterator[tuple[str, str]]:
     """Name and first line of the docstring of every trainer. The files are parsed: importing nnU-Net takes seconds."""
     for path in sorted(trainers_folder().glob("nnUNetTrainer*.py")):
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.parse(path.read_bytes()).body:
             if isinstance(node, ast.ClassDef):
                 yield node.name, (ast.get_docstring(node) or "").partition("\n")[0]
 

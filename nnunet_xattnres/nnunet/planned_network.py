@@ -1,5 +1,8 @@
 """One configuration of nnU-Net's plans: where it is read from, and the network and trainer that are made of it."""
 
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +49,9 @@ class PlannedNetwork:
         return int(PlansManager(self.plans).get_label_manager(self.dataset_json).num_segmentation_heads)
 
     def build(self, trainer: type[nnUNetTrainer], deep_supervision: bool = True) -> nn.Module:
-        """The network that a trainer builds from the plans. It is called as nnU-Net calls it."""
-        return trainer.build_network_architecture(
+        """The network that a trainer builds from the plans."""
+        return call_as_nnunet(
+            trainer.build_network_architecture,
             PlansManager(self.plans),
             self.manager,
             self.num_input_channels,
@@ -72,6 +76,26 @@ class PlannedNetwork:
         )
 
 
+def call_as_nnunet(
+    build_network_architecture: Callable[..., nn.Module],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    deep_supervision: bool,
+) -> nn.Module:
+    """Call a trainer's method with the signature that it has. nnU-Net 2.8 also serves that of its earlier versions."""
+    if "plans_manager" in inspect.signature(build_network_architecture).parameters:
+        planned: tuple[Any, ...] = (plans, configuration)
+    else:
+        planned = (
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+        )
+    return build_network_architecture(*planned, num_input_channels, num_output_channels, deep_supervision)
+
+
 def from_preset(preset: str, configuration: str, plans_name: str) -> PlannedNetwork:
     """One of the Decathlon's tasks. Raises `XAttnResError` if there is no such preset, configuration or plans."""
     plans, dataset_json = build_preset(preset, configuration, plans_name)
@@ -93,13 +117,22 @@ def from_dataset(dataset: str, configuration: str, plans_name: str) -> PlannedNe
     except (RuntimeError, ValueError):
         raise XAttnResError(f"nnU-Net knows no dataset {dataset} in {root}: {known}") from None
     if name not in datasets:
-        raise XAttnResError(f"{root} has no {name}: {known}; nnUNetv2_plan_experiment plans it")
+        raise XAttnResError(f"{root} has no {name}: {known}; nnUNetv2_plan_and_preprocess plans it")
     path = root / name / f"{plans_name}.json"
     if not path.is_file():
         others = [file.stem for file in sorted(path.parent.glob("*.json")) if "lans" in file.stem]
         near = suggestion(plans_name, others) or "nnUNetv2_plan_experiment makes them"
         raise XAttnResError(f"{name} has no plans {plans_name}: {near}")
     return from_file(path, configuration)
+
+
+def all_of_dataset(name: str) -> Iterator[tuple[str, PlannedNetwork]]:
+    """Every usable configuration of every plans file of a dataset in nnUNet_preprocessed, with the plans' name."""
+    for path in sorted(Path(nnUNet_preprocessed, name).glob("*.json")):
+        with suppress(XAttnResError):
+            for configuration in read_json(path, "").get("configurations", ()):
+                with suppress(XAttnResError):
+                    yield path.stem, from_file(path, configuration)
 
 
 def from_file(path: Path, configuration: str) -> PlannedNetwork:

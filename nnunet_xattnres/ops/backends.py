@@ -9,8 +9,7 @@ from nnunet_xattnres.ops.streaming import attend_streaming
 
 def attention_backend(name: str) -> Attention:
     """The function that computes the attention. Raises `XAttnResError` for a backend that is not available here."""
-    if name == "auto":
-        name = "streaming"
+    name = chosen_backend(name)
     if name not in ATTENTION_BACKENDS:
         raise XAttnResError(
             f"the backend {name!r} is not available here: use 'auto' or one of {', '.join(ATTENTION_BACKENDS)}"
@@ -18,8 +17,13 @@ def attention_backend(name: str) -> Attention:
     return ATTENTION_BACKENDS[name]()
 
 
+def chosen_backend(name: str) -> str:
+    """The backend that a config's `backend` stands for."""
+    return "streaming" if name == "auto" else name
+
+
 def check_backend(name: str, device: str) -> None:
-    """Raise `XAttnResError` for a backend that is not available here, or not on a device, "cpu" or "cuda"."""
+    """Raise `XAttnResError` for a backend that is not available here, or not on a device, by its name."""
     attention_backend(name)
     if name == "triton":
         from nnunet_xattnres.ops.triton_operator import check_device

@@ -52,9 +52,9 @@ def attend_triton(
 
 
 def check_device(device: str) -> None:
-    """Raise `XAttnResError` for the CPU, except under Triton's interpreter."""
-    if device == "cpu" and not INTERPRETED:
-        raise XAttnResError("the backend 'triton' needs a GPU, and the network is on the CPU: use the backend 'auto'")
+    """Raise `XAttnResError` for a device that Triton has no kernels for, except under its interpreter."""
+    if device in ("cpu", "mps") and not INTERPRETED:
+        raise XAttnResError(f"the backend 'triton' needs CUDA, and the network is on {device}: use the backend 'auto'")
 
 
 def _largest_offset(candidates: Sequence[Candidate], size: Sequence[int]) -> int:

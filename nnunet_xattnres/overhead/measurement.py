@@ -35,7 +35,7 @@ OUT_OF_MEMORY = "out of memory"
 FAILED = "failed"
 
 # On a GPU, the first steps compile and try cuDNN's algorithms, and they are skipped until the loss scale fits.
-WARM_UP_STEPS = {"cpu": 1, "cuda": 5}
+WARM_UP_STEPS = {"cpu": 1, "cuda": 5, "mps": 5}
 # Repetitions are timed for so long, but at least one.
 STEP_SECONDS = 3.0
 INFERENCE_SECONDS = 1.0
@@ -45,7 +45,7 @@ INFERENCE_SECONDS = 1.0
 class Request:
     """One network to measure.
 
-    device: "cpu" or "cuda". backend: of the attention. None for the trainer's own.
+    device: "cpu", "cuda" or "mps". backend: of the attention. None for the trainer's own.
     """
 
     plans: dict[str, Any]

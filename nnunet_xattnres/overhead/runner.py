@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,13 @@ from nnunet_xattnres.common.device import NO_MEMORY_LEFT, choose_device, cpu_nam
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.figures import write_figure
 from nnunet_xattnres.common.files import write_json_atomically, write_text_atomically
-from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line, termination_as_exception
+from nnunet_xattnres.common.processes import (
+    child_process,
+    how_it_ended,
+    last_meaningful_line,
+    termination_as_exception,
+    was_killed,
+)
 from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
@@ -30,6 +35,7 @@ from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.ops.backends import check_backend
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
+from nnunet_xattnres.training.mixin import check_bases
 
 PLANNED = "nnUNetTrainerPlanned"
 MEASUREMENT = "nnunet_xattnres.overhead.measurement"
@@ -46,7 +52,7 @@ class Options:
     trainers: measured beside nnUNetTrainerPlanned.
     backend: of the attention. None for each trainer's own.
     batch_size: None for the planned one.
-    device: "cpu" or "cuda". None for "cuda" if there is a GPU.
+    device: see `choose_device`.
     compile: whether nnU-Net compiles the networks. None for its default on the device.
     repeats: processes per trainer.
     csv: None to write none.
@@ -78,7 +84,7 @@ def run_overhead(options: Options) -> None:
     _check_numbers(options)
     trainers = list(dict.fromkeys([PLANNED, *options.trainers]))
     for trainer in trainers:
-        find_trainer(trainer)
+        check_bases(find_trainer(trainer))
     if options.backend is not None:
         check_backend(options.backend, device)
     all_planned = _all_planned(options)
@@ -100,8 +106,8 @@ def run_overhead(options: Options) -> None:
 
 def _device(options: Options) -> str:
     device = choose_device(options.device)
-    if device == "cpu" and options.compile:
-        raise XAttnResError("nnU-Net never compiles on a CPU: leave --compile out, or use --device cuda")
+    if device != "cuda" and options.compile:
+        raise XAttnResError(f"nnU-Net never compiles on {device}: leave --compile out, or use --device cuda")
     return device
 
 
@@ -190,7 +196,7 @@ def measure_in_new_process(request: Request, compile: bool | None = None) -> Ans
 
 def _of_dead_process(answer: Answer, return_code: int, log: str) -> Answer:
     """The answer of a process that did not end well: what it knew, and why it ended."""
-    if return_code == -signal.SIGKILL or NO_MEMORY_LEFT.search(log):
+    if was_killed(return_code) or NO_MEMORY_LEFT.search(log):
         return replace(answer, status=OUT_OF_MEMORY)
     return replace(answer, status=FAILED, reason=f"{how_it_ended(return_code)}: {last_meaningful_line(log)}")
 

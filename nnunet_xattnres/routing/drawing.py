@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from skimage.measure import block_reduce
 
 from nnunet_xattnres.common.figures import draw_slice, figure_style, label_colour, write_figure
-from nnunet_xattnres.routing.recording import RoutingHistory, in_pool_order, kind_and_number
+from nnunet_xattnres.routing.recording import CAVEAT, RoutingHistory, in_pool_order, kind_and_number
 
 # Distinguishable with every kind of colour vision, and in print without colours.
 COLOURS = colormaps["viridis"]
@@ -33,6 +33,7 @@ DPI = 120
 DPI_IN_PRINT = 300  # of the slices in a PDF
 OUTLINE_PIXELS = 128  # along a panel. Its lines are too thick for finer outlines.
 LEGEND_LINE = 0.16  # inches
+NOTE = 0.2  # inches
 TITLE_CHARACTER = 0.1
 POINTS_PER_LINE = 250  # enough for a line a few inches long
 FONT_SIZE = 8
@@ -71,7 +72,7 @@ def draw_history(history: RoutingHistory) -> Figure:
     plots_top = map_height + 1.3
     legend_top = plots_top - (-len(targets) // per_row) * (plot_height + gap) + 0.1
     legend_height = 0.2 * (1 + -(-len(sources) // legend_columns))
-    page = _Page(max(map_width + 2.6, 8.0), legend_top + legend_height + 0.1)
+    page = _Page(max(map_width + 2.6, 8.0), legend_top + legend_height + 0.1 + NOTE)
 
     _draw_heat_map(page, history, sources, ((page.width - map_width) / 2, 0.75, map_width, map_height))
     plot_width = (page.width - 0.6) / per_row
@@ -89,12 +90,14 @@ def draw_history(history: RoutingHistory) -> Figure:
         handles=lines,
         title="solid: encoder, dashed: decoder; one colour for one resolution" if "D0" in sources else None,
         loc="lower center",
+        bbox_to_anchor=(0.5, NOTE / page.height),
         ncols=legend_columns,
         fontsize=FONT_SIZE,
         title_fontsize=FONT_SIZE,
         frameon=False,
         handlelength=2.5,
     )
+    page.text(page.width / 2, page.height - 0.1, CAVEAT, ha="center", va="bottom")
     return page.figure
 
 
@@ -126,8 +129,8 @@ def draw_case(picture: CasePicture) -> Figure:
     rows_top = top_margin + height + 0.45
     title = f"{picture.title}: attention weights"
     page = _Page(
-        max(left_margin + len(sources) * (width + gap) + right_margin, 4.5, TITLE_CHARACTER * len(title)),
-        rows_top + len(picture.maps) * (height + gap) + 0.3,
+        max(left_margin + len(sources) * (width + gap) + right_margin, 5.5, TITLE_CHARACTER * len(title)),
+        rows_top + len(picture.maps) * (height + gap) + 0.2 + 2 * NOTE,
     )
     _draw_title(page, title)
     for i, labels in enumerate((None, picture.prediction)):
@@ -162,9 +165,9 @@ def draw_case(picture: CasePicture) -> Figure:
     for column, source in enumerate(sources):
         page.text(left_margin + column * (width + gap) + width / 2, rows_top - 0.06, source, ha="center", va="bottom")
     page.text(
-        left_margin,
+        0.1,
         page.height - 0.1,
-        "rows: targets; columns: sources; numbers: mean over the predicted foreground of the whole case",
+        "rows: targets; columns: sources\nnumbers: mean over the predicted foreground of the whole case\n" + CAVEAT,
         ha="left",
         va="bottom",
     )

@@ -19,6 +19,8 @@ from nnunet_xattnres.model.planned_unet import PlannedUNet, uncompiled
 RECORD = "xattnres_routing.json"
 PICTURE = "xattnres_routing.png"
 DECIMALS = 6
+# Without it a reader takes a large weight for a large effect.
+CAVEAT = "A weight is a share of the mixture. It does not measure influence: features differ in size."
 
 MOST_RECORDED_BATCHES = 2
 # Recording a batch costs an additional forward pass, about a third of a training step: less than 0.7 % of 50 steps.
@@ -72,7 +74,7 @@ class RoutingHistory:
         self.epochs[epoch] = means
 
     def write(self, path: Path) -> None:
-        content = {"sources": self.sources, "epochs": self.epochs}
+        content = {"note": CAVEAT, "sources": self.sources, "epochs": self.epochs}
         write_text_atomically(json.dumps(content, allow_nan=False), path)
 
 

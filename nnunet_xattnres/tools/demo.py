@@ -19,7 +19,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_xattnres.common.device import choose_device
 from nnunet_xattnres.common.errors import XAttnResError, reason
 from nnunet_xattnres.common.figures import write_figure
-from nnunet_xattnres.common.files import make_writable_folder, read_json, write_json_atomically
+from nnunet_xattnres.common.files import link_or_copy, make_writable_folder, read_json, write_json_atomically
 from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, Model, NnUNet
 from nnunet_xattnres.nnunet.datasets import (
@@ -38,7 +38,7 @@ from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_sm
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.tools.demo_report import PicturedCase, dice_per_case, dice_table, draw_cases, spread_over_ranking
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
-from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, check_bases
 
 BASELINE = "nnUNetTrainerPlanned"
 PLANS = "nnUNetPlans"
@@ -87,7 +87,9 @@ def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> 
 
 def check_trainer(name: str) -> None:
     """Say so if the trainer ignores the demo's budget. Raises `XAttnResError` unless nnU-Net finds the trainer."""
-    if not issubclass(find_trainer(name), XAttnResTrainerMixin):
+    trainer = find_trainer(name)
+    check_bases(trainer)
+    if not issubclass(trainer, XAttnResTrainerMixin):
         print(f"{name} ignores the demo's short budget: it trains as long as it always does.")
 
 
@@ -257,9 +259,10 @@ class Demo:
         self.held_out_images.mkdir(parents=True)
         self.held_out_references.mkdir()
         for case in self.held_out_cases:
-            (self.held_out_references / f"{case}{self.file_ending}").symlink_to(self.cases[case]["label"])
+            reference = Path(self.cases[case]["label"])
+            link_or_copy(reference, self.held_out_references / f"{case}{self.file_ending}")
             for channel, image in enumerate(self.cases[case]["images"]):
-                (self.held_out_images / f"{case}_{channel:04d}{self.file_ending}").symlink_to(image)
+                link_or_copy(Path(image), self.held_out_images / f"{case}_{channel:04d}{self.file_ending}")
 
     def _draw(self, summaries: dict[str, dict[str, Any]]) -> Figure:
         reader = reader_for(self.dataset_json)()

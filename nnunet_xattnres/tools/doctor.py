@@ -169,12 +169,17 @@ def _trainer_problem(name: str, error: BaseException) -> Finding:
 def _gpu() -> Finding:
     import torch
 
-    if not torch.cuda.is_available():
+    from nnunet_xattnres.common.device import choose_device
+
+    device = choose_device()
+    if device == "cpu":
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds none"
         return Finding(NOTE, f"no GPU ({why}): nnU-Net's commands need -device cpu")
     try:
+        (torch.ones(1, device=device) * 2).item()
+        if device == "mps":
+            return Finding(OK, "GPU: of this Apple computer; nnU-Net's commands need -device mps")
         properties = torch.cuda.get_device_properties(0)
-        (torch.ones(1, device="cuda") * 2).item()
     except Exception as error:
         remedy = "install a PyTorch that is made for it, see pytorch.org, or use -device cpu"
         return Finding(PROBLEM, f"PyTorch cannot compute on the GPU ({type_and_message(error)}): {remedy}")
@@ -185,7 +190,9 @@ def _compilation() -> Iterator[Finding]:
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from nnunet_xattnres.common.device import choose_device
+
+    device = choose_device()
     # nnU-Net's rule is a method of its trainer. It uses these two attributes only.
     trainer = SimpleNamespace(device=torch.device(device), print_to_log_file=lambda *_: None)
     compiles = nnUNetTrainer._do_i_compile(trainer)

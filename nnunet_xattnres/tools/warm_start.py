@@ -1,25 +1,37 @@
 """The command `warm-start`: start a trainer with residual fusion from the weights of a trained plain nnU-Net.
 
-The gates of residual fusion are zero at the start, so both networks compute the same function.
+The gates of residual fusion are zero at the start, so both networks compute the same function. Where the segmentation
+heads are to have another meaning, only these start anew.
 """
 
 import io
 import os
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import nn
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
 
 from nnunet_xattnres.common.errors import XAttnResError, differences, reason
 from nnunet_xattnres.common.files import check_writable, folder_written_atomically, write_json_atomically
 from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.model.config import XAttnResConfig
-from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_content, from_dataset, from_file
+from nnunet_xattnres.nnunet.planned_network import (
+    PlannedNetwork,
+    all_of_dataset,
+    from_content,
+    from_dataset,
+    from_file,
+)
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, finished_folds, read_checkpoint
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
@@ -27,6 +39,8 @@ from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 # `nnUNetv2_train --c` continues from this file. It prefers checkpoint_final.pth, also to what it has trained since.
 CHECKPOINT = "checkpoint_latest.pth"
 PRETRAINED = "pretrained.pth"
+# nnU-Net initialises weights of this name anew in every training from pretrained weights.
+HEADS = ".seg_layers."
 
 
 @dataclass(frozen=True)
@@ -62,26 +76,43 @@ class TrainedNetwork:
 
 
 def run_warm_start(options: Options) -> None:
-    """Write the model folder and print the commands that use it.
+    """Write the model folder, or pretrained weights if the heads differ, and print the commands that use it.
 
-    Raises `XAttnResError` for a trainer whose network is not the planned one at the start, for a checkpoint that cannot
-    be read or belongs to another network, and for an output folder that is not empty.
+    Raises `XAttnResError` for a checkpoint that cannot be read or belongs to another network, for a trainer whose
+    network is not the planned one at the start, and for an output folder that is not empty.
     """
+    trained = read_trained(options.start, options.fold, options.trust_checkpoint)
     trainer_class = find_residual_trainer(options.trainer)
     output = options.output.resolve()
     _check_output(output)
     target = from_dataset(options.dataset, options.configuration, options.plans_name)
-    trained = read_trained(options.start, options.fold, options.trust_checkpoint)
-    check_same_network(trained.planned, target)
+    check_same_network(trained, target)
+    same_heads = head_names(trained.planned) == head_names(target)
     with (
         TemporaryDirectory(prefix="nnunet_xattnres_") as results,
         environment_with(nnUNet_results=results, nnUNet_wandb_enabled="0"),
         redirect_stdout(io.StringIO()),
     ):
-        trainer = _trainer_with_weights(trainer_class, trained, target)
+        trainer = _trainer_with_weights(trainer_class, trained, target, same_heads)
         model_folder = Path(trainer.output_folder_base).relative_to(results)
-        _write_model_folder(output, trainer, trained)
-    _print_next_commands(options, target, trained.fold, model_folder)
+        _write(output, trainer, trained if same_heads else None)
+    channels, channels_here = (channel_names(planned) for planned in (trained.planned, target))
+    if channels != channels_here:
+        print(
+            f"The trained network reads the channels {', '.join(channels)}, those of {target.name} are "
+            f"{', '.join(channels_here)}: check that they mean the same."
+        )
+    train = ["nnUNetv2_train", target.plans["dataset_name"], options.configuration, str(trained.fold)]
+    train += ["-tr", options.trainer, "-p", options.plans_name]
+    if same_heads:
+        _print_commands_of_model_folder(options, train, trained.fold, model_folder)
+        print("To train from it with new heads, as nnU-Net does with pretrained weights:")
+    else:
+        print(
+            f"The segmentation heads of {target.name} start anew, because those of the trained network have another "
+            f"meaning: {', '.join(head_names(trained.planned))} (here {', '.join(head_names(target))}). To train:"
+        )
+    print(f"  {shell_command(*train, '-pretrained_weights', options.output / PRETRAINED)}")
 
 
 def find_residual_trainer(name: str) -> type[nnUNetTrainer]:
@@ -113,8 +144,8 @@ def read_trained(path: Path, fold: str | None, trusted: bool) -> TrainedNetwork:
     if any(key.startswith("xattnres.") for key in checkpoint["network_weights"]):
         written_by = checkpoint["trainer_name"]
         raise XAttnResError(
-            f"{file} was written by {written_by} and has XAttnRes already: train on with -tr {written_by} and --c, or "
-            "start from it with -tr and -pretrained_weights"
+            f"{file} was written by {written_by} and has XAttnRes already: train with -tr {written_by} and --c, or "
+            f"from it with -tr {written_by} and -pretrained_weights"
         )
     recorded = checkpoint["init_args"]
     try:
@@ -132,14 +163,93 @@ def read_trained(path: Path, fold: str | None, trusted: bool) -> TrainedNetwork:
     return TrainedNetwork(file, planned, trained_fold if trained_fold == "all" else int(trained_fold), checkpoint)
 
 
-def check_same_network(trained: PlannedNetwork, target: PlannedNetwork) -> None:
-    """Raise `XAttnResError`, which lists the differences, if the two do not plan the same network."""
-    found = differences(_planned_properties(trained), _planned_properties(target))
-    if found:
-        raise XAttnResError(
-            f"the trained network is not the one that {target.configuration} of {target.plans['plans_name']} plans for "
-            f"{target.name}: {found}; nnUNetv2_move_plans_between_datasets copies its plans"
+def check_same_network(trained: TrainedNetwork, target: PlannedNetwork) -> None:
+    """Raise `XAttnResError`, with a remedy that works, unless both plan the same network apart from its heads."""
+    if _network(trained.planned) == _network(target):
+        return
+    problem = (
+        f"the trained network is not the one that {target.configuration} of {target.plans['plans_name']} plans for "
+        f"{target.name}: {differences(_network(trained.planned), _network(target))}"
+    )
+    fitting = [
+        (
+            plans_name != target.plans["plans_name"],
+            plans_name,
+            planned.configuration != trained.planned.configuration,
+            planned.configuration,
         )
+        for plans_name, planned in all_of_dataset(target.name)
+        if _network(planned) == _network(trained.planned)
+    ]
+    if fitting:
+        _, plans_name, _, configuration = min(fitting)
+        raise XAttnResError(f"{problem}; choose -p {plans_name} -c {configuration}")
+    # With the plans of the trained network, the channels are still those of the dataset.
+    moved = replace(trained.planned, dataset_json=target.dataset_json)
+    if moved.num_input_channels != trained.planned.num_input_channels:
+        raise XAttnResError(
+            f"{problem}; no plans change the input channels of {target.name}: choose another --from, or a dataset with "
+            "the same channels"
+        )
+    raise XAttnResError(f"{problem}; {_moving_of_plans(trained, target)}")
+
+
+def head_names(planned: PlannedNetwork) -> list[str]:
+    """What the segmentation heads stand for: the names of labels or, with regions, of regions."""
+    labels = PlansManager(planned.plans).get_label_manager(planned.dataset_json)
+    heads = labels.all_regions if labels.has_regions else labels.all_labels
+    return [
+        " or ".join(
+            name
+            for name, value in labels.label_dict.items()
+            if name != "ignore" and np.array_equal(np.atleast_1d(value), np.atleast_1d(head))
+        )
+        for head in heads
+    ]
+
+
+def channel_names(planned: PlannedNetwork) -> list[str]:
+    """The image's channels in order."""
+    content = planned.dataset_json
+    names = content["channel_names"] if "channel_names" in content else content["modality"]
+    return [names[number] for number in sorted(names, key=int)]
+
+
+def _moving_of_plans(trained: TrainedNetwork, target: PlannedNetwork) -> str:
+    """The commands that plan the trained network for the target's dataset."""
+    preprocessed = Path(nnUNet_preprocessed) / target.name
+    source, plans_name = (trained.planned.plans[key] for key in ("dataset_name", "plans_name"))
+    new_name = f"{plans_name}From{source}"
+    while (preprocessed / f"{new_name}.json").exists():
+        new_name += "_"
+    commands = []
+    if not _plans_network(Path(nnUNet_preprocessed) / source / f"{plans_name}.json", trained):
+        plans_of_model = trained.file.parents[1] / "plans.json"
+        if not _plans_network(plans_of_model, trained):
+            return "give the model folder, with its plans.json, as --from"
+        source, plans_name = target.name, f"{new_name}_original"
+        commands.append(["cp", str(plans_of_model), str(preprocessed / f"{plans_name}.json")])
+    move = ["nnUNetv2_move_plans_between_datasets", "-s", source, "-t", target.name, "-sp", plans_name, "-tp", new_name]
+    configuration = trained.planned.configuration
+    commands += [move, _preprocessing(target.name, new_name, configuration)]
+    return (
+        f"to plan it for {target.name}: {' && '.join(shell_command(*command) for command in commands)}; "
+        f"then choose -p {new_name} -c {configuration}"
+    )
+
+
+def _plans_network(plans: Path, trained: TrainedNetwork) -> bool:
+    """Whether this file of plans exists and has the trained network in the configuration of its training."""
+    try:
+        planned = from_file(plans, trained.planned.configuration)
+    except XAttnResError:
+        return False
+    return _architecture(planned) == _architecture(trained.planned)
+
+
+def _preprocessing(dataset: str, plans_name: str, configuration: str) -> list[str]:
+    number = str(convert_dataset_name_to_id(dataset))
+    return ["nnUNetv2_preprocess", "-d", number, "-plans_name", plans_name, "-c", configuration]
 
 
 def _checkpoint_in(folder: Path, fold: str | None) -> tuple[str, Path]:
@@ -155,14 +265,14 @@ def _checkpoint_in(folder: Path, fold: str | None) -> tuple[str, Path]:
     return chosen, checkpoints[chosen]
 
 
-def _planned_properties(planned: PlannedNetwork) -> dict[str, Any]:
-    """What decides, together with the weights, what a plain nnU-Net computes."""
-    return {
-        "input channels": planned.num_input_channels,
-        "segmentation heads": planned.num_segmentation_heads,
-        "network": planned.manager.network_arch_class_name.rpartition(".")[2],
-        **planned.manager.network_arch_init_kwargs,
-    }
+def _network(planned: PlannedNetwork) -> dict[str, Any]:
+    """What decides, together with the weights, what a plain nnU-Net computes before its segmentation heads."""
+    return {"input channels": planned.num_input_channels, **_architecture(planned)}
+
+
+def _architecture(planned: PlannedNetwork) -> dict[str, Any]:
+    network = planned.manager.network_arch_class_name.rpartition(".")[2]
+    return {"network": network, **planned.manager.network_arch_init_kwargs}
 
 
 def _check_output(output: Path) -> None:
@@ -172,23 +282,30 @@ def _check_output(output: Path) -> None:
 
 
 def _trainer_with_weights(
-    trainer_class: type[nnUNetTrainer], trained: TrainedNetwork, target: PlannedNetwork
+    trainer_class: type[nnUNetTrainer], trained: TrainedNetwork, target: PlannedNetwork, with_heads: bool
 ) -> nnUNetTrainer:
     """The trainer before its first epoch, on the CPU, with the trained weights."""
     trainer = target.make_trainer(trainer_class, trained.fold, "cpu")
     if not Path(trainer.preprocessed_dataset_folder).is_dir():
-        raise XAttnResError(f"{trainer.preprocessed_dataset_folder} does not exist: run nnUNetv2_preprocess first")
+        command = shell_command(*_preprocessing(target.name, target.plans["plans_name"], target.configuration))
+        raise XAttnResError(f"{trainer.preprocessed_dataset_folder} does not exist: run {command}")
     trainer.initialize()
-    _load_weights(trainer.network, trained)
+    _load_weights(trainer.network, trained, with_heads)
     trainer.inference_allowed_mirroring_axes = trained.checkpoint.get("inference_allowed_mirroring_axes")
     # A checkpoint records the number of the next epoch, which is 0.
     trainer.current_epoch = -1
     return trainer
 
 
-def _load_weights(network: nn.Module, trained: TrainedNetwork) -> None:
-    weights = trained.checkpoint["network_weights"]
-    planned = {key: value for key, value in network.state_dict().items() if not key.startswith("xattnres.")}
+def _load_weights(network: nn.Module, trained: TrainedNetwork, with_heads: bool) -> None:
+    def taken_over(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            key: value
+            for key, value in state.items()
+            if not key.startswith("xattnres.") and (with_heads or HEADS not in key)
+        }
+
+    weights, planned = taken_over(trained.checkpoint["network_weights"]), taken_over(network.state_dict())
     shapes, planned_shapes = ({key: tuple(value.shape) for key, value in each.items()} for each in (weights, planned))
     if shapes != planned_shapes:
         key = next(key for key in planned_shapes | shapes if shapes.get(key) != planned_shapes.get(key))
@@ -199,28 +316,32 @@ def _load_weights(network: nn.Module, trained: TrainedNetwork) -> None:
     network.load_state_dict(weights, strict=False)
 
 
-def _write_model_folder(output: Path, trainer: nnUNetTrainer, trained: TrainedNetwork) -> None:
-    # Until the model is trained further, it must predict from images that are preprocessed as in its first training.
-    plans = trained.planned.plans
-    configuration = {trainer.configuration_name: trained.planned.manager.configuration}
+def _write(output: Path, trainer: nnUNetTrainer, trained: TrainedNetwork | None) -> None:
+    """Write pretrained weights and, unless `trained` is None, what makes the folder a model folder."""
     try:
         with folder_written_atomically(output) as folder:
-            write_json_atomically(
-                plans | {"configurations": plans["configurations"] | configuration}, folder / "plans.json"
-            )
-            write_json_atomically(trained.planned.dataset_json, folder / "dataset.json")
-            fold = folder / f"fold_{trained.fold}"
-            fold.mkdir()
-            trainer.save_checkpoint(str(fold / CHECKPOINT))
+            if trained is not None:
+                _write_model(folder, trainer, trained)
             trainer.save_checkpoint(str(folder / PRETRAINED))
     # PyTorch raises RuntimeError for a full disk.
     except (OSError, RuntimeError) as error:
         raise XAttnResError(f"cannot write {output} ({reason(error)}): make room or choose another -o") from error
 
 
-def _print_next_commands(options: Options, target: PlannedNetwork, fold: int | str, model_folder: Path) -> None:
-    train = ["nnUNetv2_train", target.plans["dataset_name"], options.configuration, str(fold), "-tr", options.trainer]
-    train += ["-p", options.plans_name]
+def _write_model(folder: Path, trainer: nnUNetTrainer, trained: TrainedNetwork) -> None:
+    # Until the model is trained further, it must predict from images that are preprocessed as in its first training.
+    plans = trained.planned.plans
+    configuration = {trainer.configuration_name: trained.planned.manager.configuration}
+    write_json_atomically(plans | {"configurations": plans["configurations"] | configuration}, folder / "plans.json")
+    write_json_atomically(trained.planned.dataset_json, folder / "dataset.json")
+    fold = folder / f"fold_{trained.fold}"
+    fold.mkdir()
+    trainer.save_checkpoint(str(fold / CHECKPOINT))
+
+
+def _print_commands_of_model_folder(
+    options: Options, train: Sequence[str], fold: int | str, model_folder: Path
+) -> None:
     predict = ["nnUNetv2_predict_from_modelfolder", "-m", str(options.output), "-f", str(fold), "-chk", CHECKPOINT]
     print(f"{options.output} computes what {options.start} does. To predict with it:")
     print(f"  {shell_command(*predict, '-i', 'IMAGES', '-o', 'PREDICTIONS')}")
@@ -235,5 +356,3 @@ def _print_next_commands(options: Options, target: PlannedNetwork, fold: int | s
         place_in_results = f'"$nnUNet_results"/{shell_command(model_folder)}'
         print(f"  mkdir -p {place_in_results} && {copy} {place_in_results}")
     print(f"  {shell_command(*train, '--c')}")
-    print("To train from it with new heads, as nnU-Net does with pretrained weights:")
-    print(f"  {shell_command(*train, '-pretrained_weights', options.output / PRETRAINED)}")

@@ -5,6 +5,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from zipfile import is_zipfile
 
@@ -23,6 +24,7 @@ NUMPY_NUMBERS: list[Any] = [
     *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
 ]
 FINAL_CHECKPOINT = "checkpoint_final.pth"
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 REQUIRED_KEYS = {"trainer_name": str, "init_args": dict, "network_weights": dict}
 
 
@@ -34,6 +36,9 @@ def finished_folds(model_folder: Path) -> dict[str, Path]:
 
 def read_checkpoint(path: Path, remedy: str, trusted: bool | None = None) -> dict[str, Any]:
     """The content of an nnU-Net checkpoint. Its tensors stay on disk until they are used.
+
+    The prefixes `module.` and `_orig_mod.` of keys in network_weights are removed. Distributed training and
+    torch.compile add them, and other tools keep them.
 
     remedy: what to do about a missing or damaged file, for the message.
     trusted: whether the user has given --trust-checkpoint. A trusted file is read without restrictions if it holds
@@ -53,11 +58,14 @@ def read_checkpoint(path: Path, remedy: str, trusted: bool | None = None) -> dic
             alternative = "" if trusted is None else ", or add --trust-checkpoint if you trust its origin"
             raise XAttnResError(f"{error}{alternative}") from error
 
-    return _checked(load, path, remedy)
+    return _checked(load, str(path), remedy)
 
 
-def read_checkpoint_as_nnunet(path: Path, remedy: str) -> dict[str, Any]:
-    """`read_checkpoint` for a file that nnU-Net is about to read without restrictions in any case."""
+def read_checkpoint_as_nnunet(path: Path, remedy: str, if_missing: str) -> dict[str, Any]:
+    """`read_checkpoint` for a file that nnU-Net is about to read without restrictions in any case.
+
+    if_missing: what to do if there is no such file.
+    """
 
     def load() -> Any:
         try:
@@ -65,26 +73,52 @@ def read_checkpoint_as_nnunet(path: Path, remedy: str) -> dict[str, Any]:
         except _NeedsTrust:
             return _load(path, weights_only=False)
 
-    return _checked(load, path, remedy)
+    return _checked(load, str(path), remedy, if_missing)
+
+
+def check_content(checkpoint: dict[str, Any], name: str, remedy: str) -> None:
+    """Raise `XAttnResError` if a dict is no nnU-Net checkpoint. name: what it is called in the message."""
+    _checked(lambda: checkpoint, name, remedy)
 
 
 class _NeedsTrust(Exception):
     """One line: why a file cannot be read with restrictions, and what to do."""
 
 
-def _checked(load: Callable[[], Any], path: Path, remedy: str) -> dict[str, Any]:
+def _checked(load: Callable[[], Any], name: str, remedy: str, if_missing: str | None = None) -> dict[str, Any]:
     try:
         checkpoint = load()
+        if problem := _foreign(checkpoint):
+            raise XAttnResError(f"{name} is no nnU-Net checkpoint, but {problem}: {remedy}")
         _check_types(checkpoint)
     except FileNotFoundError:
-        raise XAttnResError(f"{path} does not exist: {remedy}") from None
+        raise XAttnResError(f"{name} does not exist: {if_missing or remedy}") from None
     except XAttnResError:
         raise
     except Exception as error:
         if _may_be_undamaged(error):
-            raise XAttnResError(f"cannot read {path} ({reason(error)}): mend that and run again") from error
-        raise XAttnResError(f"{path} is damaged or no nnU-Net checkpoint ({reason(error)}): {remedy}") from error
-    return checkpoint
+            raise XAttnResError(f"cannot read {name} ({reason(error)}): mend that and run again") from error
+        raise XAttnResError(f"{name} is damaged or no nnU-Net checkpoint ({reason(error)}): {remedy}") from error
+    weights = checkpoint["network_weights"]
+    return checkpoint | {"network_weights": {WRAPPERS.sub("", key): weight for key, weight in weights.items()}}
+
+
+def _foreign(checkpoint: Any) -> str:
+    """What a file holds that other software has written, and what it lacks. Empty for a checkpoint of nnU-Net."""
+    if not isinstance(checkpoint, dict):
+        return f"a {type(checkpoint).__name__}; nnU-Net's trainers store a dict"
+    missing = [key for key in REQUIRED_KEYS if key not in checkpoint]
+    if not missing:
+        return ""
+    if "nnssl_adaptation_plan" in checkpoint:
+        found = "a pretrained encoder of nnssl"
+    elif "pytorch-lightning_version" in checkpoint:
+        found = "a checkpoint of PyTorch Lightning"
+    elif checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        found = f"a bare state dict of {len(checkpoint)} tensors"
+    else:
+        found = f"a dict with {shorten(', '.join(map(str, checkpoint)) or 'no keys', width=100, placeholder=' ...')}"
+    return f"{found}; nnU-Net's trainers also store {', '.join(missing)}"
 
 
 def _check_types(checkpoint: Any) -> None:

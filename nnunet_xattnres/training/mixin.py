@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isclose
 from pathlib import Path
 from time import monotonic
 from typing import Any, ClassVar
@@ -14,12 +15,16 @@ from torch import nn
 
 from nnunet_xattnres import __version__
 from nnunet_xattnres.common.errors import XAttnResError, differences, one_line
+from nnunet_xattnres.common.files import files_written_atomically, remove_leftovers, temporary_folder
+from nnunet_xattnres.model.block_level import IntraStageAttention
 from nnunet_xattnres.model.build import add_xattnres
-from nnunet_xattnres.model.config import Config, XAttnResConfig
-from nnunet_xattnres.model.planned_unet import check_architecture
+from nnunet_xattnres.model.config import BlockXAttnResConfig, Config, XAttnResConfig
+from nnunet_xattnres.model.planned_unet import PlannedUNet, check_architecture, check_class
+from nnunet_xattnres.nnunet.planned_network import call_as_nnunet
+from nnunet_xattnres.ops.backends import chosen_backend
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
 from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
-from nnunet_xattnres.training.checkpoint import read_checkpoint_as_nnunet
+from nnunet_xattnres.training.checkpoint import check_content, read_checkpoint_as_nnunet
 
 # Drawing may take this share of the training time. The time of one drawing is measured; this is the first estimate.
 DRAWING_SHARE = 0.003
@@ -27,16 +32,22 @@ DRAWING_SECONDS = 1.0
 
 # nnU-Net's `load_checkpoint` reads these keys, and the keys that every checkpoint has.
 KEYS_TO_CONTINUE = ("current_epoch", "logging", "_best_ema", "optimizer_state", "grad_scaler_state")
+DELETE_IT = "delete it to continue from another one"
+# `nnUNetv2_train` itself looks whether the other checkpoints exist.
+LEAVE_IT_OUT = "leave out --val_best, or give a checkpoint that exists"
+
 BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
 
 class XAttnResTrainerMixin(nnUNetTrainer):
     """An nnU-Net trainer whose planned network gets XAttnRes, at stage level or at block level.
 
-    Put it before any nnU-Net trainer: `class Mine(XAttnResTrainerMixin, nnUNetTrainerDA5): ...`.
+    Put it before any nnU-Net trainer: `class Mine(XAttnResTrainerMixin, nnUNetTrainerDA5): ...`. The other order is
+    refused when the trainer is made.
 
     xattnres_config: what is added to the planned network. It is a class attribute because nnU-Net builds the network
-        for inference from the class alone. Every checkpoint records it, and it is checked when one is loaded.
+        for inference from the class alone. Every checkpoint records what the network was built with, and it is checked
+        when one is loaded.
     default_num_epochs: the number of epochs if the plans do not say it. None: that of the base trainer.
 
     Every validation appends the mean attention weights to `xattnres_routing.json`, beside nnU-Net's `progress.png`, and
@@ -48,8 +59,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
     `checkpoint_latest.pth` is written after every twentieth of the epochs, at most 50 epochs apart as in nnU-Net.
 
-    Raises `XAttnResError` for an invalid budget, for plans without an encoder/decoder U-Net, and for a checkpoint that
-    is damaged or that another trainer or preset has written.
+    Raises `XAttnResError` for the wrong order of bases, for an invalid budget, for plans or a base trainer without an
+    encoder/decoder U-Net, and for a checkpoint that is damaged or that another trainer or preset has written.
     """
 
     xattnres_config: ClassVar[Config] = XAttnResConfig()
@@ -63,6 +74,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ) -> None:
+        # Not when the class is defined: nnU-Net imports all files of a folder to find one trainer.
+        check_bases(type(self))
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.default_num_epochs is not None:
             self.num_epochs = self.default_num_epochs
@@ -85,10 +98,28 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     ) -> nn.Module:
         """The network that the base trainer builds from the plans, with this class's XAttnRes."""
         check_architecture(configuration_manager)
-        planned = super().build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        planned = call_as_nnunet(
+            super().build_network_architecture,
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
         )
+        bases = cls.__mro__[cls.__mro__.index(XAttnResTrainerMixin) + 1 :]
+        builder = next(base.__name__ for base in bases if "build_network_architecture" in vars(base))
+        remedy = "put the mixin before a trainer that builds the network of the plans"
+        check_class(type(planned), remedy, f", which {builder} builds from these plans")
         return add_xattnres(planned, cls.xattnres_config)
+
+    def on_train_start(self) -> None:
+        if self._is_first_process:
+            # nnU-Net trains once at a time in a folder.
+            remove_leftovers(Path(self.output_folder))
+        super().on_train_start()
+        _check_temperature(self.network)
+        if self._is_first_process:
+            self.print_to_log_file(f"XAttnRes: {_description(self.network)}")
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -102,32 +133,56 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
         means = self.routing_recorder.means()
-        if means and self.local_rank == 0:
+        if means and self._is_first_process:
             with self._logging_failure("recorded"):
                 history = self._record_routing(means)
                 with self._logging_failure("drawn"):
                     self._draw_routing(history)
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write the checkpoint as a whole or not at all: if the process is killed, the previous one remains."""
+        """Write the checkpoint as a whole or not at all: if the process is killed, the previous one remains.
+
+        The base trainer gets the file's name in a temporary folder, and may write nothing. What it writes into that
+        folder is moved to its final place.
+        """
         # nnU-Net stores `my_init_kwargs` in every checkpoint and ignores keys that it does not know.
         self.my_init_kwargs["xattnres"] = {
             "version": __version__,
-            "config": self.xattnres_config.architecture(),
+            "config": config_of(self.network).architecture(),
         }
-        temporary = f"{filename}.tmp"
-        try:
-            super().save_checkpoint(temporary)
-            if self.local_rank == 0 and not self.disable_checkpointing:
-                os.replace(temporary, filename)
-        finally:
-            if self.local_rank == 0:
-                Path(temporary).unlink(missing_ok=True)
+        with files_written_atomically(Path(filename)) as temporary:
+            super().save_checkpoint(str(temporary))
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        if isinstance(filename_or_checkpoint, str):
-            self._check_checkpoint(filename_or_checkpoint)
-        super().load_checkpoint(filename_or_checkpoint)
+    def load_checkpoint(
+        self,
+        filename_or_checkpoint: dict[str, Any] | str | Path | None = None,
+        *,
+        checkpoint: dict[str, Any] | str | Path | None = None,
+    ) -> None:
+        """Check a checkpoint, then load it.
+
+        The argument has the name `filename_or_checkpoint` in nnU-Net 2.8, and `checkpoint` on its main branch.
+        """
+        given = filename_or_checkpoint if checkpoint is None else checkpoint
+        if isinstance(given, dict):
+            check_content(given, "the checkpoint", "give another one")
+            self._check_checkpoint("the checkpoint", given, "give another one")
+            # nnU-Net 2.8 documents a dict, and cannot load one.
+            with temporary_folder(Path(self.output_folder)) as folder:
+                torch.save(given, folder / "checkpoint.pth")
+                super().load_checkpoint(str(folder / "checkpoint.pth"))
+        elif given is None:
+            raise TypeError("load_checkpoint needs a file or a checkpoint")
+        else:
+            name = os.fspath(given)
+            content = read_checkpoint_as_nnunet(Path(name), DELETE_IT, LEAVE_IT_OUT)
+            self._check_checkpoint(name, content, DELETE_IT)
+            super().load_checkpoint(name)
+
+    @property
+    def _is_first_process(self) -> bool:
+        """Of all processes of a distributed training. nnU-Net that trains on several nodes has a global rank."""
+        return getattr(self, "global_rank", self.local_rank) == 0
 
     @contextmanager
     def _logging_failure(self, what: str) -> Iterator[None]:
@@ -179,38 +234,84 @@ class XAttnResTrainerMixin(nnUNetTrainer):
             return new
         return history
 
-    def _check_checkpoint(self, filename: str) -> None:
-        """Raise `XAttnResError` unless a trainer with this class's preset has written the checkpoint."""
-        remedy = "delete it to continue from another one"
-        checkpoint = read_checkpoint_as_nnunet(Path(filename), remedy)
+    def _check_checkpoint(self, name: str, checkpoint: dict[str, Any], remedy: str) -> None:
+        """Raise `XAttnResError` unless training can go on from the checkpoint with the network that is built here."""
         missing = [key for key in KEYS_TO_CONTINUE if key not in checkpoint]
         if missing:
-            raise XAttnResError(f"{filename} lacks {' and '.join(missing)}, so training cannot go on from it: {remedy}")
+            raise XAttnResError(f"{name} lacks {' and '.join(missing)}, so training cannot go on from it: {remedy}")
         written_by = checkpoint["trainer_name"]
         record: dict[str, Any] | None = checkpoint["init_args"].get("xattnres")
         if record is None:
             raise XAttnResError(
-                f"{filename} was written by {written_by}, which has no XAttnRes: continue it with -tr {written_by}"
+                f"{name} was written by {written_by}, which has no XAttnRes: continue it with -tr {written_by}"
             )
-        check_preset(filename, checkpoint, type(self), "continue it")
+        if not self.was_initialized:
+            self.initialize()
+        check_preset(name, checkpoint, self.network, type(self).__name__, "continue it")
         if record["version"] != __version__:
-            self.print_to_log_file(
-                f"{filename} was written by nnunet-xattnres {record['version']}, this is {__version__}"
+            self.print_to_log_file(f"{name} was written by nnunet-xattnres {record['version']}, this is {__version__}")
+
+
+def check_bases(trainer: type[nnUNetTrainer]) -> None:
+    """Raise `XAttnResError` if an nnU-Net trainer comes before the mixin, so that its methods replace the mixin's."""
+    bases = trainer.__mro__
+    if XAttnResTrainerMixin not in bases:
+        return
+    for base in bases[: bases.index(XAttnResTrainerMixin)]:
+        if issubclass(base, nnUNetTrainer) and not issubclass(base, XAttnResTrainerMixin):
+            raise XAttnResError(
+                f"{trainer.__name__} has {base.__name__} before XAttnResTrainerMixin, whose methods it would replace: "
+                f"put the mixin first, as in class {trainer.__name__}(XAttnResTrainerMixin, {base.__name__})"
             )
 
 
-def check_preset(filename: str, checkpoint: dict[str, Any], trainer: type[XAttnResTrainerMixin], what: str) -> None:
-    """Raise `XAttnResError` if the checkpoint records a preset that is not the trainer's.
+def config_of(network: nn.Module) -> Config:
+    """What a network was built with, in whatever it is wrapped. A network of nnU-Net's own has nothing added."""
+    return next((ours.config for ours in _our_networks(network)), XAttnResConfig.of_planned_network())
 
-    what: what to do with the checkpoint by the trainer that wrote it, for the message.
+
+def _our_networks(network: nn.Module) -> Iterator[PlannedUNet]:
+    return (module for module in network.modules() if isinstance(module, PlannedUNet))
+
+
+def _check_temperature(network: nn.Module) -> None:
+    """Raise `XAttnResError` if weights that nnU-Net has loaded with -pretrained_weights bring another temperature."""
+    config = config_of(network)
+    for attention in network.modules():
+        if isinstance(attention, IntraStageAttention) and isinstance(config, BlockXAttnResConfig):
+            loaded = attention.temperature.item()
+            if not isclose(loaded, config.temperature, rel_tol=1e-6):
+                raise XAttnResError(
+                    f"the pretrained weights come with temperature={loaded:g} (here {config.temperature:g}): choose "
+                    "weights of the same preset"
+                )
+
+
+def _description(network: nn.Module) -> str:
+    """One line: the preset, the backend, and the parameters beside those of the planned network."""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    ours = next(_our_networks(network), None)
+    if ours is None:
+        return f"the planned network, nothing added; {parameters:,} parameters"
+    return (
+        f"{ours.config}, computed by {chosen_backend(ours.config.backend)}; {parameters:,} parameters, "
+        f"{parameters / ours.planned_parameters:.3f}x the {ours.planned_parameters:,} of the planned network"
+    )
+
+
+def check_preset(name: str, checkpoint: dict[str, Any], network: nn.Module, trainer: str, what: str) -> None:
+    """Raise `XAttnResError` if the checkpoint records another preset than that of the network.
+
+    name: of the checkpoint, for the message. trainer: the name of the trainer that built the network.
+    what: what to do with the checkpoint by the trainer that wrote it.
     """
     record = checkpoint["init_args"]["xattnres"]
-    config = trainer.xattnres_config.architecture()
+    config = config_of(network).architecture()
     if record["config"] != config:
         raise XAttnResError(
-            f"{filename} was written by {checkpoint['trainer_name']} of nnunet-xattnres {record['version']} with "
+            f"{name} was written by {checkpoint['trainer_name']} of nnunet-xattnres {record['version']} with "
             f"{_differences(record['config'], config)}: {what} with that trainer and version, not with "
-            f"{trainer.__name__} of {__version__}"
+            f"{trainer} of {__version__}"
         )
 
 

@@ -62,4 +62,4 @@ def test_with_several_gpus_every_process_is_seeded(tmp_path, monkeypatch):
     assert drawn[0, ("004", "2d")] == torch.rand(()).item()
     assert drawn[1, ("004", "2d")] != drawn[0, ("004", "2d")]
     # Once for all of them.
-    assert recorded == [(tmp_path, 2)]
+    assert recorded == [(tmp_path, "cuda", 2)]

@@ -97,9 +97,39 @@ class TestOtherFiles:
         torch.save(CONTENT | foreign, path)
         assert complaint(path) == f"{path} is damaged or no nnU-Net checkpoint ({what}): delete it"
 
-    def test_something_that_has_no_keys(self, path):
-        torch.save([1], path)
-        assert "is damaged or no nnU-Net checkpoint" in complaint(path)
+    @pytest.mark.parametrize(
+        "content, found",
+        [
+            ([1], "a list; nnU-Net's trainers store a dict"),
+            ({}, "a dict with no keys; nnU-Net's trainers also store trainer_name, init_args, network_weights"),
+            (
+                CONTENT["network_weights"],
+                "a bare state dict of 1 tensors; nnU-Net's trainers also store trainer_name, init_args, "
+                "network_weights",
+            ),
+            (
+                {"epoch": 3, "state_dict": {}, "pytorch-lightning_version": "2.5.0"},
+                "a checkpoint of PyTorch Lightning; nnU-Net's trainers also store trainer_name, init_args, "
+                "network_weights",
+            ),
+            (
+                {"network_weights": {}, "citations": [], "nnssl_adaptation_plan": {}},
+                "a pretrained encoder of nnssl; nnU-Net's trainers also store trainer_name, init_args",
+            ),
+            (
+                {"epoch": 3, "state_dict": {}},
+                "a dict with epoch, state_dict; nnU-Net's trainers also store trainer_name, init_args, network_weights",
+            ),
+        ],
+    )
+    def test_files_of_other_tools_are_told_by_what_they_hold(self, path, content, found):
+        torch.save(content, path)
+        assert complaint(path) == f"{path} is no nnU-Net checkpoint, but {found}: delete it"
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+    def test_names_of_wrappers_are_removed_from_keys(self, path, prefix):
+        torch.save(CONTENT | {"network_weights": {f"{prefix}module_0.weight": torch.zeros(1)}}, path)
+        assert read_checkpoint(path, "delete it")["network_weights"].keys() == {"module_0.weight"}
 
 
 class TestWhatNeedsTrust:
@@ -114,7 +144,7 @@ class TestWhatNeedsTrust:
 
     def test_what_nnunet_reads_anyway_is_read_without_a_word(self, path, capsys):
         torch.save(self.STORES_MORE, path)
-        assert read_checkpoint_as_nnunet(path, "delete it")["extra"] == Path("here")
+        assert read_checkpoint_as_nnunet(path, "delete it", "find it")["extra"] == Path("here")
         assert capsys.readouterr().out == ""
         assert read_checkpoint(path, "delete it", trusted=True)["extra"] == Path("here")
         assert capsys.readouterr().out == f"{path} is trusted and read without restrictions\n"

@@ -253,6 +253,27 @@ class TestWithoutGpu:
         assert line.exit_status == 0
 
 
+class TestAppleGpu:
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch):
+        """An Apple GPU where there is none; tensors are on the CPU."""
+        ones = torch.ones
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+
+    def test_that_computes(self, examine):
+        line = examine("GPU:")
+        assert line.status == OK
+        assert line.text == "GPU: of this Apple computer; nnU-Net's commands need -device mps"
+        assert line.exit_status == 0
+
+    def test_nothing_is_compiled(self, examine, monkeypatch):
+        monkeypatch.setattr(torch, "compile", None)
+        line = examine("nnU-Net does not compile on mps by default")
+        assert line.status == OK
+        assert line.exit_status == 0
+
+
 class TestGpu:
     @pytest.fixture(autouse=True)
     def gpu(self, import_triton, monkeypatch):

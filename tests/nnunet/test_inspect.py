@@ -2,7 +2,10 @@
 
 import errno
 import json
+import re
 import shutil
+import tracemalloc
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from helpers.images import phantom, write_oblique_phantom
 from helpers.models import save_model
@@ -28,6 +32,7 @@ from nnunet_xattnres.ops.alignment import resize
 from nnunet_xattnres.routing.drawing import draw_case
 from nnunet_xattnres.routing.recording import RECORD
 from nnunet_xattnres.tools.inspection import case, command, trained_model
+from nnunet_xattnres.tools.inspection.regions import Regions
 from nnunet_xattnres.tools.inspection.trained_model import Model, NetworkWithWeights
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 
@@ -76,6 +81,20 @@ def inspect(*arguments: object) -> int:
 
 def maps_of(case: Path) -> dict[str, nibabel.Nifti1Image]:
     return {file.name.removesuffix(".nii.gz"): nibabel.load(file) for file in sorted(case.glob("*_from_*.nii.gz"))}
+
+
+def test_an_apple_gpu_is_used_where_there_is_one(tmp_path, monkeypatch, capsys):
+    def see(*arguments):
+        *_, device, _ = arguments
+        raise XAttnResError(f"device {device}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(command, "Model", see)
+    for options, device in (([], "mps"), (["--device", "mps"], "mps"), (["--device", "cpu"], "cpu")):
+        folders = ["-m", str(tmp_path), "-i", str(tmp_path), "-o", str(tmp_path / "out")]
+        assert main(["inspect", *folders, "-f", "0", *options]) == 1
+        assert f"device {device}" in capsys.readouterr().err
 
 
 class TestInspect:
@@ -161,6 +180,7 @@ class TestInspect:
         assert inspect(*arguments, "--pdf") == 0
         progress = capsys.readouterr().err
         assert "2/2" in progress and "case=" not in progress and "map" not in progress
+        assert re.search(r"1/2 \[[\d:]+<[\d:]+, ", progress)  # the time that remains, after the first case
         assert sorted(file.name for file in out.iterdir()) == ["a", "b", "training.pdf"]
         assert maps_of(out / "b").keys() == {
             *(f"D0_memory_from_block{i}" for i in (1, 2)),
@@ -315,6 +335,15 @@ class TestMistakes:
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
         assert "nnU-Net does not store" in error and "--trust-checkpoint" in error
 
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+    def test_names_of_wrappers_are_no_mistake(self, model, prefix):
+        file = model / "fold_0" / FINAL_CHECKPOINT
+        checkpoint = torch.load(file, weights_only=False)
+        weights = checkpoint["network_weights"]
+        torch.save(checkpoint | {"network_weights": {prefix + key: value for key, value in weights.items()}}, file)
+        loaded = Model(model, "0", FINAL_CHECKPOINT, ["D0"], CPU).predictor.network.network.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in weights.items())
+
     def test_weights_of_another_network(self, model, image, tmp_path, capsys):
         file = model / "fold_0" / "checkpoint_final.pth"
         checkpoint = torch.load(file, weights_only=False)
@@ -444,19 +473,34 @@ class TestMistakes:
 
         monkeypatch.setattr(*where, fail)
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
-        assert "too little memory for case: choose fewer --targets" in error
+        assert "too little memory for case (Unable to allocate 5.25 GiB): choose fewer --targets" in error
+
+    def test_too_little_memory_is_told_before_the_first_tile(self, model, image, tmp_path, capsys, monkeypatch):
+        def predict(*arguments: object) -> None:
+            raise AssertionError("tiles are predicted")
+
+        monkeypatch.setattr(nnUNetPredictor, "predict_sliding_window_return_logits", predict)
+        monkeypatch.setattr(trained_model, "free_memory", lambda: 1_000_000)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        told = r"too little memory for case \(\d+\.\d GB are needed, 0\.0 GB are free\): choose fewer --targets"
+        assert re.search(told, error)
 
     @pytest.mark.parametrize(
-        "error",
+        "error, detail, remedy_on_gpu",
         [
-            MemoryError("Unable to allocate 5.25 GiB"),
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5637144576 bytes."),
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.25 GiB"),
+            (MemoryError("Unable to allocate 5.25 GiB"), " (Unable to allocate 5.25 GiB)", ""),
+            (MemoryError(), "", ""),
+            (
+                RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5637144576 bytes."),
+                "",
+                ", or --device cpu",
+            ),
+            (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.25 GiB"), "", ", or --device cpu"),
         ],
     )
-    def test_every_kind_of_too_little_memory(self, error):
-        message = "too little memory for case: choose fewer --targets"
-        for device, remedy in (("cpu", ""), ("cuda", ", or --device cpu")):
+    def test_every_kind_of_too_little_memory(self, error, detail, remedy_on_gpu):
+        message = f"too little memory for case{detail}: choose fewer --targets"
+        for device, remedy in (("cpu", ""), ("cuda", remedy_on_gpu)):
             with pytest.raises(XAttnResError) as raised, command._errors_explained("case", torch.device(device)):
                 raise error
             assert str(raised.value) == message + remedy
@@ -537,3 +581,60 @@ def test_weights_stay_in_half_precision_until_they_are_written(nnunet_environmen
     assert {target: (len(of_target), of_target.dtype) for target, of_target in weights.items()} == {
         target: (len(model.sources[target]), torch.half) for target in ("E2", "D0")
     }
+
+
+class OnesEverywhere(nn.Module):
+    """In place of a network, whose own memory would hide that of the blended channels."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.new_ones(1, self.num_channels, *image.shape[2:])
+
+
+@pytest.mark.parametrize("targets", [None, ["E2"]])
+@pytest.mark.parametrize("zoom", [1.0, 0.7])
+def test_the_memory_that_is_asked_for_is_what_is_used(nnunet_environment, monkeypatch, targets, zoom):
+    folder = make_model(nnunet_environment, patch_size=[16, 16, 16])
+    model = Model(folder, "0", FINAL_CHECKPOINT, targets, CPU)
+    channels = model.num_heads + model.num_maps
+    model.predictor.network = OnesEverywhere(channels)
+    image = np.random.default_rng(0).random((1, 64, 64, 64), np.float32) + 1
+    properties: dict[str, Any] = {"spacing": [zoom * spacing for spacing in model.configuration.spacing]}
+    preprocessed = [round(64 * zoom)] * 3
+    blending, returning = model.memory_needed(preprocessed, image.shape[1:])
+    monkeypatch.setattr(trained_model, "free_memory", lambda: max(blending, returning) - 1)
+    with pytest.raises(MemoryError, match="GB are needed"):
+        model.predict(image, properties)
+
+    monkeypatch.setattr(trained_model, "free_memory", lambda: max(blending, returning))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        logits, weights = model.predict(image, properties)
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    peak = max(accumulate(change for _, change in changes))
+    of_tiles = 10 * channels * 16**3 * 4
+    assert 0.95 * blending < peak < blending + of_tiles
+
+    tracemalloc.start()
+    try:
+        prediction = model.segmentation(logits, properties)
+        inside = model.in_image_geometry(np.ones(logits.shape[1:], np.float32), properties) > 0.5
+        regions = Regions(prediction, inside, model.labels)
+        for _, _, weight_map in islice(model.maps(weights, properties), 2):
+            assert regions.means(weight_map)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < returning - 2 * channels * logits[0].numel()
+
+
+@pytest.mark.parametrize("gpu_memory, on_gpu", [(10**12, True), (10**6, False)])
+def test_tiles_are_blended_on_the_gpu_only_if_they_fit_to_the_end(nnunet_environment, monkeypatch, gpu_memory, on_gpu):
+    model = Model(make_model(nnunet_environment), "0", FINAL_CHECKPOINT, ["D0"], CPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu_memory, gpu_memory))
+    model.predictor.device = torch.device("cuda")
+    model._check_memory((64, 64, 64), (64, 64, 64))
+    assert model.predictor.perform_everything_on_device == on_gpu

@@ -13,7 +13,7 @@ from helpers.overhead import NO_SKIP, PLANNED, made_up_answers, output_options, 
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.overhead import runner
-from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer
+from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, WARM_UP_STEPS, Answer
 
 find_trainer_once = cache(find_trainer)
 
@@ -129,6 +129,21 @@ def test_a_run_that_is_interrupted_early_has_neither_table_nor_files(monkeypatch
 # Mistakes: one line, before anything is measured
 
 
+def test_an_apple_gpu_is_measured_where_there_is_one(monkeypatch, outputs, refuse):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert "never compiles on mps" in refuse("--preset", "msd04", "--compile")
+    assert "'triton' needs CUDA" in refuse("--preset", "msd04", "--device", "mps", "--backend", "triton")
+    answer = made_up_answers([1.0])[0]
+    monkeypatch.setattr(
+        runner, "measure_in_new_process", lambda request, compile: devices.append(request.device) or answer
+    )
+    assert main(["overhead", "--preset", "msd04", "--trainers", PLANNED, "--repeats", "1", *outputs]) == 0
+    assert devices == ["mps"]
+    assert devices[0] in WARM_UP_STEPS
+
+
 @pytest.fixture
 def refuse(monkeypatch, capsys, outputs, plans_file):
     """Run the command, expect it to refuse, and return the line it says."""
@@ -171,7 +186,7 @@ def refuse(monkeypatch, capsys, outputs, plans_file):
         (["--preset", "msd04", "--batch-size", "0"], "--batch-size must be from 1 to 1000000, not 0"),
         (["--preset", "msd04", "--batch-size", "1" + "0" * 20], "--batch-size must be from 1 to 1000000, not 1000"),
         (["--preset", "msd04", "--repeats", "0"], "--repeats must be from 1 to 1000000, not 0"),
-        (["--preset", "msd04", "--device", "cpu", "--compile"], "never compiles on a CPU"),
+        (["--preset", "msd04", "--device", "cpu", "--compile"], "never compiles on cpu"),
         (["--preset", "msd04", "--json", "nowhere/o.json"], "cannot write nowhere/o.json (No such file or directory)"),
         (["--preset", "msd04", "--chart", "o.tiffany"], "use .png, .pdf or .svg"),
         (["--preset", "msd04", "--csv", "."], "is a folder"),
@@ -199,7 +214,7 @@ def test_backend_that_is_not_there(refuse, monkeypatch):
 def test_triton_on_a_cpu(refuse, monkeypatch):
     kernels = pytest.importorskip("nnunet_xattnres.ops.triton_operator", reason="Triton is not installed")
     monkeypatch.setattr(kernels, "INTERPRETED", False)
-    assert "'triton' needs a GPU" in refuse("--preset", "msd04", "--device", "cpu", "--backend", "triton")
+    assert "'triton' needs CUDA" in refuse("--preset", "msd04", "--device", "cpu", "--backend", "triton")
 
 
 def test_files_that_are_not_python_beside_trainers(refuse, tmp_path, monkeypatch):

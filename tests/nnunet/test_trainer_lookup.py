@@ -2,8 +2,12 @@
 
 import pytest
 
+from nnunet_xattnres.benchmark.spec import Arm
+from nnunet_xattnres.benchmark.spec_check import _check_arm
+from nnunet_xattnres.cli import main
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
+from nnunet_xattnres.tools.demo import check_trainer
 
 
 @pytest.mark.parametrize(
@@ -24,3 +28,22 @@ def test_a_file_in_the_way(monkeypatch, tmp_path, content, reason):
     assert str(error.value) == (
         f"nnU-Net cannot load trainer nnUNetTrainerXAttnRes, because {broken} fails ({reason}): mend that, or remove it"
     )
+
+
+def test_a_class_whose_bases_are_in_the_wrong_order_is_in_nobodys_way(monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from nnunet_xattnres.trainer import XAttnResTrainerMixin\n"
+        "from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN\n"
+        "class Wrong(nnUNetTrainerBN, XAttnResTrainerMixin):\n    pass\n"
+        "class Right(XAttnResTrainerMixin, nnUNetTrainerBN):\n    pass\n"
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    check_trainer("Right")
+    _check_arm(Arm(trainer="Right"), ())
+    # The commands refuse it before they begin.
+    with pytest.raises(XAttnResError, match="Wrong has nnUNetTrainerBN before XAttnResTrainerMixin"):
+        check_trainer("Wrong")
+    with pytest.raises(XAttnResError, match="put the mixin first"):
+        _check_arm(Arm(trainer="Wrong"), ())
+    assert main(["overhead", "--preset", "msd04", "--device", "cpu", "--trainer", "Wrong"]) != 0
+    assert "put the mixin first" in capsys.readouterr().err

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from helpers.phantom_dataset import make_trainer, read_plans
@@ -18,7 +20,8 @@ from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig, XAttnResUNet
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.planned_unet import PlannedUNet
 from nnunet_xattnres.nnunet.installation import list_trainers
-from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, check_bases
 
 NAMES = [name for name, _ in list_trainers()]
 PRESETS = [name for name in NAMES if not name.endswith("epochs")]
@@ -104,6 +107,20 @@ class TestBudget:
         assert make_trainer(nnunet_environment, MyTrainer, "3d_fullres").num_epochs == 1000
         assert make_trainer(nnunet_environment, preset, "3d_fullres", num_epochs=3).num_epochs == 3
 
+    def test_num_epochs_set_last_holds_and_save_every_does_not_follow(self, nnunet_environment):
+        class SetLast(XAttnResTrainerMixin):
+            def __init__(self, plans, configuration, fold, dataset_json, device):
+                super().__init__(plans, configuration, fold, dataset_json, device)
+                self.num_epochs = 20
+
+        trainer = make_trainer(nnunet_environment, SetLast, "3d_fullres")
+        assert (trainer.num_epochs, trainer.save_every) == (20, 50)
+        trainer = make_trainer(nnunet_environment, SetLast, "3d_fullres", num_epochs=60)
+        assert (trainer.num_epochs, trainer.save_every) == (20, 3)
+        preset = type("Preset", (XAttnResTrainerMixin,), {"default_num_epochs": 60})
+        trainer = make_trainer(nnunet_environment, preset, "3d_fullres")
+        assert (trainer.num_epochs, trainer.save_every) == (60, 3)
+
     @pytest.mark.parametrize("budget", [{"epochs": 3}, {"num_epochs": 0}, {"num_epochs": "3"}, {"num_epochs": True}])
     def test_a_budget_that_is_none_is_named(self, nnunet_environment, budget):
         with pytest.raises(XAttnResError, match='"training" of the configuration 3d_small') as error:
@@ -111,7 +128,100 @@ class TestBudget:
         assert next(iter(budget)) in str(error.value)
 
 
+class OldSignature(nnUNetTrainer):
+    """A trainer with nnU-Net's older signature, which nnU-Net 2.8 still serves."""
+
+    @staticmethod
+    def build_network_architecture(
+        architecture_class_name,
+        arch_init_kwargs,
+        arch_init_kwargs_req_import,
+        num_input_channels,
+        num_output_channels,
+        enable_deep_supervision=True,
+    ):
+        return get_network_from_plans(
+            architecture_class_name,
+            arch_init_kwargs,
+            arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            allow_init=False,
+            deep_supervision=enable_deep_supervision,
+        )
+
+
+class Primus(torch.nn.Module):
+    """Any network but a planned U-Net."""
+
+
+class OwnNetwork(nnUNetTrainer):
+    """A trainer that builds its own network, whatever the plans say."""
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
+        return Primus()
+
+
+class OwnNetworkAfterAll(XAttnResTrainerMixin):
+    """A trainer whose own method replaces the mixin's."""
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
+        return nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+
+
+class WrongOrder(nnUNetTrainerDA5, XAttnResTrainerMixin):
+    """Defining it is no error."""
+
+
+class TestOrderOfBases:
+    def test_the_mixin_comes_first(self, nnunet_environment, tmp_path):
+        with pytest.raises(XAttnResError) as error:
+            make_trainer(nnunet_environment, WrongOrder, CONFIGURATION)
+        assert str(error.value) == (
+            "WrongOrder has nnUNetTrainerDA5 before XAttnResTrainerMixin, whose methods it would replace: put the "
+            "mixin first, as in class WrongOrder(XAttnResTrainerMixin, nnUNetTrainerDA5)"
+        )
+        assert not (tmp_path / "results").exists()
+
+    def test_a_preset_comes_first_too_and_what_is_derived_inherits_the_mistake(self):
+        preset = installed("XAttnRes")
+        check_bases(type("Mine", (preset, nnUNetTrainerDA5), {}))
+        for wrong in (type("Mine", (nnUNetTrainerDA5, preset), {}), type("Mine", (WrongOrder,), {})):
+            with pytest.raises(XAttnResError, match="Mine has nnUNetTrainerDA5 before"):
+                check_bases(wrong)
+
+    def test_what_is_no_trainer_may_come_before_it(self):
+        check_bases(type("Mine", (type("Loss", (), {}), XAttnResTrainerMixin), {}))
+
+
 class TestMixinWithAnotherTrainer:
+    def test_the_old_signature_of_the_other_trainer_is_served(self, nnunet_environment):
+        trainer = make_trainer(
+            nnunet_environment, type("Mine", (XAttnResTrainerMixin, OldSignature), {}), CONFIGURATION
+        )
+        trainer.initialize()
+        assert isinstance(trainer.network, XAttnResUNet)
+        plans = read_plans(nnunet_environment)
+        planned = PlannedNetwork("old", plans, CONFIGURATION, trainer.dataset_json)
+        assert isinstance(planned.build(OldSignature), PlainConvUNet)
+
+    def test_another_network_of_the_other_trainer_is_refused_by_its_name(self, nnunet_environment):
+        trainer = make_trainer(nnunet_environment, type("Mine", (MyTrainer, OwnNetwork), {}), CONFIGURATION)
+        with pytest.raises(XAttnResError) as error:
+            trainer.initialize()
+        assert str(error.value) == (
+            "XAttnRes cannot read in a Primus, which OwnNetwork builds from these plans: put the mixin before a "
+            "trainer that builds the network of the plans"
+        )
+
     def test_it_keeps_what_the_other_trainer_does(self, nnunet_environment):
         trainer = make_trainer(nnunet_environment, MyTrainer, CONFIGURATION)
         trainer.initialize()
@@ -128,6 +238,10 @@ class TestMixinWithAnotherTrainer:
         assert any(isinstance(module, torch.nn.BatchNorm2d) for module in trainer.network.modules())
 
 
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=False)
+
+
 class TestCheckpoints:
     def test_it_records_config_and_version_and_loads_what_it_wrote(self, trainer, nnunet_environment, tmp_path):
         path = str(tmp_path / "checkpoint.pth")
@@ -140,6 +254,74 @@ class TestCheckpoints:
         expected = trainer.network.state_dict()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in other.network.state_dict().items())
         assert other.current_epoch == 1
+
+    def test_it_records_the_network_that_is_built(self, nnunet_environment, tmp_path):
+        path = str(tmp_path / "checkpoint.pth")
+        make_and_save(nnunet_environment, OwnNetworkAfterAll, path)
+        record = torch.load(path, weights_only=False)["init_args"]["xattnres"]["config"]
+        assert record == installed("Planned").xattnres_config.architecture()
+        make_trainer(nnunet_environment, OwnNetworkAfterAll, CONFIGURATION).load_checkpoint(path)
+
+    @pytest.mark.parametrize("keyword", [None, "filename_or_checkpoint", "checkpoint"])
+    @pytest.mark.parametrize("form", [str, Path, read])
+    def test_every_form_of_a_checkpoint_is_checked_and_loaded(self, nnunet_environment, tmp_path, form, keyword):
+        def load(preset, path):
+            trainer = make_trainer(nnunet_environment, preset, CONFIGURATION)
+            trainer.load_checkpoint(*([] if keyword else [form(path)]), **({keyword: form(path)} if keyword else {}))
+            return trainer
+
+        cool, hot = (
+            type(name, (XAttnResTrainerMixin,), {"xattnres_config": BlockXAttnResConfig(temperature=temperature)})
+            for name, temperature in (("Cool", 1), ("Hot", 5))
+        )
+        path = tmp_path / "checkpoint.pth"
+        make_and_save(nnunet_environment, hot, path)
+        with pytest.raises(XAttnResError, match=r"was written by Hot .* with temperature=5 \(here 1\): continue"):
+            load(cool, path)
+        trainer = load(hot, path)
+        assert trainer.current_epoch == 1
+        weights = torch.load(path, weights_only=False)["network_weights"]
+        assert all(torch.equal(weight, weights[key]) for key, weight in trainer.network.state_dict().items())
+
+    def test_a_dict_that_is_no_checkpoint_is_refused(self, trainer):
+        with pytest.raises(
+            XAttnResError, match=r"the checkpoint is no nnU-Net checkpoint, but a dict with state_dict; "
+        ):
+            trainer.load_checkpoint({"state_dict": {}})
+        with pytest.raises(TypeError, match="needs a file"):
+            trainer.load_checkpoint()
+
+    def test_a_missing_checkpoint_need_not_be_deleted(self, trainer, tmp_path):
+        path = tmp_path / "checkpoint_best.pth"
+        with pytest.raises(XAttnResError) as error:
+            trainer.load_checkpoint(str(path))
+        assert str(error.value) == (f"{path} does not exist: leave out --val_best, or give a checkpoint that exists")
+
+    def test_a_base_trainer_that_writes_nothing_leaves_the_previous_checkpoint(self, trainer, tmp_path, monkeypatch):
+        path = tmp_path / "checkpoint_best.pth"
+        (tmp_path / "checkpoint_best.pth.tmp").write_bytes(b"half a checkpoint")
+        for previous in (None, b"previous"):
+            if previous:
+                path.write_bytes(previous)
+            monkeypatch.setattr(nnUNetTrainer, "save_checkpoint", lambda self, filename: None)
+            trainer.save_checkpoint(str(path))
+            assert (path.read_bytes() if path.exists() else None) == previous
+
+    def test_a_base_trainer_gets_the_name_of_the_file_and_may_write_others(self, trainer, tmp_path, monkeypatch):
+        path = tmp_path / "checkpoint_latest.pth"
+        path.write_text("previous")
+
+        def save(self, filename):
+            assert Path(filename).name == path.name
+            assert path.read_text() == "previous"
+            for name in (path.name, "checkpoint_latest_ema.pth"):
+                Path(filename).with_name(name).write_text("new")
+
+        monkeypatch.setattr(nnUNetTrainer, "save_checkpoint", save)
+        trainer.save_checkpoint(path)
+        written = {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()}
+        assert written == dict.fromkeys((path.name, "checkpoint_latest_ema.pth"), "new")
+        assert not list(tmp_path.glob(".nnunet_xattnres_*"))
 
     def test_a_failed_write_leaves_the_previous_checkpoint(self, trainer, tmp_path, monkeypatch):
         path = tmp_path / "checkpoint.pth"
@@ -241,6 +423,65 @@ def make_and_save(nnunet, trainer_class: type[nnUNetTrainer], path: str) -> None
     other = make_trainer(nnunet, trainer_class, CONFIGURATION)
     other.initialize()
     other.save_checkpoint(path)
+
+
+class TestStartOfATraining:
+    @pytest.fixture(autouse=True)
+    def short_start(self, monkeypatch):
+        monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+
+    def test_what_killed_processes_have_left_is_removed(self, trainer, monkeypatch):
+        folder = Path(trainer.output_folder)
+        kept = set(folder.iterdir())
+
+        class Killed(BaseException):
+            pass
+
+        def leave(*_, **__):
+            raise Killed
+
+        # A killed process removes nothing.
+        with monkeypatch.context() as patch:
+            patch.setattr("nnunet_xattnres.common.files.shutil.rmtree", lambda *_, **__: None)
+            patch.setattr(torch, "save", leave)
+            with pytest.raises(Killed):
+                trainer.save_checkpoint(str(folder / "checkpoint_latest.pth"))
+        (folder / ".nnunet_xattnres_12345678_xattnres_routing.json.tmp").write_text("{")
+        assert len(set(folder.iterdir()) - kept) == 2
+        # On another node of the training, a process may be writing there.
+        trainer.global_rank = 1
+        trainer.on_train_start()
+        assert len(set(folder.iterdir()) - kept) == 2
+        trainer.global_rank = 0
+        trainer.on_train_start()
+        assert set(folder.iterdir()) == kept
+
+    def test_the_log_says_what_the_network_is(self, trainer, nnunet_environment):
+        trainer.on_train_start()
+        planned = make_trainer(nnunet_environment, installed("Planned"), CONFIGURATION)
+        planned.initialize()
+        planned.on_train_start()
+        expected = sum(parameter.numel() for parameter in planned.network.parameters())
+        count = sum(parameter.numel() for parameter in trainer.network.parameters())
+        assert f"XAttnRes: the planned network, nothing added; {expected:,} parameters" in log_of(planned)
+        assert (
+            "XAttnRes: XAttnResConfig(skip_connections=True, read_in_encoder=True, read_in_decoder=True, "
+            f"fusion='replace', backend='auto'), computed by streaming; {count:,} parameters, "
+            f"{count / expected:.3f}x the {expected:,} of the planned network"
+        ) in log_of(trainer)
+
+    def test_pretrained_weights_of_another_temperature_are_refused(self, nnunet_environment):
+        trainer = make_trainer(nnunet_environment, installed("XAttnResBlockInput"), CONFIGURATION)
+        trainer.initialize()
+        trainer.on_train_start()
+        loaded = {key: torch.tensor(5.0) for key in trainer.network.state_dict() if key.endswith("temperature")}
+        trainer.network.load_state_dict(loaded, strict=False)
+        with pytest.raises(XAttnResError, match=r"come with temperature=5 \(here 1\): choose weights of the same"):
+            trainer.on_train_start()
+
+
+def log_of(trainer: nnUNetTrainer) -> str:
+    return Path(trainer.log_file).read_text()
 
 
 def test_finetuning_warms_up_and_decays(nnunet_environment):

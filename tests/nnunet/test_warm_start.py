@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -24,14 +23,16 @@ from helpers.in_process import InProcess
 from helpers.memory import limited
 from helpers.models import save_model
 from helpers.phantom_dataset import PHANTOM, read_plans
+from helpers.tiny_dataset import write_raw_dataset
 from helpers.training import CPU, train
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.derived_configurations import add_small_configuration
 from nnunet_xattnres.nnunet.planned_network import from_content
-from nnunet_xattnres.tools.warm_start import check_same_network, read_trained
+from nnunet_xattnres.tools.warm_start import TrainedNetwork, check_same_network, read_trained
 
 pytestmark = pytest.mark.feature("Warm start")
 
@@ -56,6 +57,12 @@ def predict(model: Path, checkpoint: str, fold: int | str = 0) -> tuple[np.ndarr
     return predictor.predict_single_npy_array(phantom().T[None], {"spacing": [1.2, 1.0, 1.0]}, None, None, True)
 
 
+def warm_start(source: Path, output: Path, *options: str) -> int:
+    """Run the command. Later options replace earlier ones."""
+    everything = ["--from", str(source), "-d", "901", "-c", CONFIGURATION, "-o", str(output), *options]
+    return main(["warm-start", *everything])
+
+
 def gates(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {key: value for key, value in network.state_dict().items() if key.endswith(".gamma")}
 
@@ -67,14 +74,37 @@ def save_untrained(
     fold: int | str = 0,
     configuration: str = CONFIGURATION,
     plans_name: str = "nnUNetPlans",
+    plans: dict[str, Any] | None = None,
+    dataset_json: dict[str, Any] | None = None,
 ) -> Path:
-    """A model folder as a training on the phantoms there would leave it. Returns its checkpoint."""
-    plans = json.loads((preprocessed / PHANTOM / f"{plans_name}.json").read_text())
-    dataset_json = json.loads((preprocessed / PHANTOM / "dataset.json").read_text())
-    untrained = trainer(plans | {"continue_training": False}, configuration, fold, dataset_json, CPU)
-    untrained.initialize()
+    """A model folder as a training on the phantoms there would leave it. Returns its checkpoint.
+
+    plans, dataset_json: those of the training, if it was another than that.
+    """
+    plans = plans or json.loads((preprocessed / PHANTOM / f"{plans_name}.json").read_text())
+    dataset_json = dataset_json or json.loads((preprocessed / PHANTOM / "dataset.json").read_text())
+    here = plans | {"continue_training": False, "dataset_name": PHANTOM}
+    with environment_with(nnUNet_preprocessed=str(preprocessed)):
+        untrained = trainer(here, configuration, fold, dataset_json, CPU)
+        untrained.initialize()
+    untrained.plans_manager.plans = untrained.my_init_kwargs["plans"] = plans
     untrained.inference_allowed_mirroring_axes = (0, 1)
     return save_model(untrained, folder)
+
+
+def read_dataset_json(nnunet: NnUNet) -> dict[str, Any]:
+    return json.loads((nnunet.raw / PHANTOM / "dataset.json").read_text())
+
+
+@pytest.fixture
+def trained_with(tmp_path: Path) -> Callable[..., TrainedNetwork]:
+    """A trained network as its plans describe it, without a checkpoint."""
+
+    def make(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> TrainedNetwork:
+        planned = from_content(plans, configuration, dataset_json, "there")
+        return TrainedNetwork(tmp_path / "fold_0" / "checkpoint_final.pth", planned, 0, {})
+
+    return make
 
 
 def find(trainer: str) -> type[nnUNetTrainer]:
@@ -93,9 +123,8 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 
     def run(source: Path, *options: str) -> str:
         output = tmp_path / "out"
-        everything = ["--from", str(source), "-d", "901", "-c", CONFIGURATION, "-o", str(output), *options]
         before = sorted(tmp_path.iterdir())
-        assert main(["warm-start", *everything]) == 1
+        assert warm_start(source, output, *options) == 1
         assert sorted(tmp_path.iterdir()) == before
         message = capsys.readouterr().err
         assert message.count("\n") == 1
@@ -314,42 +343,68 @@ class TestReadingCheckpoints:
 
     def test_another_checkpoint_is_none_of_nnunet(self, plain_checkpoint, refuse):
         torch.save({"state_dict": {}}, plain_checkpoint)
-        assert "is damaged or no nnU-Net checkpoint ('trainer_name')" in refuse(plain_checkpoint)
+        message = refuse(plain_checkpoint)
+        assert "is no nnU-Net checkpoint, but a dict with state_dict; nnU-Net's trainers also store trainer" in message
+        assert message.endswith("choose another --from\n")
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+    def test_names_of_wrappers_are_removed(self, plain_checkpoint, tmp_path, prefix):
+        checkpoint = torch.load(plain_checkpoint, weights_only=False)
+        weights = checkpoint["network_weights"]
+        wrapped = {prefix + key: weight for key, weight in weights.items()}
+        torch.save(checkpoint | {"network_weights": wrapped}, plain_checkpoint)
+        assert warm_start(plain_checkpoint, tmp_path / "out") == 0
+        written = torch.load(tmp_path / "out" / "pretrained.pth", weights_only=False)["network_weights"]
+        assert all(torch.equal(written[key], weight) for key, weight in weights.items())
+
+    def test_a_wrong_source_is_told_before_anything_else(self, tmp_path, refuse, monkeypatch):
+        monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "nowhere"))
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").touch()
+        message = refuse(tmp_path / "no_model", "--trainer", "nnUNetTrainer", "-d", "999")
+        assert message.endswith("no_model does not exist: choose another --from\n")
 
 
 class TestRefusals:
-    def test_other_networks_are_listed_with_all_differences(self, nnunet):
-        plans = read_plans(nnunet)
-        dataset_json = json.loads((nnunet.raw / PHANTOM / "dataset.json").read_text())
-        here = from_content(plans, "3d_small", dataset_json, "here")
-        other = json.loads(json.dumps(plans))
+    def test_other_networks_are_listed_with_all_differences(self, nnunet, nnunet_environment, trained_with):
+        here = from_content(read_plans(nnunet), "3d_small", read_dataset_json(nnunet), "here")
+        other = read_plans(nnunet)
         other["configurations"]["3d_small"]["architecture"]["arch_kwargs"]["strides"][1] = [1, 2, 2]
-        labels = {"background": 0, "organ": 1}
-        other_data = dataset_json | {"labels": labels, "channel_names": {"0": "T1", "1": "T2"}}
-        there = from_content(other, "3d_small", other_data, "there")
+        channels = {"channel_names": {"0": "T1", "1": "T2"}}
         with pytest.raises(XAttnResError) as error:
-            check_same_network(there, here)
+            check_same_network(trained_with(other, "3d_small", read_dataset_json(nnunet) | channels), here)
         message = str(error.value)
-        assert "input channels=2 (here 1), segmentation heads=2 (here 3), strides=[[1, 1, 1], [1, 2, 2]" in message
-        check_same_network(here, here)
+        assert message.startswith("the trained network is not the one that 3d_small of nnUNetPlans plans for ")
+        assert "input channels=2 (here 1), strides=[[1, 1, 1], [1, 2, 2]" in message
+        check_same_network(trained_with(here.plans, "3d_small", here.dataset_json), here)
 
-    def test_a_residual_encoder_is_no_plain_one(self, nnunet):
-        dataset_json = json.loads((nnunet.raw / PHANTOM / "dataset.json").read_text())
-        plain = from_content(read_plans(nnunet), "3d_fullres", dataset_json, "plain")
-        residual = from_content(read_plans(nnunet, "nnUNetResEncUNetMPlans"), "3d_fullres", dataset_json, "residual")
+    def test_a_residual_encoder_is_no_plain_one(self, nnunet, nnunet_environment, trained_with):
+        plain = from_content(read_plans(nnunet), "3d_fullres", read_dataset_json(nnunet), "plain")
+        trained = trained_with(read_plans(nnunet, "nnUNetResEncUNetMPlans"), "3d_fullres", plain.dataset_json)
         with pytest.raises(XAttnResError, match=r"network='ResidualEncoderUNet' \(here 'PlainConvUNet'\)"):
-            check_same_network(residual, plain)
+            check_same_network(trained, plain)
 
-    def test_the_command_lists_them_too(self, plain_checkpoint, refuse):
-        message = refuse(plain_checkpoint, "-c", "3d_small")
-        assert "is not the one that 3d_small of nnUNetPlans plans for Dataset901_Phantom: " in message
-        assert "conv_op='torch.nn.modules.conv.Conv2d' (here 'torch.nn.modules.conv.Conv3d')" in message
+    def test_other_channels_are_refused_because_plans_do_not_help(self, nnunet, nnunet_environment, tmp_path, refuse):
+        channels = {"channel_names": {"0": "T1", "1": "T2"}}
+        two_channels = save_untrained(
+            tmp_path / "plain", nnUNetTrainer, nnunet.preprocessed, dataset_json=read_dataset_json(nnunet) | channels
+        )
+        message = refuse(two_channels)
+        assert "input channels=2 (here 1); no plans change the input channels of Dataset901_Phantom" in message
+        assert "move_plans" not in message
 
     def test_a_source_with_xattnres(self, nnunet_environment, tmp_path, refuse):
         checkpoint = save_untrained(
             tmp_path / "xattnres", find("nnUNetTrainerXAttnRes"), nnunet_environment.preprocessed
         )
-        assert "was written by nnUNetTrainerXAttnRes and has XAttnRes already" in refuse(checkpoint)
+        message = refuse(checkpoint)
+        assert "was written by nnUNetTrainerXAttnRes and has XAttnRes already" in message
+        assert message.endswith("or from it with -tr nnUNetTrainerXAttnRes and -pretrained_weights\n")
+        training = get_trainer_from_args(PHANTOM, CONFIGURATION, 0, "nnUNetTrainerXAttnRes", "nnUNetPlans", False, CPU)
+        maybe_load_checkpoint(training, False, False, str(checkpoint))
+        weights = torch.load(checkpoint, weights_only=False)["network_weights"]
+        key = next(key for key in weights if key.startswith("xattnres."))
+        assert torch.equal(training.network.state_dict()[key], weights[key])
 
     def test_a_source_that_is_not_the_planned_network(self, nnunet_environment, tmp_path, refuse):
         checkpoint = save_untrained(tmp_path / "no_skip", find("nnUNetTrainerNoSkip"), nnunet_environment.preprocessed)
@@ -357,11 +412,11 @@ class TestRefusals:
         assert "was written by nnUNetTrainerNoSkip, whose network is not the planned one: decoder.stages" in message
 
     @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResBlock"])
-    def test_a_trainer_that_starts_as_another_network(self, trainer, nnunet_environment, tmp_path, refuse):
-        message = refuse(tmp_path, "--trainer", trainer)
+    def test_a_trainer_that_starts_as_another_network(self, trainer, plain_checkpoint, refuse):
+        message = refuse(plain_checkpoint, "--trainer", trainer)
         assert f"the network of {trainer} is not the planned one at the start: choose {FINETUNE}" in message
 
-    def test_a_trainer_without_skip_connections(self, nnunet_environment, tmp_path, refuse, monkeypatch):
+    def test_a_trainer_without_skip_connections(self, plain_checkpoint, tmp_path, refuse, monkeypatch):
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "mine.py").write_text(
             "from nnunet_xattnres import XAttnResConfig\nfrom nnunet_xattnres.trainer import XAttnResTrainerMixin\n"
@@ -369,10 +424,10 @@ class TestRefusals:
             '    xattnres_config = XAttnResConfig(fusion="residual", skip_connections=False)\n'
         )
         monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "mine"))
-        assert "the network of Mine is not the planned one" in refuse(tmp_path, "--trainer", "Mine")
+        assert "the network of Mine is not the planned one" in refuse(plain_checkpoint, "--trainer", "Mine")
 
-    def test_a_misspelt_trainer(self, nnunet_environment, tmp_path, refuse):
-        message = refuse(tmp_path, "--trainer", "nnUNetTrainerXAttnResFintune")
+    def test_a_misspelt_trainer(self, plain_checkpoint, refuse):
+        message = refuse(plain_checkpoint, "--trainer", "nnUNetTrainerXAttnResFintune")
         assert f"did you mean {FINETUNE}" in message
 
     def test_an_output_that_is_not_empty(self, plain_checkpoint, tmp_path, refuse):
@@ -393,15 +448,10 @@ class TestRefusals:
         assert main(["warm-start", "--from", str(model), "-f", "3", *arguments]) == 0
         assert (tmp_path / "out" / "fold_3" / "checkpoint_latest.pth").is_file()
 
-    def test_a_dataset_that_is_not_preprocessed(self, plain_checkpoint, nnunet, refuse, monkeypatch, tmp_path):
-        preprocessed = tmp_path / "preprocessed"
-        shutil.copytree(nnunet.preprocessed, preprocessed, ignore=shutil.ignore_patterns("nnUNetPlans_*"))
-        monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
-        assert "nnUNetPlans_2d does not exist: run nnUNetv2_preprocess first" in refuse(plain_checkpoint)
-
     @pytest.mark.parametrize("room", [5_000, 100_000])
     def test_a_full_disk_leaves_nothing(self, plain_checkpoint, refuse, room):
         """Too full for plans.json, or for a checkpoint only, about which PyTorch has its own error."""
+        resource = pytest.importorskip("resource")  # not on Windows
         with limited(resource.RLIMIT_FSIZE, room):
             message = refuse(plain_checkpoint)
         assert re.search(r"cannot write .*out \(.+\): make room or choose another -o", message)
@@ -410,4 +460,168 @@ class TestRefusals:
     def test_an_output_where_nothing_can_be_written(self, plain_checkpoint, tmp_path, refuse):
         (tmp_path / "file").touch()
         message = refuse(plain_checkpoint, "-o", str(tmp_path / "file" / "out"))
-        assert "file/out (Not a directory): choose another -o" in message
+        assert f"{Path('file', 'out')} (" in message
+        assert "): choose another -o" in message
+
+
+@pytest.fixture
+def own_folders(nnunet: NnUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InProcess:
+    """nnU-Net's folders of the test's own, to write to: the phantoms raw and planned, but not preprocessed."""
+    own = InProcess(tmp_path / "own", "cpu")
+    (own.preprocessed / PHANTOM).mkdir(parents=True)
+    own.results.mkdir()
+    own.raw.mkdir()
+    (own.raw / PHANTOM).symlink_to(nnunet.raw / PHANTOM)
+    for file in (nnunet.preprocessed / PHANTOM).glob("*.json"):
+        shutil.copy(file, own.preprocessed / PHANTOM)
+    for name, value in (own.folders() | {"nnUNet_n_proc_DA": "0"}).items():
+        monkeypatch.setenv(name, value)
+    return own
+
+
+@pytest.fixture
+def preprocessed(own_folders: InProcess, nnunet: NnUNet) -> InProcess:
+    """The same with the preprocessed phantoms."""
+    for data in ("nnUNetPlans_2d", "nnUNetPlans_3d_fullres"):
+        (own_folders.preprocessed / PHANTOM / data).symlink_to(nnunet.preprocessed / PHANTOM / data)
+    return own_folders
+
+
+def choice(message: str) -> list[str]:
+    """The options that a message tells to choose."""
+    return shlex.split(message.rpartition("choose ")[2])
+
+
+class TestRemedies:
+    """What a message tells to do is done, and then the command works."""
+
+    @pytest.mark.parametrize(
+        "of_model, wrong, right",
+        [
+            ("3d_small", ["-c", "2d_small"], ["-p", "nnUNetPlans", "-c", "3d_small"]),
+            ("3d_small", ["-c", "3d_fullres"], ["-p", "nnUNetPlans", "-c", "3d_small"]),
+            ("2d_small", ["-p", "nnUNetResEncUNetMPlans", "-c", "2d"], ["-p", "nnUNetPlans", "-c", "2d_small"]),
+        ],
+    )
+    def test_another_configuration_or_plans_of_the_dataset(
+        self, nnunet, preprocessed, tmp_path, refuse, of_model, wrong, right
+    ):
+        plain = save_untrained(tmp_path / "plain", nnUNetTrainer, nnunet.preprocessed, configuration=of_model)
+        message = refuse(plain, *wrong)
+        assert choice(message) == right
+        assert "move_plans" not in message
+        assert warm_start(plain, tmp_path / "out", *right) == 0
+
+    @pytest.mark.parametrize(
+        "source, is_planned_here",
+        [("Dataset902_Source", True), ("Dataset902_Source", False), ("Dataset901_Elsewhere", False), (PHANTOM, False)],
+    )
+    def test_the_plans_of_the_model_are_moved_where_no_others_fit(
+        self, nnunet, own_folders, tmp_path, refuse, source, is_planned_here
+    ):
+        plans = read_plans(nnunet)
+        plans["dataset_name"] = source
+        kwargs = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
+        kwargs["features_per_stage"] = [5] * len(kwargs["features_per_stage"])
+        plain = save_untrained(tmp_path / "a model", nnUNetTrainer, nnunet.preprocessed, plans=plans)
+        if is_planned_here:
+            (own_folders.preprocessed / source).mkdir()
+            for file in ("plans.json", "dataset.json"):
+                name = file.replace("plans", "nnUNetPlans")
+                shutil.copy(plain.parents[1] / file, own_folders.preprocessed / source / name)
+        message = refuse(plain)
+        commands = message.partition(f"to plan it for {PHANTOM}: ")[2].rpartition("; then choose ")[0].split(" && ")
+        assert len(commands) == (2 if is_planned_here else 3)
+        for command in map(shlex.split, commands):
+            if command[0] == "cp":
+                subprocess.run(command, check=True)
+            else:
+                own_folders.run(*command, log="")
+        right = choice(message)
+        assert right == ["-p", f"nnUNetPlansFrom{source}", "-c", CONFIGURATION]
+        assert warm_start(plain, tmp_path / "out", *right) == 0
+        training = get_trainer_from_args(PHANTOM, CONFIGURATION, 0, FINETUNE, right[1], False, CPU)
+        maybe_load_checkpoint(training, False, False, str(tmp_path / "out" / "pretrained.pth"))
+        training.on_train_start()
+        assert training.train_step(next(training.dataloader_train))["loss"] > -1
+
+    def test_plans_that_are_in_the_checkpoint_only(self, nnunet, own_folders, tmp_path, refuse):
+        plans = read_plans(nnunet)
+        plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]["conv_bias"] = False
+        plain = save_untrained(tmp_path / "plain", nnUNetTrainer, nnunet.preprocessed, plans=plans)
+        alone = shutil.copy(plain, tmp_path / "alone.pth")
+        assert "; give the model folder, with its plans.json, as --from" in refuse(alone)
+        assert "to plan it for" in refuse(plain.parents[1])
+
+    def test_a_dataset_that_is_not_preprocessed(self, nnunet, own_folders, tmp_path, refuse):
+        plain = save_untrained(tmp_path / "plain", nnUNetTrainer, nnunet.preprocessed)
+        message = refuse(plain)
+        assert f"{PHANTOM}/nnUNetPlans_2d does not exist: run nnUNetv2_preprocess -d 901" in message
+        own_folders.run(*shlex.split(message.partition(": run ")[2]), log="")
+        assert warm_start(plain, tmp_path / "out") == 0
+
+    def test_a_dataset_that_is_not_planned(self, nnunet, own_folders, tmp_path, refuse, capsys):
+        write_raw_dataset(own_folders.raw / "Dataset903_Tiny")
+        plain = save_untrained(tmp_path / "plain", nnUNetTrainer, nnunet.preprocessed)
+        arguments = ("-d", "903", "-c", "2d")
+        assert "; nnUNetv2_plan_and_preprocess plans it" in refuse(plain, *arguments)
+        own_folders.run("nnUNetv2_plan_and_preprocess", "-d", "903", "-c", "2d", "-npfp", "2", log="")
+        capsys.readouterr()
+        (own_folders.preprocessed / "Dataset903_Tiny" / "nnUNetPlans.json").unlink()
+        assert "has no plans nnUNetPlans: nnUNetv2_plan_experiment makes them" in refuse(plain, *arguments)
+        own_folders.run("nnUNetv2_plan_experiment", "-d", "903", log="")
+        assert "to plan it for Dataset903_Tiny" in refuse(plain, *arguments)
+
+    def test_a_fold_of_a_checkpoint_is_left_out(self, plain_checkpoint, tmp_path, refuse):
+        assert "leave -f out" in refuse(plain_checkpoint, "-f", "0")
+        assert warm_start(plain_checkpoint, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    "labels, heads",
+    [
+        ({"background": 0, "organ": 1}, "background, organ"),
+        ({"background": 0, "one": 1, "two": 2, "three": 3}, "background, one, two, three"),
+        ({"background": 0, "tumour": 1, "organ": 2, "ignore": 3}, "background, tumour, organ"),
+        ({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "rim": 3}, "whole, core, rim"),
+    ],
+)
+def test_heads_of_another_meaning_start_anew(nnunet_environment, tmp_path, capsys, labels, heads):
+    """As many heads may stand for other labels."""
+    dataset_json = read_dataset_json(nnunet_environment) | {"labels": labels, "regions_class_order": [1, 2, 3]}
+    plain = save_untrained(
+        tmp_path / "plain", nnUNetTrainer, nnunet_environment.preprocessed, dataset_json=dataset_json
+    )
+    assert warm_start(plain, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert os.listdir(tmp_path / "out") == ["pretrained.pth"]
+    (command,) = (line for line in printed.splitlines() if line.startswith("  "))
+    assert f"The segmentation heads of {PHANTOM} start anew" in printed
+    assert f"have another meaning: {heads} (here " in printed
+    assert shlex.split(command) == [
+        *("nnUNetv2_train", PHANTOM, CONFIGURATION, "0", "-tr", FINETUNE, "-p", "nnUNetPlans"),
+        *("-pretrained_weights", str(tmp_path / "out" / "pretrained.pth")),
+    ]
+    written = torch.load(tmp_path / "out" / "pretrained.pth", weights_only=False)["network_weights"]
+    for key, weight in torch.load(plain, weights_only=False)["network_weights"].items():
+        if ".seg_layers." not in key:
+            assert torch.equal(written[key], weight)
+        elif key.endswith(".weight"):
+            assert not torch.equal(written[key], weight)
+    training = get_trainer_from_args(PHANTOM, CONFIGURATION, 0, FINETUNE, "nnUNetPlans", False, CPU)
+    maybe_load_checkpoint(training, False, False, shlex.split(command)[-1])
+    network = training.network.state_dict()
+    assert network.keys() == written.keys()
+    assert all(torch.equal(network[key], weight) for key, weight in written.items() if ".seg_layers." not in key)
+
+
+def test_the_names_of_labels_decide_and_not_their_order_in_the_file(nnunet_environment, tmp_path, capsys):
+    dataset_json = read_dataset_json(nnunet_environment)
+    dataset_json["labels"] = dict(reversed(dataset_json["labels"].items()))
+    dataset_json["channel_names"] = {"0": "CT"}
+    plain = save_untrained(
+        tmp_path / "plain", nnUNetTrainer, nnunet_environment.preprocessed, dataset_json=dataset_json
+    )
+    assert warm_start(plain, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "fold_0").is_dir()
+    assert f"reads the channels CT, those of {PHANTOM} are phantom: check" in capsys.readouterr().out

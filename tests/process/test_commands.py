@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -142,3 +143,20 @@ def test_memory_settings_are_for_the_cpu_only(tmp_path, monkeypatch):
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     assert "MALLOC_TRIM_THRESHOLD_" in NnUNet(tmp_path, "cpu").environment()
     assert "MALLOC_TRIM_THRESHOLD_" not in NnUNet(tmp_path, "cuda").environment()
+
+
+def test_workers_are_as_many_as_the_cores_that_the_process_may_use():
+    """As under `taskset` or in a job of Slurm, on a machine of 64 cores."""
+    program = (
+        "import os\n"
+        "os.cpu_count, os.sched_getaffinity = lambda: 64, lambda process: {5}\n"
+        "from pathlib import Path\n"
+        "from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet\n"
+        "names = ('nnUNet_def_n_proc', 'nnUNet_n_proc_DA', 'PYTHON_CPU_COUNT')\n"
+        "for device in ('cpu', 'cuda', 'mps'):\n"
+        "    environment = NnUNet(Path(), device).environment()\n"
+        "    print(NUM_WORKERS, *(environment[name] for name in names))\n"
+    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("nnUNet", "PYTHON_CPU"))}
+    printed = subprocess.run([sys.executable, "-c", program], env=own, capture_output=True, text=True, check=True)
+    assert printed.stdout.splitlines() == ["1 1 1 1"] * 3

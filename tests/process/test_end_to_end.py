@@ -75,7 +75,9 @@ def test_a_life_of_a_model(nnunet: NnUNet, tmp_path: Path, trainer: str, configu
     killed = train_until_killed(here, train, fold / "checkpoint_latest.pth")
     done = killed["current_epoch"]
     recorded = RoutingHistory.read(fold / RECORD).epochs
-    (fold / "checkpoint_latest.pth.tmp").write_bytes(b"half a checkpoint")
+    left = fold / ".nnunet_xattnres_left"
+    left.mkdir()
+    (left / "checkpoint_latest.pth").write_bytes(b"half a checkpoint")
 
     set_num_epochs(here, configuration, done + 2)
     here.run(*train, "--c", log="continue")
@@ -84,7 +86,7 @@ def test_a_life_of_a_model(nnunet: NnUNet, tmp_path: Path, trainer: str, configu
     assert continued["current_epoch"] == done + 2
     assert len(continued["logging"]["train_losses"]) == done + 2
     assert continued["logging"]["train_losses"][:done] == killed["logging"]["train_losses"]
-    assert not list(fold.glob("*.tmp"))
+    assert not list(fold.glob(".nnunet_xattnres_*"))
     read = RoutingHistory.read(fold / RECORD).epochs
     assert list(read) == list(range(done + 2))
     assert all(read[epoch] == recorded[epoch] for epoch in range(done))

@@ -54,7 +54,7 @@ def test_triton_on_the_cpu_asks_for_another_backend(monkeypatch):
 
     monkeypatch.setattr(triton_operator, "INTERPRETED", False)
     attend = attention_backend("triton")
-    with pytest.raises(XAttnResError, match=r"needs a GPU.*'auto'$"):
+    with pytest.raises(XAttnResError, match=r"needs CUDA.*on cpu.*'auto'$"):
         attend(torch.ones(2), torch.ones(2), [Candidate(torch.ones(1, 2, 4, 4), None)], (4, 4))
 
 

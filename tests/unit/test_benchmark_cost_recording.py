@@ -14,7 +14,7 @@ from nnunet_xattnres.benchmark.cost_recording import recorded_costs
 
 def test_memory_is_recorded_until_the_training_has_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(cost_recording, "SAMPLING_SECONDS", 0.01)
-    cost_recording.record_costs(tmp_path, num_gpus=0)
+    cost_recording.record_costs(tmp_path, "cpu")
     held = np.ones(100_000_000 // 8)
     assert eventually((tmp_path / "costs.json").exists)
     time.sleep(0.1)
@@ -28,7 +28,7 @@ def test_every_device_of_a_training_is_recorded_once_and_none_of_its_validation(
     for cpu, cores in (("Slow", 2), ("Slow", 2), ("Slow", 3), ("Fast", 3)):
         monkeypatch.setattr(cost_recording, "cpu_name", lambda cpu=cpu: cpu)
         monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
-        cost_recording.record_costs(tmp_path, num_gpus=0)
+        cost_recording.record_costs(tmp_path, "cpu")
         final.touch()
         assert eventually(lambda: not any(thread.name == cost_recording.COSTS for thread in threading.enumerate()))
         final.unlink()
@@ -36,7 +36,7 @@ def test_every_device_of_a_training_is_recorded_once_and_none_of_its_validation(
     assert recorded_costs(tmp_path)["devices"] == devices
     final.touch()
     monkeypatch.setattr(cost_recording, "cpu_name", lambda: "Another")
-    cost_recording.record_costs(tmp_path, num_gpus=0)
+    cost_recording.record_costs(tmp_path, "cpu")
     time.sleep(0.1)
     assert recorded_costs(tmp_path)["devices"] == devices
 
@@ -44,7 +44,17 @@ def test_every_device_of_a_training_is_recorded_once_and_none_of_its_validation(
 @pytest.mark.parametrize(("num_gpus", "device"), [(1, "A100"), (4, "4 x A100")])
 def test_gpus_are_named_with_their_number(num_gpus, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
-    assert cost_recording._device_name(num_gpus) == device
+    assert cost_recording._device_name("cuda", num_gpus) == device
+
+
+def test_an_apple_gpu_is_not_taken_for_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost_recording, "SAMPLING_SECONDS", 0.01)
+    monkeypatch.setattr(cost_recording, "cpu_name", lambda: "Apple M9")
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 3_000_000_000)
+    cost_recording.record_costs(tmp_path, "mps")
+    (tmp_path / "checkpoint_final.pth").touch()
+    assert eventually(lambda: not any(thread.name == cost_recording.COSTS for thread in threading.enumerate()))
+    assert recorded_costs(tmp_path) == {"peak_memory_gb": 3.0, "devices": ["Apple M9, MPS"]}
 
 
 def test_no_record_and_a_damaged_one_say_nothing(tmp_path):

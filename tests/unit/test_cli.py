@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_xattnres.cli import main
+from nnunet_xattnres.routing.recording import CAVEAT
 
 
 def test_trainers_prints_the_folder_and_nothing_else(capsys):
@@ -75,3 +76,9 @@ def test_an_interrupted_demo_says_how_to_continue(monkeypatch, capsys):
     monkeypatch.setattr("nnunet_xattnres.tools.demo.run_demo", interrupted)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command continues\n")
+
+
+def test_the_help_of_inspect_says_that_weights_are_not_influence(capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", "--help"])
+    assert CAVEAT in " ".join(capsys.readouterr().out.split())

@@ -1,10 +1,25 @@
-"""Memory of a device: the peak, and errors that say that there is too little."""
+"""The choice of a device, its memory: the peak, and errors that say that there is too little."""
 
 import time
 
+import pytest
 import torch
 
-from nnunet_xattnres.common.device import SAMPLING_SECONDS, PeakMemory, is_out_of_memory
+from nnunet_xattnres.common.device import SAMPLING_SECONDS, PeakMemory, choose_device, is_out_of_memory
+from nnunet_xattnres.common.errors import XAttnResError
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "chosen"), [(True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_a_gpu_is_chosen_where_there_is_one(cuda, mps, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert choose_device() == choose_device(chosen) == chosen
+    assert choose_device("cpu") == "cpu"
+    for missing in {"cuda", "mps"} - {chosen}:
+        with pytest.raises(XAttnResError, match=f"no {missing.upper()} device here: use --device {chosen}"):
+            choose_device(missing)
 
 
 def test_peak_memory_is_what_was_allocated_in_between():
@@ -41,6 +56,15 @@ def test_peak_memory_of_a_gpu_is_that_of_pytorchs_allocator(monkeypatch):
             pass
     assert memory.peak == 3
     assert len(resets) == 2
+
+
+def test_peak_memory_of_an_apple_gpu_is_sampled(monkeypatch):
+    allocated = iter([2, 3])
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: next(allocated, 1))
+    memory = PeakMemory(torch.device("mps"))
+    with memory.observed():
+        time.sleep(20 * SAMPLING_SECONDS)
+    assert memory.peak == 3
 
 
 def test_other_errors_are_not_taken_for_want_of_memory():

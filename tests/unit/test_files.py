@@ -10,6 +10,7 @@ from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import (
     check_writable,
     folder_written_atomically,
+    link_or_copy,
     make_writable_folder,
     read_json,
     temporary_folder,
@@ -27,12 +28,18 @@ class TestFiles:
             temporary.write_text("new")
         assert [file.read_text() for file in tmp_path.iterdir()] == ["new"]
 
+    def test_processes_with_the_same_number_on_two_machines_may_write_it(self, tmp_path):
+        with written_atomically(tmp_path / "new.txt") as first, written_atomically(tmp_path / "new.txt") as second:
+            first.write_text("one")
+            second.write_text("other")
+        assert [file.read_text() for file in tmp_path.iterdir()] == ["one"]
+
     def test_on_a_full_disk_a_file_keeps_its_previous_version(self, tmp_path, monkeypatch):
         path = tmp_path / "plans.json"
         write_json_atomically({"plans": "previous"}, path)
         previous = path.read_bytes()
 
-        def disk_full(self, text):
+        def disk_full(self, text, encoding):
             self.write_bytes(text.encode()[:5])
             raise OSError("No space left on device")
 
@@ -41,6 +48,29 @@ class TestFiles:
             write_json_atomically({"plans": "next"}, path)
         assert path.read_bytes() == previous
         assert list(tmp_path.iterdir()) == [path]
+
+    def test_what_cannot_be_linked_is_copied(self, tmp_path, monkeypatch):
+        """Windows allows links to administrators only."""
+
+        def refuse(self, target):
+            raise OSError(1314, "A required privilege is not held by the client")
+
+        folder = tmp_path / "data"
+        (folder / "images").mkdir(parents=True)
+        (folder / "images" / "image").write_text("voxels")
+        link_or_copy(folder, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+        link_or_copy(folder, tmp_path / "copy")
+        link_or_copy(folder / "images" / "image", tmp_path / "image")
+        assert (tmp_path / "copy" / "images" / "image").read_text() == (tmp_path / "image").read_text() == "voxels"
+        assert not (tmp_path / "copy").is_symlink()
+
+    def test_json_is_utf_8_whatever_the_system_s_encoding(self, tmp_path, monkeypatch):
+        read_text = Path.read_text
+        monkeypatch.setattr(Path, "read_text", lambda path, encoding="cp1252", *_: read_text(path, encoding))
+        (tmp_path / "dataset.json").write_bytes('{"name": "Œdeme ≥ 1"}'.encode())
+        assert read_json(tmp_path / "dataset.json", "") == {"name": "Œdeme ≥ 1"}
 
 
 class TestFolders:

@@ -20,6 +20,7 @@ from helpers.images import write_oblique_phantom
 from helpers.routing import assert_no_texts_overlap, history_of
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.routing.drawing import CasePicture, draw_case
+from nnunet_xattnres.routing.recording import CAVEAT
 from nnunet_xattnres.tools.inspection import trained_model
 from nnunet_xattnres.tools.inspection.image_files import find_cases
 from nnunet_xattnres.tools.inspection.nifti import as_nifti
@@ -203,7 +204,17 @@ def test_no_texts_of_a_case_overlap(num_stages, shape, num_labels):
     for target, names in sources.items():
         picture.maps[target] = {name: (rng.random(shape), 0.12) for name in names}
     with style.context("default"):
-        assert_no_texts_overlap(draw_case(picture))
+        figure = draw_case(picture)
+        assert_no_texts_overlap(figure)
+    assert any(CAVEAT in text.get_text() for text in figure.texts)
+
+
+def test_a_picture_of_few_maps_is_wide_enough_for_its_texts():
+    maps = {"D0": {name: (np.ones((9, 9)), 0.5) for name in ("block1", "block2")}}
+    with style.context("default"):
+        assert_no_texts_overlap(
+            draw_case(CasePicture("a", np.ones((9, 9)), np.eye(9, dtype=int), (1, 1), {1: "b"}, maps))
+        )
 
 
 @pytest.mark.parametrize("zoom", [1, 4])

@@ -1,15 +1,21 @@
 """Stage-level XAttnRes in networks as nnU-Net plans them: against the formulas, and beside the planned network."""
 
 import copy
+import re
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from operator import floordiv
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchgen
+import yaml
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from helpers import formulas
 from helpers.networks import (
@@ -66,6 +72,40 @@ COMPILED = {
     "2d-encoder": (ISOTROPIC_2D[:3], XAttnResConfig(read_in_decoder=False), [2, 1]),
     "2d-block": (ISOTROPIC_2D[:2], BlockXAttnResConfig(bank_includes_input=True), [2]),
 }
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of the operations and the types of what they put out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.dtypes = set(), set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        out = operation(*arguments, **(options or {}))
+        self.names.add(operation.name().removeprefix("aten::"))
+        self.dtypes |= {tensor.dtype for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)}
+        return out
+
+
+@pytest.mark.parametrize(
+    "config", [ARRANGEMENTS["skips"], ARRANGEMENTS["residual"], BlockXAttnResConfig(bank_includes_input=True)]
+)
+def test_an_apple_gpu_can_compute_it(config):
+    """There is none here. PyTorch's own list says which operations MPS has; it has no float64."""
+    path = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    listed = {entry["func"].partition("(")[0]: entry for entry in yaml.load(path.read_text(), yaml.CSafeLoader)}
+
+    def has_mps(name):
+        entry = listed[listed[name].get("structured_delegate", name)]
+        return "dispatch" not in entry or any(re.search("MPS|Composite", kernels) for kernels in entry["dispatch"])
+
+    network = add_xattnres(planned_network(ISOTROPIC_3D, ResidualEncoderUNet), config)
+    with Operations() as operations, network.routing():
+        network(torch.randn(2, 1, *smallest_image(ISOTROPIC_3D, (2, 2, 2)))).sum().backward()
+    assert "convolution_backward" in operations.names
+    assert [name for name in operations.names if not has_mps(name)] == []
+    assert torch.float64 not in operations.dtypes
 
 
 @pytest.fixture(params=PLANS)

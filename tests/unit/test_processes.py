@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from nnunet_xattnres.common.processes import environment_with, how_it_ended, last_meaningful_line
+from nnunet_xattnres.common.processes import environment_with, how_it_ended, last_meaningful_line, was_killed
 
 
 def test_environment_is_restored_even_after_an_error(monkeypatch):
@@ -21,6 +21,8 @@ def test_environment_is_restored_even_after_an_error(monkeypatch):
 def test_an_end_is_named_by_its_signal_or_its_status():
     assert how_it_ended(-signal.SIGABRT) == "ended by SIGABRT"
     assert how_it_ended(3) == "exit status 3"
+    assert was_killed(-9)
+    assert not was_killed(3)
 
 
 def test_last_meaningful_line_skips_progress_bars():

@@ -1,5 +1,7 @@
 """The record of a training's attention weights, and its picture."""
 
+import json
+
 import numpy as np
 import pytest
 import seaborn
@@ -13,7 +15,7 @@ from nnunet_xattnres import XAttnResConfig
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.build import add_xattnres
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
-from nnunet_xattnres.routing.recording import RoutingHistory, ValidationRecorder, in_pool_order
+from nnunet_xattnres.routing.recording import CAVEAT, RoutingHistory, ValidationRecorder, in_pool_order
 
 
 def test_sources_are_ordered_as_they_are_computed():
@@ -44,6 +46,7 @@ class TestHistory:
         history.write(tmp_path / "routing.json")
         assert RoutingHistory.read(tmp_path / "routing.json") == history
         assert list(tmp_path.iterdir()) == [tmp_path / "routing.json"]
+        assert json.loads((tmp_path / "routing.json").read_text())["note"] == CAVEAT
 
     def test_a_training_that_goes_on_replaces_what_comes_later(self):
         history = history_of(4, 5)
@@ -68,6 +71,7 @@ class TestPictureOfATraining:
         with style.context("default"):
             figure = draw_history(history_of(num_stages, num_epochs))
             assert_no_texts_overlap(figure)
+        assert CAVEAT in [text.get_text() for text in figure.texts]
 
     @pytest.mark.parametrize("num_stages", [8, 10])
     def test_no_two_lines_look_alike(self, num_stages):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from nnunet_xattnres.common.errors import one_line
 from nnunet_xattnres.routing.drawing import CasePicture, draw_case, save_figure
+from nnunet_xattnres.routing.recording import CAVEAT
 from nnunet_xattnres.tools.inspection.nifti import as_nifti
 from nnunet_xattnres.tools.inspection.regions import LabelMap, Regions, Volume
 from nnunet_xattnres.tools.inspection.slices import Slice
@@ -64,6 +65,7 @@ def inspect_case(model: Model, case: str, files: Sequence[str], folder: Path, fo
         "fold": model.fold,
         "checkpoint": model.checkpoint_name,
         "images": [str(file) for file in files],
+        "note": CAVEAT,
         "voxels": regions.voxels,
         "mean_weights": means,
     }

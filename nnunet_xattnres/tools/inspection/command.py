@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
-import psutil
 import torch
 from tqdm import tqdm
 
-from nnunet_xattnres.common.device import choose_device, is_out_of_memory, limit_memory
+from nnunet_xattnres.common.device import choose_device, free_memory, is_out_of_memory, limit_memory
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import check_writable, temporary_folder
 from nnunet_xattnres.common.processes import termination_as_exception
@@ -35,7 +34,7 @@ class Options:
     images: folders, or files named as nnU-Net expects them.
     output: the parent of the folders that are written, one for every case.
     targets: their names. None: all.
-    device: "cpu" or "cuda". None: a GPU if there is one.
+    device: see `choose_device`.
     pdf: draw pictures as PDF too.
     trust_checkpoint: see `read_checkpoint`.
     """
@@ -59,7 +58,7 @@ def run_inspect(options: Options) -> None:
     """
     device = torch.device(choose_device(options.device))
     if device.type == "cpu":
-        limit_memory(psutil.virtual_memory().available + psutil.swap_memory().free)
+        limit_memory(free_memory())
     model = Model(options.model, options.fold, options.checkpoint, options.targets, device, options.trust_checkpoint)
     cases = find_cases(options.images, model.dataset_json["file_ending"])
     for case in cases:
@@ -114,8 +113,11 @@ def _errors_explained(what: str, device: torch.device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        remedy = "choose fewer --targets" + ", or --device cpu" * (device.type == "cuda")
-        raise XAttnResError(f"too little memory for {what}: {remedy}") from None
+        # Python, NumPy and the check before the first tile mean the memory of the CPU, and their messages are short.
+        of_cpu = isinstance(error, MemoryError)
+        remedy = "choose fewer --targets" + ", or --device cpu" * (device.type != "cpu" and not of_cpu)
+        detail = f" ({error})" if of_cpu and str(error) else ""
+        raise XAttnResError(f"too little memory for {what}{detail}: {remedy}") from None
 
 
 def _check_replaceable(place: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nnunet_xattnres.common.device import is_out_of_memory
+from nnunet_xattnres.common.device import free_memory, is_out_of_memory
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.model.planned_unet import PlannedUNet
 from nnunet_xattnres.nnunet.datasets import names_of_values
@@ -31,6 +32,16 @@ from nnunet_xattnres.training.mixin import check_preset
 # precision. The centre of a tile has the weight 10, and up to eight centres overlap. With this factor the attention
 # weights neither vanish in the corners nor overflow.
 BLENDING_SCALE = 256
+
+# Memory in bytes, measured on a CPU beside the image itself. nnU-Net blends in half precision. After the last tile, its
+# search for infinity takes 3 bytes more.
+KEPT_PER_CHANNEL = 2
+PEAK_PER_CHANNEL = 5
+BLENDED_WEIGHT = 2
+# Then the logits return to the geometry of the image, all at once, in double precision if they are resampled. After
+# them the maps do, one by one, with what their means need.
+RETURNED_PER_HEAD = 8
+RETURNED_PER_MAP = 32
 
 
 class NetworkWithWeights(nn.Module):
@@ -155,19 +166,45 @@ class Model:
 
         Both are in half precision. nnU-Net's preprocessing adds entries to `properties`.
 
-        Raises `XAttnResError` if the network puts out NaN or infinity.
+        Raises `XAttnResError` if the network puts out NaN or infinity, and `MemoryError` before the first tile if what
+        comes after the last one would not fit into memory.
         """
         data, _, _ = self.preprocessor.run_case_npy(
             image, None, properties, self.plans, self.configuration, self.dataset_json
         )
+        self._check_memory(data.shape[1:], image.shape[1:])
         channels = self.predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).cpu()
-        if not channels.isfinite().all():
+        # One after the other, because a copy of all channels may not fit into memory.
+        if not all(channel.isfinite().all() for channel in channels):
             raise XAttnResError(
                 f"the network of {self.folder} answers with values that are no numbers: choose the checkpoint of a "
                 "training that has not diverged"
             )
         logits, *weights = channels.split([self.num_heads, *map(len, self.sources.values())])
         return logits, dict(zip(self.sources, weights, strict=True))
+
+    def _check_memory(self, preprocessed: Sequence[int], original: Sequence[int]) -> None:
+        """Raise `MemoryError` for images of these sizes if there is too little memory. Choose where tiles are blended.
+
+        On a GPU with too little memory nnU-Net would begin again with that of the CPU, after any number of tiles.
+        """
+        blending, returning = self.memory_needed(preprocessed, original)
+        device = self.predictor.device
+        on_gpu = device.type == "cuda" and blending < torch.cuda.mem_get_info(device)[0]
+        self.predictor.perform_everything_on_device = on_gpu
+        needed, free = returning if on_gpu else max(blending, returning), free_memory()
+        if needed > free:
+            raise MemoryError(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+
+    def memory_needed(self, preprocessed: Sequence[int], original: Sequence[int]) -> tuple[int, int]:
+        """Bytes beside images of these sizes: for blending tiles, and for what comes after it."""
+        patch = self.configuration.patch_size
+        in_plane = map(max, preprocessed[-len(patch) :], patch)  # nnU-Net pads a small image
+        padded = prod([*preprocessed[: -len(patch)], *in_plane])
+        channels = self.num_heads + self.num_maps
+        returned = (prod(preprocessed) + prod(original)) * max(RETURNED_PER_HEAD * self.num_heads, RETURNED_PER_MAP)
+        blending = padded * (PEAK_PER_CHANNEL * channels + BLENDED_WEIGHT)
+        return blending, padded * KEPT_PER_CHANNEL * channels + returned
 
     def maps(
         self, weights: Mapping[str, Tensor], properties: dict[str, Any]
@@ -208,7 +245,7 @@ class Model:
                 "model of an XAttnRes trainer"
             )
         if "xattnres" in checkpoint["init_args"]:
-            check_preset(str(self.folder / self.checkpoint_name), checkpoint, trainer, "inspect it")
+            check_preset(str(self.folder / self.checkpoint_name), checkpoint, network, self.trainer, "inspect it")
         try:
             network.load_state_dict(checkpoint["network_weights"])
         except RuntimeError as error:
