@@ -6,10 +6,8 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = "nnunet_xattnres/ops/native"
 # No -ffast-math: it forgets infinities, and linking with it sets flush-to-zero for the whole process.
-FLAGS = (
-    "-O3 -std=gnu11 -fvisibility=hidden -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
-    "-Wall -Wextra -Wno-psabi"
-).split()
+FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
 
 
 class BuildLibrary(build_ext):

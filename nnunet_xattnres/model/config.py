@@ -7,7 +7,7 @@ from typing import Any
 from nnunet_xattnres.common.errors import XAttnResError
 
 FUSIONS = ("replace", "residual")
-BACKENDS = ("auto", "reference", "streaming", "triton")
+BACKENDS = ("auto", "reference", "streaming", "native", "triton")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class XAttnResConfig:
     read_in_encoder, read_in_decoder: where stages read from the pool.
     fusion: `"replace"`, as in the paper: the mixture over pool and input replaces the stage's input. `"residual"`: the
         mixture over the pool alone, times a gate per channel that is zero at initialisation, is added to the input.
-    backend: how the attention is computed: `"auto"`, `"reference"`, `"streaming"` or `"triton"`. All compute the same.
+    backend: how the attention is computed: `"auto"`, `"reference"`, `"streaming"`, `"native"` (on a CPU) or `"triton"`
+        (on a GPU). All compute the same.
 
     Raises `XAttnResError` for a value that does not exist.
     """
@@ -59,7 +60,8 @@ class BlockXAttnResConfig:
     bank_includes_input: the stage's input opens the bank that its blocks read from (not in the authors' code).
     kv_ratio: the number of channels of DKVMR's keys, as a fraction of the memory's.
     temperature: divides ISAR's scores.
-    backend: as in `XAttnResConfig`. `"triton"` is `"streaming"` here, because its kernels compute stage level only.
+    backend: as in `XAttnResConfig`. Here, `"native"` and `"triton"` are `"streaming"`, because they compute stage level
+        only.
 
     Raises `XAttnResError` for a value that does not exist.
     """

@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL:
     if not FILE.is_file():
         raise XAttnResError(
             "the backend 'native' has no compiled library here: install a C compiler, such as gcc, and install "
-            "nnunet-xattnres again, or use the backend 'auto'"
+            "nnunet-xattnres again, or let the backend 'auto' choose 'streaming'"
         )
     try:
         loaded = ctypes.CDLL(str(FILE))
@@ -77,6 +77,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+@torch.compiler.assume_constant_result
 def is_available() -> bool:
     """Whether the library is there and can be loaded."""
     try:
@@ -94,7 +95,7 @@ def parallel_runner() -> int | None:
     """
     for file in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*")):
         try:
-            runtime = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD)  # type: ignore[attr-defined]
+            runtime = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD)
             return cast(runtime.GOMP_parallel, c_void_p).value
         except (OSError, AttributeError):
             continue

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from nnunet_xattnres.ops.reference import EPS, Candidate, is_exporting, scaled_q
 from nnunet_xattnres.ops.streaming import attend_streaming
 
 # Written out, because older PyTorch cannot infer them from annotations with collections.abc.Sequence.
-FORWARD_SCHEMA = "(Tensor query, Tensor[] features, Tensor?[] projections, SymInt[] size, float eps) -> Tensor"
+FORWARD_SCHEMA = "(Tensor query, Tensor[] features, Tensor[] projections, SymInt[] size, float eps) -> Tensor"
 BACKWARD_SCHEMA = (
-    "(Tensor gradient, Tensor query, Tensor[] features, Tensor?[] projections, float eps, bool[] features_wanted, "
+    "(Tensor gradient, Tensor query, Tensor[] features, Tensor[] projections, float eps, bool[] features_wanted, "
     "bool[] projections_wanted) -> (Tensor, Tensor[], Tensor[])"
 )
 
@@ -45,7 +46,10 @@ def attend_native(
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
     for candidate in candidates:
         upsampling_factors(candidate.features.shape[2:], size)
-    features, projections = (list(each) for each in zip(*candidates, strict=True))
+    # A list of tensors for an operator has no gaps, so the candidates with a projection come first.
+    ordered = sorted(candidates, key=lambda candidate: candidate.projection is None)
+    features = [candidate.features for candidate in ordered]
+    projections = [candidate.projection for candidate in ordered if candidate.projection is not None]
     return attend_on_cpu(scaled_query(query, norm_scale), features, projections, size, eps)
 
 
@@ -70,7 +74,9 @@ def is_served(query: Tensor, candidates: Sequence[Candidate], key_channels: int 
 def check_native(device: str) -> None:
     """Raise `XAttnResError` for another device than "cpu", and if the library is missing or does not fit."""
     if device != "cpu":
-        raise XAttnResError(f"the backend 'native' runs on a CPU, and the network is on {device}: use the backend 'auto'")
+        raise XAttnResError(
+            f"the backend 'native' runs on a CPU, and the network is on {device}: use the backend 'auto'"
+        )
     library()
 
 
@@ -86,13 +92,13 @@ def _log_fallback() -> None:
 def attend_on_cpu(
     query: Tensor,
     features: Sequence[Tensor],
-    projections: Sequence[Tensor | None],
+    projections: Sequence[Tensor],
     size: Sequence[int],
     eps: float,
 ) -> Tensor:
     """The attention over features (B, C_k, *source_size), each projected and then upsampled to `size`.
 
-    query: w * g, (C,). All tensors have one dtype.
+    query: w * g, (C,). projections: of the first features; the others have none. All tensors have one dtype.
     """
     with without_autocast(query):
         return mix(query.contiguous(), _values(features, projections, size), size, eps)
@@ -105,7 +111,7 @@ def attend_on_cpu_backward(
     gradient: Tensor,
     query: Tensor,
     features: Sequence[Tensor],
-    projections: Sequence[Tensor | None],
+    projections: Sequence[Tensor],
     eps: float,
     features_wanted: Sequence[bool],
     projections_wanted: Sequence[bool],
@@ -113,25 +119,27 @@ def attend_on_cpu_backward(
     """The gradients of `attend_on_cpu`: of the query, of the features that want one, and of such projections."""
     with without_autocast(query):
         values = _values(features, projections, gradient.shape[2:])
-        wanted = [any(pair) for pair in zip(features_wanted, projections_wanted, strict=True)]
+        wanted = [any(pair) for pair in zip_longest(features_wanted, projections_wanted)]
         query_gradient, value_gradients = mix_gradients(gradient.contiguous(), query.contiguous(), values, wanted, eps)
         of_features, of_projections = [], []
-        for k, (h, projection, value_gradient) in enumerate(zip(features, projections, value_gradients, strict=True)):
+        for k, (h, value_gradient) in enumerate(zip(features, value_gradients, strict=True)):
             if value_gradient is None:
                 continue
             # (B, C_t, voxels), a view where the kernels compute channels last.
             value_gradient = value_gradient.flatten(2) if values[k].channels_first else value_gradient.flatten(1, -2).mT
+            projection = projections[k] if k < len(projections) else None
             if features_wanted[k]:
-                of_features.append(project(value_gradient, None if projection is None else projection.T).reshape(h.shape))
-            if projections_wanted[k]:
+                of_h = project(value_gradient, None if projection is None else projection.T)
+                of_features.append(of_h.reshape(h.shape))
+            if projection is not None and projections_wanted[k]:
                 of_projections.append((value_gradient @ h.flatten(2).mT).sum(dim=0))
     return query_gradient, of_features, of_projections
 
 
-def _values(features: Sequence[Tensor], projections: Sequence[Tensor | None], size: Sequence[int]) -> list[Values]:
+def _values(features: Sequence[Tensor], projections: Sequence[Tensor], size: Sequence[int]) -> list[Values]:
     """The projected candidates, as the kernels read them."""
     values = []
-    for h, projection in zip(features, projections, strict=True):
+    for h, projection in zip_longest(features, projections):
         source_size = h.shape[2:]
         if projection is not None:
             # The product comes out channels last.
@@ -146,7 +154,7 @@ def _values(features: Sequence[Tensor], projections: Sequence[Tensor | None], si
 
 @attend_on_cpu.register_fake
 def _(
-    query: Tensor, features: Sequence[Tensor], projections: Sequence[Tensor | None], size: Sequence[int], eps: float
+    query: Tensor, features: Sequence[Tensor], projections: Sequence[Tensor], size: Sequence[int], eps: float
 ) -> Tensor:
     return query.new_empty(features[0].shape[0], query.shape[0], *size)
 
@@ -156,7 +164,7 @@ def _(
     gradient: Tensor,
     query: Tensor,
     features: Sequence[Tensor],
-    projections: Sequence[Tensor | None],
+    projections: Sequence[Tensor],
     eps: float,
     features_wanted: Sequence[bool],
     projections_wanted: Sequence[bool],
@@ -165,35 +173,33 @@ def _(
     of_projections = [
         projection.new_empty(projection.shape)
         for projection, wanted in zip(projections, projections_wanted, strict=True)
-        if wanted and projection is not None
+        if wanted
     ]
     return query.new_empty(query.shape), of_features, of_projections
 
 
 def _save_for_backward(
     ctx: Any,
-    inputs: tuple[Tensor, Sequence[Tensor], Sequence[Tensor | None], Sequence[int], float],
+    inputs: tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[int], float],
     output: Tensor,
 ) -> None:
     query, features, projections, _, ctx.eps = inputs
+    ctx.num_features = len(features)
     ctx.save_for_backward(query, *features, *projections)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor | None], list[Tensor | None], None, None]:
     query, *tensors = ctx.saved_tensors
-    count = len(tensors) // 2
+    features, projections = tensors[: ctx.num_features], tensors[ctx.num_features :]
     _, features_wanted, projections_wanted, *_ = ctx.needs_input_grad
-    query_gradient, of_features, of_projections = attend_on_cpu_backward(
-        gradient, query, tensors[:count], tensors[count:], ctx.eps, features_wanted, projections_wanted
+    query_gradient, *gradients = attend_on_cpu_backward(
+        gradient, query, features, projections, ctx.eps, features_wanted, projections_wanted
     )
-    given = iter(of_features), iter(of_projections)
-    return (
-        query_gradient,
-        [next(given[0]) if wanted else None for wanted in features_wanted],
-        [next(given[1]) if wanted else None for wanted in projections_wanted],
-        None,
-        None,
+    of_features, of_projections = (
+        [next(computed) if each else None for each in wanted]
+        for computed, wanted in zip(map(iter, gradients), (features_wanted, projections_wanted), strict=True)
     )
+    return query_gradient, of_features, of_projections, None, None
 
 
 attend_on_cpu.register_autograd(_backward, setup_context=_save_for_backward)

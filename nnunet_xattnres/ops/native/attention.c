@@ -8,12 +8,12 @@
 #define EXPORT __attribute__((visibility("default")))
 
 extern const kernels kernels_baseline;
-#if defined(__x86_64__)
+#ifdef HAS_AVX2_KERNELS
 extern const kernels kernels_avx2;
 #endif
 
 static const kernels *kernels_here(void) {
-#if defined(__x86_64__)
+#ifdef HAS_AVX2_KERNELS
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kernels_avx2;
 #endif
     return &kernels_baseline;

@@ -8,6 +8,11 @@
 /* Raised with every change of the structures below. Python refuses a library of another number. */
 #define ABI 1
 
+/* ONLY_BASELINE is for tests. */
+#if defined(__x86_64__) && !defined(ONLY_BASELINE)
+#define HAS_AVX2_KERNELS
+#endif
+
 /* What a target reads, projected, at its own resolution (z, y, x). A 2D candidate has z = 1.
 
    Channels last: (B, z, y, x, C). channels_first: (B, C, z, y, x), only at the target's resolution.

@@ -1,5 +1,7 @@
 /* For x86 processors with AVX2 and FMA. */
-#if defined(__x86_64__)
+#include "attention.h"
+
+#ifdef HAS_AVX2_KERNELS
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
