@@ -56,15 +56,15 @@ def attend_native(
 def is_served(query: Tensor, candidates: Sequence[Candidate], key_channels: int | None) -> bool:
     """Whether the compiled loops compute a call.
 
-    They compute the stage level on a CPU where all tensors are of float32 or all of float64. An exported graph must
-    run without this package, so exports are not theirs.
+    They compute the stage level on a CPU where all tensors are of float32 or all of float64. On the meta device, the
+    operator gives the shapes. An exported graph must run without this package, so exports are not theirs.
     """
     tensors = [query, *(tensor for candidate in candidates for tensor in candidate if tensor is not None)]
     dtypes = {tensor.dtype for tensor in tensors}
     return (
         query.ndim == 1
         and key_channels is None
-        and query.device.type == "cpu"
+        and query.device.type in ("cpu", "meta")
         and dtypes in ({torch.float32}, {torch.float64})
         and not is_exporting()
         and is_available()
