@@ -27,6 +27,8 @@ from nnunet_xattnres.nnunet.datasets import reader_for
 
 # The packages that measure, and those that decide about the bytes of a report.
 RECORDED_PACKAGES = ("nnunet-xattnres", "monai", "SimpleITK", "numpy", "torch", "scipy", "pandas", "matplotlib")
+# Relative. File formats keep different numbers of digits.
+SPACING_TOLERANCE = 1e-3
 
 
 def labels_or_regions(labels: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -59,11 +61,18 @@ class References:
         return path.name.removesuffix(self.file_ending)
 
     def read(self, path: Path, remedy: str) -> tuple[NDArray[Any], tuple[float, ...]]:
-        """A label map of two or three dimensions, and its spacing in mm."""
+        """A label map of two or three dimensions, and its spacing in mm.
+
+        Raises `XAttnResError` if it cannot be read, and if it holds values that dataset.json does not name.
+        """
         try:
             label_map, properties = self.reader.read_seg(str(path))
         except Exception as error:
             raise XAttnResError(f"cannot read {path} ({one_line(str(error))}): {remedy}") from None
+        known = {0, self.ignored or 0, *(value for values in self.labels.values() for value in values)}
+        if not np.isin(label_map, list(known)).all():
+            unknown = ", ".join(f"{value:g}" for value in np.unique(label_map) if value not in known)
+            raise XAttnResError(f"{path} holds the values {unknown}, which dataset.json does not name: {remedy}")
         spacing = tuple(map(float, properties["spacing"]))
         return (label_map[0, 0], spacing[1:]) if label_map.shape[1] == 1 else (label_map[0], spacing)
 
@@ -85,11 +94,13 @@ class Prediction:
     def rows(self) -> list[dict[str, Any]]:
         """Its rows of cases.csv, one per label."""
         reference, spacing = self.references.read(self.reference, "get it again")
-        prediction, _ = self.references.read(self.path, self.remedy)
+        prediction, own_spacing = self.references.read(self.path, self.remedy)
         if prediction.shape != reference.shape:
             raise XAttnResError(
                 f"{self.path} has the shape {prediction.shape}, its reference {reference.shape}: {self.remedy}"
             )
+        if not np.allclose(own_spacing, spacing, rtol=SPACING_TOLERANCE, atol=0):
+            raise XAttnResError(f"{self.path} has the spacing {own_spacing}, its reference {spacing}: {self.remedy}")
         counted = reference != self.references.ignored
         case = {"family": self.references.family, "set": self.kind, "case": self.references.case(self.path)}
         rows = []
