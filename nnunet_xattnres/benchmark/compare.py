@@ -206,9 +206,10 @@ def _cells(runs: list[_Run], chosen: list[int] | None) -> Iterator[tuple[_Run, d
                     "with `nnUNetv2_train ... --val`, or choose another result"
                 )
         by_name = {(run.name, run.seed): run for run in of_dataset}
-        for name in dict.fromkeys(run.name for run in of_dataset):
+        # The order of a benchmark's matrix.
+        for seed in sorted({run.seed for run in of_dataset}):
             for fold in folds:
-                for seed in sorted({run.seed for run in of_dataset}):
+                for name in dict.fromkeys(run.name for run in of_dataset):
                     repeat = by_name.get((name, seed))
                     key = {"dataset": dataset, "configuration": configuration, "trainer": name}
                     state = repeat.state(fold) if repeat else MISSING

@@ -21,7 +21,7 @@ from helpers.result_folders import (
     write_references,
     write_result,
 )
-from nnunet_xattnres.benchmark import report
+from nnunet_xattnres.benchmark import measuring, report, statistics
 from nnunet_xattnres.benchmark.cells import Cell, write_cells
 from nnunet_xattnres.benchmark.result_folders import _number_of_parameters
 from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, write_spec
@@ -32,8 +32,9 @@ FIRST, SECOND, THIRD = "nnUNetTrainer", "nnUNetTrainerDA5", "MyTrainer"
 
 
 @pytest.fixture(autouse=True)
-def without_figures(monkeypatch):
+def quick_reports(monkeypatch):
     monkeypatch.setattr(report, "write_figures", lambda *given: [])
+    monkeypatch.setattr(statistics, "RESAMPLES", 99)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +127,8 @@ class TestResultFolders:
         costs = {"epochs": 2, "seconds_per_epoch": 3.5, "device": "NVIDIA H100", "versions": {"torch": "2.8"}}
         cells = [
             Cell(DATASET, "small", name, name, "nnUNetPlans", "small", fold, 0, 2, 0, test=False)
-            for name in (FIRST, SECOND)
             for fold in FOLDS
+            for name in (FIRST, SECOND)
         ]
         write_cells(root, cells)
         for cell in cells:
@@ -218,7 +219,7 @@ class TestResultFolders:
         cells = read_tables(compare(first, second)).cells
         printed = capsys.readouterr().out
         assert printed.count("no costs (") == 3
-        assert list(cells.seconds_per_epoch.fillna(0)) == [0, 3.5, 0, 0]
+        assert list(cells[cells.seconds_per_epoch.notna()].fold) == [1]
 
     def test_parameters_that_are_registered_twice_count_once(self, tmp_path):
         convolution = torch.nn.Conv2d(2, 3, 1)
@@ -355,6 +356,12 @@ class TestBadInput:
         assert main(["compare", str(first), str(second), "-o", output.format(first=first)]) == 1
         assert "which is only read: choose another -o" in capsys.readouterr().err
         assert contents(first) == before
+
+    def test_nothing_is_measured_for_a_report_that_cannot_be_written(self, first, second, monkeypatch, capsys):
+        Path("file").touch()
+        monkeypatch.delattr(measuring, "measure")
+        assert main(["compare", str(first), str(second), "-o", "file/report"]) == 1
+        assert "cannot write to file/report" in capsys.readouterr().err
 
     def test_a_report_is_not_replaced_by_one_that_lacks_trainings(self, first, second, capsys):
         compare(first, second)
