@@ -114,8 +114,9 @@ def _add_overhead(commands: Commands) -> None:
     overhead = commands.add_parser(
         "overhead",
         help="measure time and memory beside the planned network",
-        description="Measure parameters, FLOPs, training step time, peak memory and inference time of trainers beside "
-        "the planned network, on this machine: one process per measurement, the trainers in turn.",
+        description="Measure parameters, FLOPs, training step time, peak memory, what is kept for the backward pass, "
+        "and inference time of trainers beside the planned network, on this machine: one process per measurement, the "
+        "trainers in turn.",
     )
     plans = overhead.add_argument_group("plans, from one of")
     plans.add_argument("-d", dest="dataset", metavar="DATASET", help="name or number of a planned nnU-Net dataset")
@@ -141,12 +142,23 @@ def _add_overhead(commands: Commands) -> None:
     overhead.add_argument(
         "--trainers",
         nargs="+",
-        default=["nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip"],
+        default=["nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip", "nnUNetTrainerNoSkip"],
         metavar="NAME",
-        help="measured beside nnUNetTrainerPlanned (default: nnUNetTrainerXAttnRes nnUNetTrainerXAttnResNoSkip)",
+        help="measured beside nnUNetTrainerPlanned (default: nnUNetTrainerXAttnRes nnUNetTrainerXAttnResNoSkip, and "
+        "nnUNetTrainerNoSkip, which has neither skip connections nor attention)",
     )
     overhead.add_argument(
-        "--backend", choices=BACKENDS, help="how the attention is computed (default: as each trainer says)"
+        "--backend",
+        nargs="+",
+        choices=BACKENDS,
+        default=[],
+        dest="backends",
+        help="how the attention is computed; several are measured side by side (default: as each trainer says)",
+    )
+    overhead.add_argument(
+        "--inference",
+        action="store_true",
+        help="measure nnU-Net's prediction of a volume, two patches long along every axis, and no training step",
     )
     overhead.add_argument("--batch-size", type=int, metavar="N", help="patches per step (default: as planned)")
     _add_device(overhead)

@@ -45,6 +45,11 @@ class XAttnResConfig:
         """Whether the network is the one that nnU-Net planned, with nothing added and nothing removed."""
         return self.skip_connections and not self.read_in_encoder and not self.read_in_decoder
 
+    @property
+    def has_attention(self) -> bool:
+        """Whether there is anything for a backend to compute."""
+        return self.read_in_encoder or self.read_in_decoder
+
     def architecture(self) -> dict[str, Any]:
         """The fields that decide what a trained network computes, for the record in its checkpoint."""
         return _all_but_backend(self)
@@ -77,6 +82,11 @@ class BlockXAttnResConfig:
         _check_flags(self, "isar_in_encoder", "isar_in_decoder", "bank_includes_input")
         _check_positive(self, "kv_ratio", "temperature")
         _check_choice(self, "backend", BACKENDS)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether there is anything for a backend to compute: DKVMR always."""
+        return True
 
     def architecture(self) -> dict[str, Any]:
         """The fields that decide what a trained network computes, for the record in its checkpoint."""
