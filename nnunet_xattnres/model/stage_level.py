@@ -11,7 +11,7 @@ from nnunet_xattnres.model.config import XAttnResConfig
 from nnunet_xattnres.model.planned_unet import PlannedUNet
 from nnunet_xattnres.ops.alignment import is_finer, resize
 from nnunet_xattnres.ops.backends import attention_backend
-from nnunet_xattnres.ops.reference import Candidate
+from nnunet_xattnres.ops.reference import Candidate, Upsampled, upsample
 
 
 class HistoryPool:
@@ -70,14 +70,24 @@ class HistoryAttention(nn.Module):
         for projection in self.projections:
             nn.init.kaiming_normal_(projection, nonlinearity="linear")
 
-    def forward(self, x: Tensor, pool: Sequence[Tensor]) -> Tensor:
-        """x (B, C_t, *size), pool of (B, C_k, *size_k), nowhere finer than x -> (B, C_t, *size)"""
+    def forward(self, x: Tensor | Upsampled, pool: Sequence[Tensor]) -> Tensor:
+        """x (B, C_t, *size), computed or described; pool of (B, C_k, *size_k), nowhere finer -> (B, C_t, *size)"""
         sources = [Candidate(h, projection) for h, projection in zip(pool, self.projections, strict=True)]
-        size = tuple(x.shape[2:])
         if self.gamma is None:
-            return self.attend(self.query, self.norm_scale, [*sources, Candidate(x, None)], size)
-        mixture = self.attend(self.query, self.norm_scale, sources, size)
-        return x + self.gamma.view(-1, *(1,) * len(size)) * mixture
+            current = x if isinstance(x, Upsampled) else Candidate(x, None)
+            return self.attend(self.query, self.norm_scale, [*sources, current], _size(x))
+        mixture = self.attend(self.query, self.norm_scale, sources, _size(x))
+        # In the precision of the mixture. Otherwise autocast would compute the sum, and what follows, in float32.
+        gate = self.gamma.to(mixture.dtype).view(-1, *(1,) * (mixture.ndim - 2))
+        return _computed(x) + gate * mixture
+
+
+def _size(x: Tensor | Upsampled) -> tuple[int, ...]:
+    return x.size if isinstance(x, Upsampled) else tuple(x.shape[2:])
+
+
+def _computed(x: Tensor | Upsampled) -> Tensor:
+    return upsample(x) if isinstance(x, Upsampled) else x
 
 
 class XAttnResUNet(PlannedUNet):
@@ -124,8 +134,8 @@ class XAttnResUNet(PlannedUNet):
             pool.append(x)
         skips = pool.outputs[-2::-1]
         for d, stage in enumerate(self.decoder.stages):
-            x = self.decoder.transpconvs[d](x)
-            x = self._read(f"D{d}", x, pool)
+            upsampling = self.decoder.transpconvs[d]
+            x = self._read(f"D{d}", Upsampled(x, upsampling.weight, upsampling.bias), pool)
             if self.config.skip_connections:
                 x = torch.cat((x, skips[d]), dim=1)
             x = stage(x)
@@ -143,14 +153,14 @@ class XAttnResUNet(PlannedUNet):
             total += len(attention.query) * sum(min(source, target) for source in sources)
         return total
 
-    def _read(self, stage: str, x: Tensor, pool: HistoryPool) -> Tensor:
+    def _read(self, stage: str, x: Tensor | Upsampled, pool: HistoryPool) -> Tensor:
         """The input of a stage: the mixture if the stage reads, else x."""
         if stage not in self.xattnres:
-            return x
+            return _computed(x)
         attention = self.xattnres[stage]
         assert isinstance(attention, HistoryAttention)
         # An encoder stage does not read the newest output, which is x itself.
-        return attention(x, pool.at(x.shape[2:], len(attention.projections)))
+        return attention(x, pool.at(_size(x), len(attention.projections)))
 
 
 def _drop_skip_channels(stage: StackedConvBlocks) -> nn.Module:

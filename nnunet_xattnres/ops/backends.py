@@ -7,14 +7,14 @@ from torch import Tensor
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops import native_library
 from nnunet_xattnres.ops.native_operator import attend_native, check_native, is_served
-from nnunet_xattnres.ops.reference import EPS, Attention, Candidate, attend_reference
+from nnunet_xattnres.ops.reference import EPS, Attention, Candidate, Upsampled, attend_reference
 from nnunet_xattnres.ops.streaming import attend_streaming
 
 
 def attend_auto(
     query: Tensor,
     norm_scale: Tensor | None,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Candidate | Upsampled],
     size: Sequence[int],
     key_channels: int | None = None,
     eps: float = EPS,

@@ -14,18 +14,21 @@ from torch import Tensor
 from nnunet_xattnres.common.errors import XAttnResError
 
 FILE = Path(__file__).with_name("native_attention.so")
-ABI = 1
+ABI = 2
 
 
 class Values(NamedTuple):
     """A projected candidate as the kernels read it.
 
     tensor: (B, *source_size, C), or (B, C, *size) if `channels_first`, contiguous.
+    cells: the steps of a transposed convolution along z and y, (1, 1) otherwise. With cells, the tensor is
+        (cells z * cells y, B, z / cells z, y / cells y, x, C).
     """
 
     tensor: Tensor
     source_size: Sequence[int]
-    channels_first: bool
+    channels_first: bool = False
+    cells: tuple[int, int] = (1, 1)
 
 
 class _Candidate(Structure):
@@ -33,6 +36,7 @@ class _Candidate(Structure):
         ("values", c_void_p),
         ("gradient", c_void_p),
         ("size", c_int64 * 3),
+        ("cells", c_int64 * 2),
         ("channels_first", c_int64),
     )
 
@@ -102,9 +106,9 @@ def parallel_runner() -> int | None:
     return None
 
 
-def mix(query: Tensor, values: Sequence[Values], size: Sequence[int], eps: float) -> Tensor:
+def mix(query: Tensor, values: Sequence[Values], batch: int, size: Sequence[int], eps: float) -> Tensor:
     """The mixture (B, C, *size) of candidates that are nowhere finer than `size`. query: w * g, (C,), contiguous."""
-    mixture = query.new_empty(len(values[0].tensor), len(query), *size)
+    mixture = query.new_empty(batch, len(query), *size)
     _run("forward", query, values, [None] * len(values), size, eps, None, mixture)
     return mixture
 
@@ -138,6 +142,7 @@ def _run(
                 each.tensor.data_ptr(),
                 None if of_each is None else of_each.data_ptr(),
                 _three_axes(each.source_size),
+                (c_int64 * 2)(*each.cells),
                 each.channels_first,
             )
             for each, of_each in zip(values, gradients, strict=True)
@@ -149,7 +154,7 @@ def _run(
         None if gradient is None else gradient.data_ptr(),
         output.data_ptr(),
         len(values),
-        len(values[0].tensor),
+        len(output if gradient is None else gradient),
         len(query),
         _three_axes(size),
         eps,

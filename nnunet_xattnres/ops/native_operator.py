@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Sequence
 from functools import cache
-from itertools import zip_longest
+from itertools import chain, islice, zip_longest
+from math import prod
 from typing import Any
 
 import torch
@@ -11,23 +12,35 @@ from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops.alignment import project
+from nnunet_xattnres.ops.flops import interpolation_flops, projection_flops, register_flop_formula
 from nnunet_xattnres.ops.interpolation import upsampling_factors
 from nnunet_xattnres.ops.native_library import Values, is_available, library, mix, mix_gradients
-from nnunet_xattnres.ops.reference import EPS, Candidate, is_exporting, scaled_query, without_autocast
+from nnunet_xattnres.ops.reference import (
+    EPS,
+    Candidate,
+    Upsampled,
+    computed,
+    is_exporting,
+    scaled_query,
+    without_autocast,
+)
 from nnunet_xattnres.ops.streaming import attend_streaming
 
+Shape = Sequence[int]
+
 # Written out, because older PyTorch cannot infer them from annotations with collections.abc.Sequence.
-FORWARD_SCHEMA = "(Tensor query, Tensor[] features, Tensor[] projections, SymInt[] size, float eps) -> Tensor"
+TENSORS = "Tensor query, Tensor[] features, Tensor[] projections, Tensor[] upsampling"
+FORWARD_SCHEMA = f"({TENSORS}, SymInt[] size, float eps) -> Tensor"
 BACKWARD_SCHEMA = (
-    "(Tensor gradient, Tensor query, Tensor[] features, Tensor[] projections, float eps, bool[] features_wanted, "
-    "bool[] projections_wanted) -> (Tensor, Tensor[], Tensor[])"
+    f"(Tensor gradient, {TENSORS}, float eps, bool[] features_wanted, bool[] projections_wanted, "
+    "bool[] upsampling_wanted) -> (Tensor, Tensor[], Tensor[], Tensor[])"
 )
 
 
 def attend_native(
     query: Tensor,
     norm_scale: Tensor | None,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Candidate | Upsampled],
     size: Sequence[int],
     key_channels: int | None = None,
     eps: float = EPS,
@@ -46,18 +59,25 @@ def attend_native(
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
     for candidate in candidates:
         upsampling_factors(candidate.features.shape[2:], size)
+    *others, last = candidates
+    upsampling: list[Tensor] = []
+    if isinstance(last, Upsampled):
+        bias = last.weight.new_zeros(last.weight.shape[1]) if last.bias is None else last.bias
+        upsampling = [last.features, last.weight, bias]
+    else:
+        others = [*others, last]
     # A list of tensors for an operator has no gaps, so the candidates with a projection come first.
-    ordered = sorted(candidates, key=lambda candidate: candidate.projection is None)
+    ordered = sorted(computed(others), key=lambda candidate: candidate.projection is None)
     features = [candidate.features for candidate in ordered]
     projections = [candidate.projection for candidate in ordered if candidate.projection is not None]
-    return attend_on_cpu(scaled_query(query, norm_scale), features, projections, size, eps)
+    return attend_on_cpu(scaled_query(query, norm_scale), features, projections, upsampling, size, eps)
 
 
-def is_served(query: Tensor, candidates: Sequence[Candidate], key_channels: int | None) -> bool:
+def is_served(query: Tensor, candidates: Sequence[Candidate | Upsampled], key_channels: int | None) -> bool:
     """Whether the compiled loops compute a call.
 
-    They compute the stage level on a CPU where all tensors are of float32 or all of float64. On the meta device, the
-    operator gives the shapes. An exported graph must run without this package, so exports are not theirs.
+    They compute the stage level on a CPU without autocast, where all tensors are of float32 or all of float64. On the
+    meta device, the operator gives the shapes. An exported graph must run without this package, so exports are not theirs.
     """
     tensors = [query, *(tensor for candidate in candidates for tensor in candidate if tensor is not None)]
     dtypes = {tensor.dtype for tensor in tensors}
@@ -66,6 +86,7 @@ def is_served(query: Tensor, candidates: Sequence[Candidate], key_channels: int 
         and key_channels is None
         and query.device.type in ("cpu", "meta")
         and dtypes in ({torch.float32}, {torch.float64})
+        and not torch.is_autocast_enabled("cpu")
         and not is_exporting()
         and is_available()
     )
@@ -83,8 +104,8 @@ def check_native(device: str) -> None:
 @cache
 def _log_fallback() -> None:
     logging.getLogger(__name__).warning(
-        "the backend 'native' computes the stage level on a CPU in float32 and float64, with its compiled library: "
-        "'streaming' computes instead"
+        "the backend 'native' computes the stage level on a CPU without autocast, in float32 and float64, with its "
+        "compiled library: 'streaming' computes instead"
     )
 
 
@@ -93,15 +114,18 @@ def attend_on_cpu(
     query: Tensor,
     features: Sequence[Tensor],
     projections: Sequence[Tensor],
+    upsampling: Sequence[Tensor],
     size: Sequence[int],
     eps: float,
 ) -> Tensor:
     """The attention over features (B, C_k, *source_size), each projected and then upsampled to `size`.
 
-    query: w * g, (C,). projections: of the first features; the others have none. All tensors have one dtype.
+    query: w * g, (C,). projections: of the first features; the others have none. upsampling: features, weight and bias
+    of a transposed convolution whose output is one more candidate, or nothing. All tensors have one dtype.
     """
     with without_autocast(query):
-        return mix(query.contiguous(), _values(features, projections, size), size, eps)
+        values = _values(features, projections, upsampling, size)
+        return mix(query.contiguous(), values, _batch(features, upsampling), size, eps)
 
 
 @torch.library.custom_op(
@@ -112,51 +136,112 @@ def attend_on_cpu_backward(
     query: Tensor,
     features: Sequence[Tensor],
     projections: Sequence[Tensor],
+    upsampling: Sequence[Tensor],
     eps: float,
     features_wanted: Sequence[bool],
     projections_wanted: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The gradients of `attend_on_cpu`: of the query, of the features that want one, and of such projections."""
+    upsampling_wanted: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """The gradients of `attend_on_cpu`: of the query, and of those tensors of each list that want one."""
     with without_autocast(query):
-        values = _values(features, projections, gradient.shape[2:])
+        values = _values(features, projections, upsampling, gradient.shape[2:])
         wanted = [any(pair) for pair in zip_longest(features_wanted, projections_wanted)]
+        if upsampling:
+            wanted.append(any(upsampling_wanted))
         query_gradient, value_gradients = mix_gradients(gradient.contiguous(), query.contiguous(), values, wanted, eps)
-        of_features, of_projections = [], []
-        for k, (h, value_gradient) in enumerate(zip(features, value_gradients, strict=True)):
-            if value_gradient is None:
+        of_features, of_projections, of_upsampling = [], [], []
+        if upsampling and (of_output := value_gradients.pop()) is not None:
+            of_upsampling = _upsampling_gradients(of_output, upsampling, upsampling_wanted)
+        for k, (h, of_values) in enumerate(zip(features, value_gradients, strict=True)):
+            if of_values is None:
                 continue
             # (B, C_t, voxels), a view where the kernels compute channels last.
-            value_gradient = value_gradient.flatten(2) if values[k].channels_first else value_gradient.flatten(1, -2).mT
+            of_values = of_values.flatten(2) if values[k].channels_first else of_values.flatten(1, -2).mT
             projection = projections[k] if k < len(projections) else None
             if features_wanted[k]:
-                of_h = project(value_gradient, None if projection is None else projection.T)
-                of_features.append(of_h.reshape(h.shape))
+                of_features.append(project(of_values, None if projection is None else projection.T).reshape(h.shape))
             if projection is not None and projections_wanted[k]:
-                of_projections.append((value_gradient @ h.flatten(2).mT).sum(dim=0))
-    return query_gradient, of_features, of_projections
+                of_projections.append((of_values @ h.flatten(2).mT).sum(dim=0))
+    return query_gradient, of_features, of_projections, of_upsampling
 
 
-def _values(features: Sequence[Tensor], projections: Sequence[Tensor], size: Sequence[int]) -> list[Values]:
-    """The projected candidates, as the kernels read them."""
+def _batch(features: Sequence[Tensor], upsampling: Sequence[Tensor]) -> int:
+    return (features[0] if features else upsampling[0]).shape[0]
+
+
+def _values(
+    features: Sequence[Tensor], projections: Sequence[Tensor], upsampling: Sequence[Tensor], size: Sequence[int]
+) -> list[Values]:
+    """The projected candidates, and the output of the transposed convolution, as the kernels read them."""
     values = []
     for h, projection in zip_longest(features, projections):
         source_size = h.shape[2:]
         if projection is not None:
             # The product comes out channels last.
             product = torch.bmm(h.flatten(2).mT, projection.T.expand(len(h), -1, -1))
-            values.append(Values(product.unflatten(1, source_size), source_size, False))
+            values.append(Values(product.unflatten(1, source_size), source_size))
         elif tuple(source_size) == tuple(size):
-            values.append(Values(h.contiguous(), source_size, True))
+            values.append(Values(h.contiguous(), source_size, channels_first=True))
         else:
-            values.append(Values(h.movedim(1, -1).contiguous(), source_size, False))
+            values.append(Values(h.movedim(1, -1).contiguous(), source_size))
+    if upsampling:
+        coarse, weight, bias = upsampling
+        values.append(_upsampled_values(coarse, weight, bias, size))
     return values
+
+
+def _upsampled_values(features: Tensor, weight: Tensor, bias: Tensor, size: Sequence[int]) -> Values:
+    """The output of a transposed convolution, which is one matrix product per step along z and y.
+
+    A product's row has the outputs of the steps along x in turn, so that the product of a coarse row is a row of the
+    output, channels last.
+    """
+    by_cell = _weight_by_cell(weight)
+    voxels = features.flatten(2).mT
+    output = features.new_empty(len(by_cell), *voxels.shape[:2], by_cell.shape[2])
+    bias = bias.repeat(weight.shape[-1])
+    for product, of_cell in zip(output, by_cell, strict=True):
+        torch.baddbmm(bias, voxels, of_cell.expand(len(voxels), -1, -1), out=product)
+    cells = (1, *weight.shape[2:])[-3:-1]
+    return Values(output, size, cells=cells)
+
+
+def _weight_by_cell(weight: Tensor) -> Tensor:
+    """(C_in, C, *steps) -> (steps z * steps y, C_in, steps x * C)"""
+    by_cell = weight.flatten(2, -2) if weight.ndim > 4 else weight
+    return by_cell.permute(2, 0, 3, 1).flatten(2)
+
+
+def _upsampling_gradients(gradient: Tensor, upsampling: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """The wanted gradients of features, weight and bias, from that of `_upsampled_values`."""
+    features, weight, bias = upsampling
+    by_cell = _weight_by_cell(weight)
+    gradients = []
+    if wanted[0]:
+        of_features = features.new_zeros(features.flatten(2).shape)
+        for of_product, of_cell in zip(gradient, by_cell, strict=True):
+            of_features.baddbmm_(of_cell.expand(len(features), -1, -1), of_product.mT)
+        gradients.append(of_features.reshape(features.shape))
+    if wanted[1]:
+        products = torch.stack([(features.flatten(2) @ of_product).sum(dim=0) for of_product in gradient])
+        # (cells, C_in, steps x * C) -> (C_in, C, *steps)
+        of_weight = products.unflatten(2, (-1, weight.shape[1])).permute(1, 3, 0, 2)
+        gradients.append(of_weight.reshape(weight.shape))
+    if wanted[2]:
+        gradients.append(gradient.sum(dim=(0, 1, 2)).view(-1, len(bias)).sum(dim=0))
+    return gradients
 
 
 @attend_on_cpu.register_fake
 def _(
-    query: Tensor, features: Sequence[Tensor], projections: Sequence[Tensor], size: Sequence[int], eps: float
+    query: Tensor,
+    features: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    upsampling: Sequence[Tensor],
+    size: Sequence[int],
+    eps: float,
 ) -> Tensor:
-    return query.new_empty(features[0].shape[0], query.shape[0], *size)
+    return query.new_empty(_batch(features, upsampling), query.shape[0], *size)
 
 
 @attend_on_cpu_backward.register_fake
@@ -165,41 +250,73 @@ def _(
     query: Tensor,
     features: Sequence[Tensor],
     projections: Sequence[Tensor],
+    upsampling: Sequence[Tensor],
     eps: float,
     features_wanted: Sequence[bool],
     projections_wanted: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    of_features = [h.new_empty(h.shape) for h, wanted in zip(features, features_wanted, strict=True) if wanted]
-    of_projections = [
-        projection.new_empty(projection.shape)
-        for projection, wanted in zip(projections, projections_wanted, strict=True)
-        if wanted
-    ]
-    return query.new_empty(query.shape), of_features, of_projections
+    upsampling_wanted: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    pairs = (features, features_wanted), (projections, projections_wanted), (upsampling, upsampling_wanted)
+    of_features, of_projections, of_upsampling = (
+        [tensor.new_empty(tensor.shape) for tensor, wanted in zip(*pair, strict=True) if wanted] for pair in pairs
+    )
+    return query.new_empty(query.shape), of_features, of_projections, of_upsampling
 
 
 def _save_for_backward(
     ctx: Any,
-    inputs: tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[int], float],
+    inputs: tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[int], float],
     output: Tensor,
 ) -> None:
-    query, features, projections, _, ctx.eps = inputs
-    ctx.num_features = len(features)
-    ctx.save_for_backward(query, *features, *projections)
+    query, *lists, _, ctx.eps = inputs
+    ctx.lengths = [len(tensors) for tensors in lists]
+    ctx.save_for_backward(query, *chain(*lists))
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor | None], list[Tensor | None], None, None]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     query, *tensors = ctx.saved_tensors
-    features, projections = tensors[: ctx.num_features], tensors[ctx.num_features :]
-    _, features_wanted, projections_wanted, *_ = ctx.needs_input_grad
-    query_gradient, *gradients = attend_on_cpu_backward(
-        gradient, query, features, projections, ctx.eps, features_wanted, projections_wanted
+    given = iter(tensors)
+    lists = [list(islice(given, length)) for length in ctx.lengths]
+    wanted = ctx.needs_input_grad[1:4]
+    query_gradient, *gradients = attend_on_cpu_backward(gradient, query, *lists, ctx.eps, *wanted)
+    complete = (
+        [next(of_wanted) if each else None for each in flags]
+        for of_wanted, flags in zip(map(iter, gradients), wanted, strict=True)
     )
-    of_features, of_projections = (
-        [next(computed) if each else None for each in wanted]
-        for computed, wanted in zip(map(iter, gradients), (features_wanted, projections_wanted), strict=True)
-    )
-    return query_gradient, of_features, of_projections, None, None
+    return query_gradient, *complete, None, None
 
 
 attend_on_cpu.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.nnunet_xattnres.attend_on_cpu)
+def _flops(
+    query: Shape,
+    features: list[Shape],
+    projections: list[Shape],
+    upsampling: list[Shape],
+    size: Shape,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return _projections_flops(features, projections, upsampling) + interpolation_flops(features, query[0], size)
+
+
+@register_flop_formula(torch.ops.nnunet_xattnres.attend_on_cpu_backward)
+def _backward_flops(
+    gradient: Shape,
+    query: Shape,
+    features: list[Shape],
+    projections: list[Shape],
+    upsampling: list[Shape],
+    *_: Any,
+    **__: Any,
+) -> int:
+    # The forward pass once more, and the gradients: two per projection, one adjoint per interpolation.
+    interpolations = interpolation_flops(features, query[0], gradient[2:])
+    return 3 * _projections_flops(features, projections, upsampling) + 2 * interpolations
+
+
+def _projections_flops(features: list[Shape], projections: list[Shape], upsampling: list[Shape]) -> int:
+    of_projections = projection_flops(features[: len(projections)], projections)
+    return of_projections + (2 * prod(upsampling[0]) * prod(upsampling[1][1:]) if upsampling else 0)

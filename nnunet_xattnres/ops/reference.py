@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nnunet_xattnres.ops.alignment import align
 
@@ -34,12 +35,64 @@ class Candidate(NamedTuple):
     projection: Tensor | None
 
 
+class Upsampled(NamedTuple):
+    """The output of a transposed convolution whose steps are as long as its kernel: described, and not computed.
+
+    It is one more candidate, at the target's resolution and without a projection. A backend can compute it once more in
+    the backward pass, so that it need not be kept.
+
+    features: (B, C_in, *source_size). weight: (C_in, C_t, *steps). bias: (C_t,) or None.
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        axes = zip(self.features.shape[2:], self.weight.shape[2:], strict=True)
+        return tuple(extent * step for extent, step in axes)
+
+
+def upsample(described: Upsampled) -> Tensor:
+    """The output that is described: (B, C_t, *size)"""
+    features, weight, bias = described
+    transposed_convolution = F.conv_transpose2d if features.ndim == 4 else F.conv_transpose3d
+    return transposed_convolution(features, weight, bias, stride=weight.shape[2:])
+
+
+def upsample_gradients(
+    gradient: Tensor, features: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `upsample` with respect to features, weight and bias, where `wanted`."""
+    axes = features.ndim - 2
+    return torch.ops.aten.convolution_backward(
+        gradient,
+        features,
+        weight,
+        [weight.shape[1]],
+        weight.shape[2:],
+        padding=[0] * axes,
+        dilation=[1] * axes,
+        transposed=True,
+        output_padding=[0] * axes,
+        groups=1,
+        output_mask=list(wanted),
+    )
+
+
+def computed(candidates: Sequence[Candidate | Upsampled]) -> list[Candidate]:
+    """The candidates, those that are described computed."""
+    return [Candidate(upsample(each), None) if isinstance(each, Upsampled) else each for each in candidates]
+
+
 class Attention(Protocol):
     """The function that every backend computes.
 
     query: w, a vector (C_key,) or a field (B, C_key, *size).
     norm_scale: g, (C_key,), or None if the query is w * g already.
-    candidates: the h_k and their projections. Aligned candidates v_k have C_t channels.
+    candidates: the h_k and their projections. Aligned candidates v_k have C_t channels. The last one may be described
+        as `Upsampled`.
     size: the spatial size of the target.
     key_channels: None if v_k is both key and value (C_key = C_t). Otherwise the first `key_channels` channels of v_k
         are the key and the others are the value.
@@ -52,7 +105,7 @@ class Attention(Protocol):
         self,
         query: Tensor,
         norm_scale: Tensor | None,
-        candidates: Sequence[Candidate],
+        candidates: Sequence[Candidate | Upsampled],
         size: Sequence[int],
         key_channels: int | None = None,
         eps: float = EPS,
@@ -62,13 +115,13 @@ class Attention(Protocol):
 def attend_reference(
     query: Tensor,
     norm_scale: Tensor | None,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Candidate | Upsampled],
     size: Sequence[int],
     key_channels: int | None = None,
     eps: float = EPS,
 ) -> Tensor:
     """The formulas, line by line. For the arguments see `Attention`."""
-    aligned = torch.stack([align(candidate.features, candidate.projection, size) for candidate in candidates])  # v_k
+    aligned = torch.stack([align(features, projection, size) for features, projection in computed(candidates)])  # v_k
     keys, values = (aligned, aligned) if key_channels is None else aligned.tensor_split([key_channels], dim=2)
     with without_autocast(values):
         weights = attention_weights(query, norm_scale, keys, eps)  # a_k

@@ -19,7 +19,18 @@ from nnunet_xattnres.ops.interpolation import (
     interpolation_matrix,
     upsampling_factors,
 )
-from nnunet_xattnres.ops.reference import EPS, Candidate, inverse_rms, is_exporting, scaled_query, without_autocast
+from nnunet_xattnres.ops.reference import (
+    EPS,
+    Candidate,
+    Upsampled,
+    computed,
+    inverse_rms,
+    is_exporting,
+    scaled_query,
+    upsample,
+    upsample_gradients,
+    without_autocast,
+)
 
 # How many elements of aligned candidates are held at once. On a CPU 2**20 to 2**23 were about equally fast, and 2**21
 # was the fastest by a tenth: a chunk stays in the cache. On other devices the launches of small chunks cost more.
@@ -30,7 +41,7 @@ CHUNK_ELEMENTS_ELSEWHERE = 2**28
 def attend_streaming(
     query: Tensor,
     norm_scale: Tensor | None,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Candidate | Upsampled],
     size: Sequence[int],
     key_channels: int | None = None,
     eps: float = EPS,
@@ -42,27 +53,26 @@ def attend_streaming(
 
     Raises `XAttnResError` for a candidate that is finer than the target.
     """
-    tensors = _distinct(_features_and_projections(candidates))
     arguments = scaled_query(query, norm_scale), tuple(size), key_channels, eps
     if is_exporting():
-        return _mix_by_chunks(*arguments, tensors)
-    return _StreamingAttention.apply(*arguments, *tensors)
+        return _mix_by_chunks(*arguments, _features_and_projections(computed(candidates)))
+    features_and_projections, upsampling, dtype = _described(candidates)
+    return _StreamingAttention.apply(*arguments, dtype, *_distinct([*features_and_projections, *upsampling]))
 
 
 @torch.no_grad()
 def streaming_weights(
     query: Tensor,
     norm_scale: Tensor | None,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Candidate | Upsampled],
     size: Sequence[int],
     key_channels: int | None = None,
     eps: float = EPS,
 ) -> Tensor:
     """The weights a_k(p) of a call with these arguments: (K, B, *size), in float32 or float64."""
+    tensors = _features_and_projections(computed(candidates))
     with without_autocast(query):
-        call = _StreamingCall(
-            scaled_query(query, norm_scale), tuple(size), key_channels, eps, _features_and_projections(candidates)
-        )
+        call = _StreamingCall(scaled_query(query, norm_scale), tuple(size), key_channels, eps, tensors)
         weights = call.query.new_empty(len(candidates[0].features), len(candidates), *size)
         for chunk in call.chunks():
             chunk.of(weights).copy_(call.read(chunk).scores.softmax(dim=0).transpose(0, 1))
@@ -89,27 +99,37 @@ def _mix_by_chunks(
 class _StreamingAttention(torch.autograd.Function):
     """The attention and its gradients, one chunk at a time.
 
-    query: w * g. tensors: all features, then all projections.
+    query: w * g. tensors: all features, then all projections, then weight and bias of the last candidate if that is
+    described. dtype: of the last candidate if it is described, which is computed in both passes.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, size: tuple[int, ...], key_channels: int | None, eps: float, *tensors: Tensor | None
+        ctx: Any,
+        query: Tensor,
+        size: tuple[int, ...],
+        key_channels: int | None,
+        eps: float,
+        dtype: torch.dtype,
+        *tensors: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(query, *tensors)
-        ctx.arguments = size, key_channels, eps
-        return _mix_by_chunks(query, size, key_channels, eps, tensors)
+        ctx.arguments = size, key_channels, eps, dtype
+        with without_autocast(query):
+            return _mix_by_chunks(query, size, key_channels, eps, _with_last_computed(tensors, dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, *tensors = ctx.saved_tensors
         with without_autocast(query):
-            size, key_channels, eps = ctx.arguments
-            call = _StreamingCall(query, size, key_channels, eps, tensors)
+            size, key_channels, eps, dtype = ctx.arguments
+            *described, weight, _ = tensors
+            call = _StreamingCall(query, size, key_channels, eps, _with_last_computed(tensors, dtype))
             query_gradient = torch.zeros_like(call.query)
             needed = ctx.needs_input_grad[-len(tensors) :]
             count = len(call.alignments)
-            for alignment, *wanted in zip(call.alignments, needed[:count], needed[count:], strict=True):
+            of_features = [*needed[: count - 1], any(needed[number] for number in (count - 1, -2, -1))]
+            for alignment, *wanted in zip(call.alignments, of_features, needed[count:-2], strict=True):
                 alignment.start_gradients(*wanted)
             for chunk in call.chunks():
                 read = call.read(chunk)
@@ -135,17 +155,22 @@ class _StreamingAttention(torch.autograd.Function):
                     alignment.accumulate_gradients(
                         chunk, value_gradient if key is value else torch.cat((key_gradient, value_gradient), dim=1)
                     )
-        features_gradients, projection_gradients = zip(
-            *(alignment.gradients() for alignment in call.alignments), strict=True
-        )
+            features_gradients, projection_gradients = map(
+                list, zip(*(alignment.gradients() for alignment in call.alignments), strict=True)
+            )
+            upsampling_gradients: Sequence[Tensor | None] = (None, None)
+            if weight is not None and features_gradients[-1] is not None:
+                wanted = [needed[number] for number in (count - 1, -2, -1)]
+                features_gradients[-1], *upsampling_gradients = upsample_gradients(
+                    features_gradients[-1].to(dtype), described[count - 1].to(dtype), weight.to(dtype), wanted
+                )
+        gradients_of_tensors = [*features_gradients, *projection_gradients, *upsampling_gradients]
         return (
             query_gradient.to(query.dtype),
-            None,
-            None,
-            None,
+            *(None,) * 4,
             *(
                 None if gradient is None else gradient.to(tensor.dtype)
-                for tensor, gradient in zip(tensors, [*features_gradients, *projection_gradients], strict=True)
+                for tensor, gradient in zip(tensors, gradients_of_tensors, strict=True)
             ),
         )
 
@@ -257,6 +282,31 @@ class _StreamingCall:
 def _features_and_projections(candidates: Sequence[Candidate]) -> list[Tensor | None]:
     """All features, then all projections."""
     return [*(candidate.features for candidate in candidates), *(candidate.projection for candidate in candidates)]
+
+
+def _described(
+    candidates: Sequence[Candidate | Upsampled],
+) -> tuple[list[Tensor | None], tuple[Tensor | None, Tensor | None], torch.dtype]:
+    """All features and projections as they are, weight and bias of the last candidate, and its dtype once computed."""
+    *others, last = candidates
+    if not isinstance(last, Upsampled):
+        return _features_and_projections(computed(candidates)), (None, None), last.features.dtype
+    tensors = _features_and_projections([*computed(others), Candidate(last.features, None)])
+    device = last.features.device.type
+    lowered = device not in ("meta", "mps") and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if lowered else last.features.dtype
+    return tensors, (last.weight, last.bias), dtype
+
+
+def _with_last_computed(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """The features and projections. tensors: as in `_StreamingAttention`."""
+    *described, weight, bias = tensors
+    last = len(described) // 2 - 1
+    coarse = described[last]
+    if weight is not None and coarse is not None:
+        bias = None if bias is None else bias.to(dtype)
+        described[last] = upsample(Upsampled(coarse.to(dtype), weight.to(dtype), bias))
+    return described
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -12,7 +12,7 @@ from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops.alignment import project
 from nnunet_xattnres.ops.flops import interpolation_flops, register_flop_formula
 from nnunet_xattnres.ops.interpolation import upsampling_factors
-from nnunet_xattnres.ops.reference import EPS, Candidate, is_exporting, scaled_query
+from nnunet_xattnres.ops.reference import EPS, Candidate, Upsampled, computed, is_exporting, scaled_query
 from nnunet_xattnres.ops.streaming import attend_streaming
 from nnunet_xattnres.ops.triton_kernels import INTERPRETED, MAX_CHANNELS, MAX_ELEMENTS, mix, mix_gradients
 
@@ -24,7 +24,7 @@ BACKWARD_SCHEMA = "(Tensor gradient, Tensor query, Tensor[] sources, float eps) 
 def attend_triton(
     query: Tensor,
     norm_scale: Tensor | None,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Candidate | Upsampled],
     size: Sequence[int],
     key_channels: int | None = None,
     eps: float = EPS,
@@ -43,8 +43,9 @@ def attend_triton(
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
     check_device(query.device.type)
     beyond_stage_level = query.ndim > 1 or key_channels is not None
-    if beyond_stage_level or len(query) > MAX_CHANNELS or _largest_offset(candidates, size) > MAX_ELEMENTS:
+    if beyond_stage_level or len(query) > MAX_CHANNELS or _largest_offset(len(query), candidates, size) > MAX_ELEMENTS:
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
+    candidates = computed(candidates)
     for candidate in candidates:
         upsampling_factors(candidate.features.shape[2:], size)
     sources = [project(candidate.features, candidate.projection) for candidate in candidates]
@@ -58,10 +59,8 @@ def check_device(device: str) -> None:
         raise XAttnResError(f"the backend 'triton' needs CUDA, and the network is on {device}: use the backend 'auto'")
 
 
-def _largest_offset(candidates: Sequence[Candidate], size: Sequence[int]) -> int:
-    features, projection = candidates[0]
-    channels = features.shape[1] if projection is None else len(projection)
-    return max(channels, 2 * len(features)) * prod(size)
+def _largest_offset(channels: int, candidates: Sequence[Candidate | Upsampled], size: Sequence[int]) -> int:
+    return max(channels, 2 * len(candidates[0].features)) * prod(size)
 
 
 # `custom_op`, not `triton_op`: torch.compile must not look inside, because it may keep aligned sources for the backward

@@ -13,7 +13,7 @@ from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops import native_library, streaming
 from nnunet_xattnres.ops.alignment import align, is_finer, resize
 from nnunet_xattnres.ops.native_operator import attend_native
-from nnunet_xattnres.ops.reference import Candidate, attend_reference, attention_weights
+from nnunet_xattnres.ops.reference import Candidate, Upsampled, attend_reference, attention_weights, upsample
 from nnunet_xattnres.ops.streaming import ChunkAlignment, attend_streaming, streaming_weights
 
 CASES = {  # target size: source sizes
@@ -81,6 +81,87 @@ def test_streaming_equals_reference_in_output_and_every_gradient(case, chunk_ele
     for a, b in zip(streamed, expected, strict=True):
         assert b.abs().max() > 1e-3
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+UPSAMPLED = {  # source size, steps
+    "2d": ((3, 2), (2, 3)),
+    "3d": ((2, 3, 2), (2, 2, 2)),
+    "anisotropic": ((4, 3, 2), (1, 2, 2)),
+    "along x only": ((2, 3, 2), (1, 1, 2)),
+}
+
+
+def _upsampled_inputs(case: str, with_bias: bool = True, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """[query, h, its projection, features, weight, bias] of an attention over a coarse h and an upsampled candidate"""
+    torch.manual_seed(0)
+    source_size, steps = UPSAMPLED[case]
+    shapes = [(CHANNELS,), (2, 4, *source_size), (CHANNELS, 4), (2, 3, *source_size), (3, CHANNELS, *steps)]
+    shapes += [(CHANNELS,)] * with_bias
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def _attend_upsampled(attend, inputs: list[torch.Tensor], is_described: bool) -> torch.Tensor:
+    query, h, projection, features, weight, *bias = inputs
+    described = Upsampled(features, weight, bias[0] if bias else None)
+    last = described if is_described else Candidate(upsample(described), None)
+    return attend(query, None, [Candidate(h, projection), last], described.size)
+
+
+@pytest.mark.parametrize("attend", ATTENTIONS)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("case", UPSAMPLED)
+@pytest.mark.usefixtures("small_chunks")
+def test_a_described_candidate_equals_the_computed_one(case, with_bias, attend):
+    inputs = _upsampled_inputs(case, with_bias)
+    outputs = [_attend_upsampled(attend_reference, inputs, False), _attend_upsampled(attend, inputs, True)]
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-9, rtol=0)
+    upstream = torch.randn_like(outputs[0])
+    expected, gradients = (torch.autograd.grad(out, inputs, upstream) for out in outputs)
+    for a, b in zip(gradients, expected, strict=True):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("attend", ATTENTIONS[1:])
+@pytest.mark.parametrize("wanted", [[0], [3], [4], [5], [0, 3, 5], [2, 4]])
+def test_a_described_candidate_has_the_gradients_that_are_wanted(wanted, attend):
+    inputs = _upsampled_inputs("3d")
+    expected = torch.autograd.grad(_attend_upsampled(attend_reference, inputs, False).square().sum(), inputs)
+    for number, tensor in enumerate(inputs):
+        tensor.requires_grad_(number in wanted)
+    _attend_upsampled(attend, inputs, True).square().sum().backward()
+    for number, tensor in enumerate(inputs):
+        if number in wanted:
+            torch.testing.assert_close(tensor.grad, expected[number], atol=1e-9, rtol=0)
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("attend", ATTENTIONS[1:])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_described_candidate_is_not_kept(attend, autocast):
+    inputs = _upsampled_inputs("3d", dtype=torch.float32)
+    outputs: list[torch.Tensor] = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kept = saved_bytes(lambda: outputs.append(_attend_upsampled(attend, inputs, True)), inputs)
+        expected = _attend_upsampled(attend_reference, inputs, False)
+    assert kept == 0
+    assert outputs[0].dtype == expected.dtype
+    torch.testing.assert_close(outputs[0], expected, atol=0.05 if autocast else 1e-5, rtol=0)
+    # The backward pass runs outside autocast.
+    gradients, of_expected = (torch.autograd.grad(out.float().sum(), inputs) for out in (outputs[0], expected))
+    for a, b in zip(gradients, of_expected, strict=True):
+        torch.testing.assert_close(a, b, atol=(0.05 if autocast else 1e-5) * b.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("attend", ATTENTIONS[1:])
+def test_a_described_candidate_compiles(attend):
+    torch._dynamo.reset()
+    inputs = _upsampled_inputs("3d")
+    compiled = torch.compile(lambda: _attend_upsampled(attend, inputs, True), fullgraph=True, backend="aot_eager")
+    outputs = [compiled(), _attend_upsampled(attend, inputs, True)]
+    gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in outputs]
+    torch.testing.assert_close([outputs[0], *gradients[0]], [outputs[1], *gradients[1]])
 
 
 @pytest.mark.parametrize("frozen", ["features", "projections", "both"])

@@ -208,9 +208,9 @@ class TestOperator:
         query, norm_scale, candidates = make_inputs((4, 4), [(1, 1), (2, 2)])
         features = [candidate.features for candidate in candidates]
         projections = [candidate.projection for candidate in candidates[:-1]]
-        torch.library.opcheck(
-            attend_on_cpu, ((query * norm_scale).detach().requires_grad_(), features, projections, [4, 4], 1e-6)
-        )
+        upsampling = [torch.randn(shape, dtype=torch.float64) for shape in [(2, 3, 2, 2), (3, 5, 2, 2), (5,)]]
+        scaled = (query * norm_scale).detach().requires_grad_()
+        torch.library.opcheck(attend_on_cpu, (scaled, features, projections, upsampling, [4, 4], 1e-6))
 
     def test_it_compiles_as_a_whole_for_all_shapes(self):
         torch._dynamo.reset()

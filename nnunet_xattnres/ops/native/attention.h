@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Raised with every change of the structures below. Python refuses a library of another number. */
-#define ABI 1
+#define ABI 2
 
 /* ONLY_BASELINE is for tests. */
 #if defined(__x86_64__) && !defined(ONLY_BASELINE)
@@ -16,11 +16,14 @@
 /* What a target reads, projected, at its own resolution (z, y, x). A 2D candidate has z = 1.
 
    Channels last: (B, z, y, x, C). channels_first: (B, C, z, y, x), only at the target's resolution.
+   cells: the steps of a transposed convolution along z and y, (1, 1) otherwise. With cells, the values are at the
+   target's resolution, (cells z, cells y, B, z / cells z, y / cells y, x, C), as its matrix products compute them.
    gradient: in the layout of the values. NULL if it is not wanted. */
 typedef struct {
     const void *values;
     void *gradient;
     int64_t size[3];
+    int64_t cells[2];
     int64_t channels_first;
 } candidate;
 

@@ -116,9 +116,11 @@ static inline void NAME(coarse_range)(const NAME(interpolation) * along, int64_t
     *count = NAME(minimum)(last, extent - 1) - *first + 1;
 }
 
-static inline int64_t NAME(row_offset)(const candidate *of, int64_t channels, int64_t item, int64_t z,
+static inline int64_t NAME(row_offset)(const candidate *of, int64_t batch, int64_t channels, int64_t item, int64_t z,
                                        int64_t y) {
-    return ((item * of->size[0] + z) * of->size[1] + y) * of->size[2] * channels;
+    const int64_t cell = z % of->cells[0] * of->cells[1] + y % of->cells[1];
+    const int64_t rows = of->size[0] / of->cells[0], columns = of->size[1] / of->cells[1];
+    return (((cell * batch + item) * rows + z / of->cells[0]) * columns + y / of->cells[1]) * of->size[2] * channels;
 }
 
 static inline REAL NAME(dot)(const REAL *restrict a, const REAL *restrict b, int64_t channels) {
@@ -172,10 +174,10 @@ static void NAME(load)(const NAME(job) * job, NAME(scratch) * scratch, const NAM
             REAL z, y;
             NAME(neighbours_of)(tile->z, along->factor[0], from->size[0], &low_z, &high_z, &z);
             NAME(neighbours_of)(tile->y, along->factor[1], from->size[1], &low_y, &high_y, &y);
-            const REAL *restrict a = values + NAME(row_offset)(from, channels, tile->item, low_z, low_y);
-            const REAL *restrict b = values + NAME(row_offset)(from, channels, tile->item, low_z, high_y);
-            const REAL *restrict c = values + NAME(row_offset)(from, channels, tile->item, high_z, low_y);
-            const REAL *restrict d = values + NAME(row_offset)(from, channels, tile->item, high_z, high_y);
+            const REAL *restrict a = values + NAME(row_offset)(from, call->batch, channels, tile->item, low_z, low_y);
+            const REAL *restrict b = values + NAME(row_offset)(from, call->batch, channels, tile->item, low_z, high_y);
+            const REAL *restrict c = values + NAME(row_offset)(from, call->batch, channels, tile->item, high_z, low_y);
+            const REAL *restrict d = values + NAME(row_offset)(from, call->batch, channels, tile->item, high_z, high_y);
             REAL *restrict row = buffer;
             if (along->factor[0] > 1 && along->factor[1] > 1) {
                 const REAL wa = (1 - z) * (1 - y), wb = (1 - z) * y, wc = z * (1 - y), wd = z * y;
@@ -362,7 +364,7 @@ static inline REAL *NAME(gradient_row)(const NAME(job) * job, int64_t k, int64_t
     int64_t first, end;
     NAME(own_rows)(job, k, block, &first, &end);
     if (at >= first && at < end)
-        return (REAL *)of->gradient + NAME(row_offset)(of, call->channels, item, z, y);
+        return (REAL *)of->gradient + NAME(row_offset)(of, call->batch, call->channels, item, z, y);
     const int64_t row = at < first ? at - first + 2 : 2;
     return job->halos + (item * job->blocks + block) * job->halo + along->halo_offset + row * along->halo_row +
            beside * of->size[2] * call->channels;
