@@ -24,6 +24,7 @@ from pydantic import (
 
 from nnunet_xattnres.common.errors import XAttnResError, one_line, suggestion
 from nnunet_xattnres.common.files import write_text_atomically
+from nnunet_xattnres.common.text import NAME, NAME_RULE
 
 PLANNER = "ExperimentPlanner"
 # The configurations that nnU-Net itself plans.
@@ -32,8 +33,6 @@ PLANNED = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
 WIDTHS = (0.25, 8.0)
 LARGEST_BATCH = 10_000
 LIKENESS_OF_A_SLIP = 0.9
-# A name becomes part of folder names, in which nnU-Net separates by two underscores.
-NAME = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -57,7 +56,7 @@ def _all_different(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _is_name(text: str) -> str:
     if not NAME.fullmatch(text):
-        raise XAttnResError(f"{text} is no name: use letters, digits, points, dashes and single underscores")
+        raise XAttnResError(f"{text} is no name: {NAME_RULE}")
     return text
 
 
