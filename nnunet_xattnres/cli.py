@@ -179,9 +179,9 @@ def _add_overhead(commands: Commands) -> None:
     overhead.add_argument(
         "--trainers",
         nargs="+",
-        default=["nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip"],
         metavar="NAME",
-        help="measured beside nnUNetTrainerPlanned (default: nnUNetTrainerXAttnRes nnUNetTrainerXAttnResNoSkip)",
+        help="measured beside nnUNetTrainerPlanned (default: nnUNetTrainerXAttnRes nnUNetTrainerXAttnResNoSkip; for "
+        "plans that carry XAttnRes: nnUNetTrainer)",
     )
     overhead.add_argument(
         "--backend", choices=BACKENDS, help="how the attention is computed (default: as each trainer says)"
@@ -212,7 +212,7 @@ def _add_warm_start(commands: Commands) -> None:
         "warm-start",
         help="turn a trained plain nnU-Net into the start of a fine-tuning with XAttnRes",
         description="Turn a trained plain nnU-Net into a model folder that computes the same, and that a trainer with "
-        "residual fusion trains on.",
+        "residual fusion, or any trainer on plans with residual fusion, trains on.",
     )
     warm_start.add_argument(
         "--from",

@@ -49,7 +49,7 @@ def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet | PlannedUNet, con
 
     Raises `XAttnResError` if the network has XAttnRes already, from its plans.
     """
-    if isinstance(config, XAttnResConfig) and config.is_planned_network:
+    if config.is_planned_network:
         return planned
     if isinstance(planned, PlannedUNet):
         raise XAttnResError(

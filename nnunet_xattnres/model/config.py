@@ -77,6 +77,11 @@ class BlockXAttnResConfig:
         _check_positive(self, "kv_ratio", "temperature")
         _check_choice(self, "backend", BACKENDS)
 
+    @property
+    def is_planned_network(self) -> bool:
+        """False: something is always added."""
+        return False
+
     def architecture(self) -> dict[str, Any]:
         """The fields that decide what a trained network computes, for the record in its checkpoint."""
         return _all_but_backend(self)

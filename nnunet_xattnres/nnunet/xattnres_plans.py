@@ -52,7 +52,7 @@ def plans_with_xattnres(
     U-Net or that carries XAttnRes already, and for a config that changes nothing.
     """
     config = config or XAttnResConfig()
-    if isinstance(config, XAttnResConfig) and config.is_planned_network:
+    if config.is_planned_network:
         raise XAttnResError("this config adds nothing to the planned network: train it with the plans as they are")
     chosen = with_what_they_need(plans, plans["configurations"] if configurations is None else configurations)
     converted = {configuration: _converted(plans, configuration, config, chosen) for configuration in chosen}

@@ -38,6 +38,8 @@ from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_li
 from nnunet_xattnres.training.mixin import check_bases
 
 PLANNED = "nnUNetTrainerPlanned"
+DEFAULT = ("nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip")
+FOR_PLANS_THAT_CARRY = ("nnUNetTrainer",)
 MEASUREMENT = "nnunet_xattnres.overhead.measurement"
 # For --batch-size and --repeats. PyTorch counts the elements of a tensor in 64 bits.
 MAX_NUMBER = 10**6
@@ -49,7 +51,8 @@ class Options:
 
     dataset, presets, plans: where the plans come from. Exactly one of them is given.
     plans_name: of the dataset or preset. None for nnU-Net's default.
-    trainers: measured beside nnUNetTrainerPlanned.
+    trainers: measured beside nnUNetTrainerPlanned. None: with and without skip connections or, for plans that carry
+        XAttnRes, nnU-Net's own trainer.
     backend: of the attention. None for each trainer's own.
     batch_size: None for the planned one.
     device: see `choose_device`.
@@ -63,7 +66,7 @@ class Options:
     plans: Path | None
     configuration: str
     plans_name: str | None
-    trainers: Sequence[str]
+    trainers: Sequence[str] | None
     backend: str | None
     batch_size: int | None
     device: str | None
@@ -82,12 +85,13 @@ def run_overhead(options: Options) -> None:
     """
     device = _device(options)
     _check_numbers(options)
-    trainers = list(dict.fromkeys([PLANNED, *options.trainers]))
+    all_planned = _all_planned(options)
+    default = DEFAULT if all_planned[0].carried is None else FOR_PLANS_THAT_CARRY
+    trainers = list(dict.fromkeys([PLANNED, *(options.trainers or default)]))
     for trainer in trainers:
         check_bases(find_trainer(trainer))
     if options.backend is not None:
         check_backend(options.backend, device)
-    all_planned = _all_planned(options)
     _check_outputs(options)
 
     comparisons: list[Comparison] = []
@@ -130,6 +134,8 @@ def _all_planned(options: Options) -> list[PlannedNetwork]:
     else:
         presets = dict.fromkeys(options.presets)
         all_planned = [from_preset(preset, options.configuration, plans_name) for preset in presets]
+    if options.backend is not None:
+        all_planned = [p.with_backend(options.backend) if p.carried else p for p in all_planned]
     if options.batch_size is None:
         return all_planned
     return [with_batch_size(planned, options.batch_size) for planned in all_planned]
@@ -157,15 +163,17 @@ def _check_outputs(options: Options) -> None:
 def _compare(
     planned: PlannedNetwork, trainers: list[str], options: Options, device: str, progress: "tqdm[Any]"
 ) -> Comparison:
-    """Measure all trainers in turn, `options.repeats` times. One that fails is not measured again."""
+    """Measure all trainers in turn, `options.repeats` times. One that fails is not measured again.
+
+    The planned network is that of the plans without the XAttnRes that they may carry.
+    """
     rows = {trainer: Row(trainer) for trainer in trainers}
     for repetition in range(options.repeats):
         for trainer, row in rows.items():
             if row.status == MEASURED:
                 progress.set_description(f"{planned.name}, {trainer}, {repetition + 1}/{options.repeats}")
-                request = Request(
-                    planned.plans, planned.configuration, planned.dataset_json, trainer, device, options.backend
-                )
+                plans = planned.without_xattnres().plans if trainer == PLANNED else planned.plans
+                request = Request(plans, planned.configuration, planned.dataset_json, trainer, device, options.backend)
                 row.answers.append(measure_in_new_process(request, options.compile))
             progress.update()
     return Comparison(planned, list(rows.values()))
