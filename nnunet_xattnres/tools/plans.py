@@ -65,7 +65,8 @@ def run_plans(options: Options) -> None:
         from_file(source, configuration)
     path = source.with_name(f"{name}.json")
     _write(plans_with_xattnres(plans, name, config, configurations), path)
-    _print_use(path, source, plans["dataset_name"], configurations)
+    print(f"{path}: {', '.join(configurations)}")
+    _print_use(path.stem, source.stem, plans["dataset_name"], (options.configurations or configurations)[0])
 
 
 def _config(options: Options) -> Config:
@@ -101,12 +102,11 @@ def _write(plans: dict[str, object], path: Path) -> None:
         raise XAttnResError(f"cannot write {path} ({reason(error)}): mend that and run again") from None
 
 
-def _print_use(path: Path, source: Path, dataset: str, configurations: list[str]) -> None:
-    print(f"{path}: {', '.join(configurations)}")
+def _print_use(name: str, source: str, dataset: str, configuration: str) -> None:
     print("To train, with any trainer:")
-    print(f"  {shell_command('nnUNetv2_train', dataset, configurations[0], '0', '-p', path.stem)}")
+    print(f"  {shell_command('nnUNetv2_train', dataset, configuration, '0', '-p', name)}")
     print(
-        f"They use the data that is preprocessed for {source.stem}. Do not run nnUNetv2_preprocess with -plans_name "
-        f"{path.stem}: it would delete that data and write it anew. For another dataset, move {source.stem} with "
+        f"They use the data that is preprocessed for {source}. Do not run nnUNetv2_preprocess with -plans_name {name}: it "
+        f"would delete that data and write it anew. For another dataset, move {source} with "
         "nnUNetv2_move_plans_between_datasets and a new -tp, preprocess, and run nnunet-xattnres plans there."
     )
