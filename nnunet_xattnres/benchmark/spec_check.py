@@ -14,7 +14,7 @@ from nnunet_xattnres.common.errors import XAttnResError, suggestion
 from nnunet_xattnres.nnunet.datasets import InputDataset, read_dataset, read_dataset_json
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.nnunet.xattnres_plans import preset_config
-from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, check_bases
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, adds_xattnres, check_bases
 
 
 def check_spec(spec: Spec) -> tuple[Spec, list[InputDataset]]:
@@ -54,7 +54,7 @@ def _check_arm(arm: Arm, configurations: tuple[Configuration, ...]) -> None:
     check_bases(trainer)
     if arm.preset is not None:
         preset_config(arm.preset)
-        if issubclass(trainer, XAttnResTrainerMixin) and not trainer.xattnres_config.is_planned_network:
+        if adds_xattnres(trainer):
             raise XAttnResError(
                 f"{arm.trainer} and the preset {arm.preset} both add XAttnRes: take nnUNetTrainerPlanned, or a trainer "
                 "of nnU-Net's own"

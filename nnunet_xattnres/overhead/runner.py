@@ -35,7 +35,7 @@ from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.ops.backends import check_backend
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
-from nnunet_xattnres.training.mixin import check_bases
+from nnunet_xattnres.training.mixin import adds_xattnres, check_bases
 
 PLANNED = "nnUNetTrainerPlanned"
 DEFAULT = ("nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip")
@@ -90,6 +90,8 @@ def run_overhead(options: Options) -> None:
     trainers = list(dict.fromkeys([PLANNED, *(options.trainers or default)]))
     for trainer in trainers:
         check_bases(find_trainer(trainer))
+        if all_planned[0].carried is not None and adds_xattnres(find_trainer(trainer)):
+            raise XAttnResError(f"the plans carry XAttnRes already: leave {trainer} out, or choose other plans")
     if options.backend is not None:
         check_backend(options.backend, device)
     _check_outputs(options)

@@ -106,7 +106,7 @@ def _print_use(name: str, source: str, dataset: str, configuration: str) -> None
     print("To train, with any trainer:")
     print(f"  {shell_command('nnUNetv2_train', dataset, configuration, '0', '-p', name)}")
     print(
-        f"They use the data that is preprocessed for {source}. Do not run nnUNetv2_preprocess with -plans_name {name}: it "
-        f"would delete that data and write it anew. For another dataset, move {source} with "
+        f"They use the data that is preprocessed for {source}. Do not run nnUNetv2_preprocess with -plans_name {name}: "
+        f"it would delete that data and write it anew. For another dataset, move {source} with "
         "nnUNetv2_move_plans_between_datasets and a new -tp, preprocess, and run nnunet-xattnres plans there."
     )

@@ -267,6 +267,11 @@ def check_bases(trainer: type[nnUNetTrainer]) -> None:
             )
 
 
+def adds_xattnres(trainer: type[nnUNetTrainer]) -> bool:
+    """Whether a trainer adds XAttnRes, which plans that carry it do not permit."""
+    return issubclass(trainer, XAttnResTrainerMixin) and not trainer.xattnres_config.is_planned_network
+
+
 def config_of(network: nn.Module) -> Config:
     """What a network was built with, in whatever it is wrapped. A network of nnU-Net's own has nothing added."""
     return next((ours.config for ours in _our_networks(network)), XAttnResConfig.of_planned_network())

@@ -88,6 +88,9 @@ def test_plans_that_carry_xattnres_are_beside_their_planned_part(plans_file, mon
     assert theirs["network_class_name"] == "nnunet_xattnres.architectures.PlainConvXAttnResUNet"
     assert theirs["arch_kwargs"]["xattnres"]["backend"] == "reference"
     assert "PlainConvXAttnResUNet" in capsys.readouterr().out
+    assert main(["overhead", "--device", "cpu", *options, "--trainers", NO_SKIP]) == 1
+    assert f"carry XAttnRes already: leave {NO_SKIP} out" in capsys.readouterr().err
+    assert len(requests) == 2
 
 
 def test_what_does_not_fit_is_not_tried_again_and_no_failure(monkeypatch, outputs, capsys):

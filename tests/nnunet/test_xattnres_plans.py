@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -26,6 +27,8 @@ from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.nnunet.xattnres_plans import preset_config, preset_names
 
+pytestmark = pytest.mark.feature("Plans that carry XAttnRes")
+
 PLANS = ("nnUNetPlans", "nnUNetResEncUNetMPlans")
 OLD_NAMES = {
     "UNet_class_name": "PlainConvUNet",
@@ -37,6 +40,14 @@ OLD_NAMES = {
     "pool_op_kernel_sizes": [[1, 1], [2, 2], [2, 2]],
     "conv_kernel_sizes": [[3, 3], [3, 3], [3, 3]],
 }
+
+
+class NotInstalled:
+    """An importer for which this package is not there."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] == "nnunet_xattnres":
+            raise ModuleNotFoundError(name=name)
 
 
 @pytest.fixture
@@ -152,6 +163,18 @@ class TestNetwork:
         plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["xattnres"] = fields
         with pytest.raises(XAttnResError, match=message):
             build_network_from_plans(PlansManager(plans).get_configuration("2d"), 1, 3)
+
+    def test_without_the_package_is_not_found(self, nnunet, monkeypatch):
+        plans = plans_with_xattnres(small_plans(nnunet, "nnUNetPlans"), "carrying", configurations=["2d"])
+        manager = PlansManager(plans).get_configuration("2d")
+        for module in [name for name in sys.modules if name.partition(".")[0] == "nnunet_xattnres"]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setattr(sys, "meta_path", [NotInstalled(), *sys.meta_path])
+        with (
+            pytest.warns(UserWarning, match="not found"),
+            pytest.raises(ImportError, match="Network class could not be found, please check/correct your plans file"),
+        ):
+            nnUNetTrainer.build_network_architecture(manager, manager, 1, 3)
 
     def test_is_built_from_plans_without_a_trainer(self, nnunet):
         plans = plans_with_xattnres(small_plans(nnunet, "nnUNetPlans"), "carrying", configurations=["2d"])
