@@ -11,7 +11,7 @@ from typing import NoReturn, TypeAlias, TypeVar
 
 from nnunet_xattnres import __version__
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.model.config import BACKENDS
+from nnunet_xattnres.model.config import BACKENDS, FUSIONS
 from nnunet_xattnres.nnunet.installation import check_installed, check_nnunet_version, list_trainers, trainers_folder
 
 Options = TypeVar("Options")
@@ -54,6 +54,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_trainers(commands)
     _add_demo(commands)
+    _add_plans(commands)
     _add_overhead(commands)
     _add_warm_start(commands)
     _add_doctor(commands)
@@ -110,6 +111,44 @@ def _add_doctor(commands: Commands) -> None:
     doctor.set_defaults(run=_doctor, after_interruption="nothing was changed")
 
 
+def _add_plans(commands: Commands) -> None:
+    plans = commands.add_parser(
+        "plans",
+        help="write plans that carry XAttnRes, for any trainer",
+        description="Write plans whose network has XAttnRes beside the plans of a dataset. Every trainer trains them, "
+        "nnU-Net's own included, and nothing is preprocessed again: the data are those of the plans that they are made "
+        "from.",
+    )
+    plans.add_argument("-d", required=True, dest="dataset", metavar="DATASET", help="name or number of the dataset")
+    plans.add_argument(
+        "-p", default="nnUNetPlans", dest="plans_name", metavar="PLANS", help="made from these (default: %(default)s)"
+    )
+    plans.add_argument(
+        "-c", nargs="+", dest="configurations", metavar="CONFIG", help="configurations (default: all of the plans)"
+    )
+    plans.add_argument(
+        "--preset",
+        default="XAttnRes",
+        metavar="NAME",
+        help="what is added: XAttnRes, NoSkip, Decoder, Finetune, Block or BlockInput, as the trainer of that name "
+        "does (default: %(default)s); the options below change it",
+    )
+    for flag in ("skip-connections", "read-in-encoder", "read-in-decoder"):
+        plans.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help="stage level")
+    plans.add_argument("--fusion", choices=FUSIONS, help="stage level")
+    for flag in ("isar-in-encoder", "isar-in-decoder", "bank-includes-input"):
+        plans.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help="block level")
+    for option in ("kv-ratio", "temperature"):
+        plans.add_argument(f"--{option}", type=float, metavar="NUMBER", help="block level")
+    plans.add_argument(
+        "-o",
+        dest="output",
+        metavar="NAME",
+        help="name of the plans (default: nnUNetXAttnResPlans, by plans and preset)",
+    )
+    plans.set_defaults(run=_plans, after_interruption="nothing was written")
+
+
 def _add_overhead(commands: Commands) -> None:
     overhead = commands.add_parser(
         "overhead",
@@ -142,10 +181,10 @@ def _add_overhead(commands: Commands) -> None:
     overhead.add_argument(
         "--trainers",
         nargs="+",
-        default=["nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip", "nnUNetTrainerNoSkip"],
         metavar="NAME",
         help="measured beside nnUNetTrainerPlanned (default: nnUNetTrainerXAttnRes nnUNetTrainerXAttnResNoSkip, and "
-        "nnUNetTrainerNoSkip, which has neither skip connections nor attention)",
+        "nnUNetTrainerNoSkip, which has neither skip connections nor attention; for plans that carry XAttnRes: "
+        "nnUNetTrainer)",
     )
     overhead.add_argument(
         "--backend",
@@ -186,7 +225,7 @@ def _add_warm_start(commands: Commands) -> None:
         "warm-start",
         help="turn a trained plain nnU-Net into the start of a fine-tuning with XAttnRes",
         description="Turn a trained plain nnU-Net into a model folder that computes the same, and that a trainer with "
-        "residual fusion trains on.",
+        "residual fusion, or any trainer on plans with residual fusion, trains on.",
     )
     warm_start.add_argument(
         "--from",
@@ -390,6 +429,12 @@ def _demo(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.tools.demo import run_demo
 
     run_demo(arguments.data, arguments.workdir, arguments.trainer, arguments.baseline)
+
+
+def _plans(arguments: argparse.Namespace) -> None:
+    from nnunet_xattnres.tools.plans import Options, run_plans
+
+    run_plans(_chosen(Options, arguments))
 
 
 def _overhead(arguments: argparse.Namespace) -> None:

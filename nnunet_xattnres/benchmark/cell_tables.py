@@ -121,7 +121,7 @@ def _arm_row(arm: Arm) -> dict[str, Any]:
     return {
         "trainer": arm.name,
         "trainer_class": arm.trainer,
-        "planner": arm.planner,
+        "planner": arm.planner + (f" with {arm.preset}" if arm.preset else ""),
         "parameters_of": arm.parameters_of or "",
         "width": arm.width,
     }

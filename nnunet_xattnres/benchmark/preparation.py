@@ -41,6 +41,7 @@ from nnunet_xattnres.nnunet.derived_configurations import (
 )
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
+from nnunet_xattnres.nnunet.xattnres_plans import default_plans_name, plans_with_xattnres, preset_config
 
 # nnU-Net's defaults.
 NUM_ITERATIONS, NUM_VAL_ITERATIONS = 250, 50
@@ -115,6 +116,8 @@ class DatasetPreparation:
         """Write the plans with the configurations of the spec."""
         for planner, plans in self.plans.items():
             write_json_atomically(plans, self._plans_file(planner))
+        for plans in (self._plans_of(arm) for arm in self.arms if arm.preset):
+            write_json_atomically(plans, self.folder / f"{plans['plans_name']}.json")
 
     def preprocess(self) -> None:
         """Let nnU-Net preprocess the data. Configurations that are made from one base share its data."""
@@ -130,7 +133,7 @@ class DatasetPreparation:
         variants = []
         for configuration in self.configurations:
             for arm in self.arms:
-                plans = self.plans[arm.planner]
+                plans = self._plans_of(arm)
                 name = planned_name(configuration, arm)
                 planned = PlannedNetwork(self.dataset.name, plans, name, dataset_json)
                 trainer = find_trainer(arm.trainer)
@@ -146,6 +149,15 @@ class DatasetPreparation:
                     }
                 )
         return variants
+
+    def _plans_of(self, arm: Arm) -> dict[str, Any]:
+        """The plans of the arm's planner, with the XAttnRes of its preset if it has one."""
+        plans = self.plans[arm.planner]
+        if arm.preset is None:
+            return plans
+        name = default_plans_name(plans["plans_name"], arm.preset)
+        configurations = [configuration.name for configuration in self.configurations]
+        return plans_with_xattnres(plans, name, preset_config(arm.preset), configurations)
 
     def _plans_file(self, planner: str) -> Path:
         return self.folder / f"{plans_name(planner)}.json"

@@ -24,6 +24,7 @@ from pydantic import (
 
 from nnunet_xattnres.common.errors import XAttnResError, one_line, suggestion
 from nnunet_xattnres.common.files import write_text_atomically
+from nnunet_xattnres.common.text import NAME, NAME_RULE
 
 PLANNER = "ExperimentPlanner"
 # The configurations that nnU-Net itself plans.
@@ -32,8 +33,6 @@ PLANNED = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
 WIDTHS = (0.25, 8.0)
 LARGEST_BATCH = 10_000
 LIKENESS_OF_A_SLIP = 0.9
-# A name becomes part of folder names, in which nnU-Net separates by two underscores.
-NAME = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -57,7 +56,7 @@ def _all_different(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _is_name(text: str) -> str:
     if not NAME.fullmatch(text):
-        raise XAttnResError(f"{text} is no name: use letters, digits, points, dashes and single underscores")
+        raise XAttnResError(f"{text} is no name: {NAME_RULE}")
     return text
 
 
@@ -167,7 +166,8 @@ class Configuration(_Entry):
 
 
 class Arm(_Entry):
-    """What is compared: a trainer, on the configuration as it is, or widened, or as another planner plans it.
+    """What is compared: a trainer, on the configuration as it is, or widened, or as another planner plans it, or with
+    plans that carry XAttnRes.
 
     The name of a trainer alone may stand for it.
 
@@ -175,6 +175,7 @@ class Arm(_Entry):
     planner: the class that plans, e.g. nnUNetPlannerResEncM.
     parameters_of: widen all stages such that there are as many parameters as with that trainer.
     width: widen all stages by that factor.
+    preset: of the XAttnRes that the plans carry, see `nnunet-xattnres plans --preset`. By default they carry none.
     """
 
     shorthands = {str: "trainer"}
@@ -184,6 +185,7 @@ class Arm(_Entry):
     planner: Text = PLANNER
     parameters_of: Text | None = None
     width: Annotated[float, Field(ge=WIDTHS[0], le=WIDTHS[1])] | None = None
+    preset: Text | None = None
 
     @property
     def is_wide(self) -> bool:
@@ -191,8 +193,12 @@ class Arm(_Entry):
 
     @model_validator(mode="after")
     def _check(self) -> "Arm":
-        if (self.is_wide or self.planner != PLANNER) and "name" not in self.model_fields_set:
-            raise XAttnResError(f"{self.trainer} with another width or planner needs a name, by which reports call it")
+        if (self.is_wide or self.planner != PLANNER or self.preset) and "name" not in self.model_fields_set:
+            raise XAttnResError(
+                f"{self.trainer} with a width, planner or preset needs a name, by which reports call it"
+            )
+        if self.is_wide and self.preset:
+            raise XAttnResError("a preset keeps the planned width: remove it, or parameters_of and width")
         if self.parameters_of is not None and self.width is not None:
             raise XAttnResError("parameters_of and width each set the width: say one of them")
         return self

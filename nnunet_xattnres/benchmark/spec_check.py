@@ -13,7 +13,8 @@ from nnunet_xattnres.benchmark.spec import PLANNER, Arm, Configuration, Dataset,
 from nnunet_xattnres.common.errors import XAttnResError, suggestion
 from nnunet_xattnres.nnunet.datasets import InputDataset, read_dataset, read_dataset_json
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
-from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, check_bases
+from nnunet_xattnres.nnunet.xattnres_plans import preset_config
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, adds_xattnres, check_bases
 
 
 def check_spec(spec: Spec) -> tuple[Spec, list[InputDataset]]:
@@ -49,9 +50,17 @@ def _check_arm(arm: Arm, configurations: tuple[Configuration, ...]) -> None:
     plans_name(arm.planner)
     if arm.parameters_of is not None:
         find_trainer(arm.parameters_of)
-    check_bases(find_trainer(arm.trainer))
+    trainer = find_trainer(arm.trainer)
+    check_bases(trainer)
+    if arm.preset is not None:
+        preset_config(arm.preset)
+        if adds_xattnres(trainer):
+            raise XAttnResError(
+                f"{arm.trainer} and the preset {arm.preset} both add XAttnRes: take nnUNetTrainerPlanned, or a trainer "
+                "of nnU-Net's own"
+            )
     budgets = [configuration.name for configuration in configurations if configuration.epochs]
-    if not issubclass(find_trainer(arm.trainer), XAttnResTrainerMixin) and budgets:
+    if not issubclass(trainer, XAttnResTrainerMixin) and budgets:
         raise XAttnResError(
             f"{arm.trainer} ignores the budget of the configuration {budgets[0]}: take a trainer of this plugin, "
             "nnUNetTrainerPlanned for the planned network"

@@ -1,7 +1,12 @@
 """Plain text for the terminal."""
 
+import re
 import shlex
 from pathlib import Path
+
+# A name that becomes part of folder names, in which nnU-Net separates by two underscores.
+NAME = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_.-]*")
+NAME_RULE = "use letters, digits, points, dashes and single underscores"
 
 
 def shell_command(*words: str | Path) -> str:

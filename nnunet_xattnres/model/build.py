@@ -5,9 +5,11 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
+from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.block_level import BlockXAttnResUNet
 from nnunet_xattnres.model.config import BlockXAttnResConfig, Config, XAttnResConfig
-from nnunet_xattnres.model.planned_unet import check_architecture
+from nnunet_xattnres.model.plan_classes import carried_config, check_architecture
+from nnunet_xattnres.model.planned_unet import PlannedUNet
 from nnunet_xattnres.model.stage_level import XAttnResUNet
 
 
@@ -21,11 +23,16 @@ def build_network_from_plans(
     """Build the network of a planned configuration, with XAttnRes.
 
     configuration: `PlansManager("nnUNetPlans.json").get_configuration("3d_fullres")`, from nnU-Net.
-    config: `XAttnResConfig()` by default. A config that changes nothing gives the planned network.
+    config: by default that of the plans or, if they carry none, `XAttnResConfig()`. A config that changes nothing gives
+        the network of the plans.
 
-    Raises `XAttnResError` if the planned architecture is not an encoder/decoder U-Net.
+    Raises `XAttnResError` if the planned architecture is not an encoder/decoder U-Net, and for a config on plans that
+    carry XAttnRes already.
     """
     check_architecture(configuration)
+    if config is None:
+        carries = carried_config(configuration) is not None
+        config = XAttnResConfig.of_planned_network() if carries else XAttnResConfig()
     planned = get_network_from_plans(
         configuration.network_arch_class_name,
         configuration.network_arch_init_kwargs,
@@ -34,11 +41,21 @@ def build_network_from_plans(
         num_output_channels,
         deep_supervision=deep_supervision,
     )
-    return add_xattnres(planned, config or XAttnResConfig())
+    return add_xattnres(planned, config)
 
 
-def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet, config: Config) -> nn.Module:
-    """Add XAttnRes to a planned network. If `config` changes nothing, the network itself is returned."""
-    if isinstance(config, BlockXAttnResConfig):
-        return BlockXAttnResUNet(planned, config)
-    return planned if config.is_planned_network else XAttnResUNet(planned, config)
+def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet | PlannedUNet, config: Config) -> nn.Module:
+    """Add XAttnRes to a planned network. If `config` changes nothing, the network itself is returned.
+
+    Raises `XAttnResError` if the network has XAttnRes already, from its plans.
+    """
+    if config.is_planned_network:
+        return planned
+    if isinstance(planned, PlannedUNet):
+        raise XAttnResError(
+            f"the plans carry XAttnRes already, as a {type(planned).__name__}: train them with nnUNetTrainerPlanned or "
+            "with any trainer of nnU-Net's own, or choose the plans that they were made from"
+        )
+    return (
+        BlockXAttnResUNet(planned, config) if isinstance(config, BlockXAttnResConfig) else XAttnResUNet(planned, config)
+    )

@@ -1,10 +1,11 @@
 """What a user can choose about XAttnRes."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
-from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.errors import XAttnResError, suggestion
 
 FUSIONS = ("replace", "residual")
 BACKENDS = ("auto", "reference", "streaming", "native", "triton")
@@ -88,12 +89,33 @@ class BlockXAttnResConfig:
         """Whether there is anything for a backend to compute: DKVMR always."""
         return True
 
+    @property
+    def is_planned_network(self) -> bool:
+        """False: something is always added."""
+        return False
+
     def architecture(self) -> dict[str, Any]:
         """The fields that decide what a trained network computes, for the record in its checkpoint."""
         return _all_but_backend(self)
 
 
 Config = XAttnResConfig | BlockXAttnResConfig
+Kind = TypeVar("Kind", bound=Config)
+
+
+def config_from_fields(kind: type[Kind], values: Mapping[str, Any] | None) -> Kind:
+    """The config with these fields, as plans hold them. Fields left out have their defaults.
+
+    Raises `XAttnResError` for a field or a value that does not exist.
+    """
+    known = [field.name for field in fields(kind)]
+    if not isinstance(values, Mapping | None):
+        raise XAttnResError(f"xattnres in the plans must hold {', '.join(known)}, not {values!r}")
+    for name in values or {}:
+        if name not in known:
+            near = suggestion(name, known) or f"there are {', '.join(known)}"
+            raise XAttnResError(f"xattnres in the plans has {name}, which {kind.__name__} does not have: {near}")
+    return kind(**(values or {}))
 
 
 def _check_flags(config: Config, *names: str) -> None:

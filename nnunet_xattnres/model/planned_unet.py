@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from pydoc import locate
 from typing import Any
 
 from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
@@ -12,7 +11,6 @@ from dynamic_network_architectures.building_blocks.plain_conv_encoder import Pla
 from dynamic_network_architectures.building_blocks.residual import StackedResidualBlocks
 from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -126,14 +124,6 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
                 f"an image of size {tuple(size)} does not fit this network: every axis must be divisible by the "
                 f"product of its strides, {tuple(self.strides)}; pad or crop the image"
             )
-
-
-def check_architecture(configuration: ConfigurationManager) -> None:
-    """Raise `XAttnResError` if the planned architecture is not an encoder/decoder U-Net. Nothing is built."""
-    network_class = locate(configuration.network_arch_class_name)
-    if isinstance(network_class, type):  # a class that has moved is found by nnU-Net itself
-        remedy = "choose plans whose architecture is a PlainConvUNet or ResidualEncoderUNet, such as nnUNetPlans"
-        check_class(network_class, f"{remedy} or nnUNetResEncUNetMPlans")
 
 
 def uncompiled(network: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ from torch import nn
 
 from nnunet_xattnres.common.errors import XAttnResError, one_line, suggestion
 from nnunet_xattnres.common.files import read_json
-from nnunet_xattnres.model.planned_unet import check_architecture
+from nnunet_xattnres.model.config import Config
+from nnunet_xattnres.model.plan_classes import (
+    architecture_with,
+    architecture_without,
+    carried_config,
+    check_architecture,
+)
 from nnunet_xattnres.nnunet.presets import build_preset
 
 
@@ -47,6 +53,27 @@ class PlannedNetwork:
     def num_segmentation_heads(self) -> int:
         """Output channels of the network."""
         return int(PlansManager(self.plans).get_label_manager(self.dataset_json).num_segmentation_heads)
+
+    @property
+    def carried(self) -> Config | None:
+        """The config of the XAttnRes that the plans carry. None if they carry none."""
+        return carried_config(self.manager)
+
+    def without_xattnres(self) -> "PlannedNetwork":
+        """The same plans without the XAttnRes that they carry."""
+        return self.changed(architecture=architecture_without(self.manager))
+
+    def with_backend(self, backend: str) -> "PlannedNetwork":
+        """The same plans with another backend of the XAttnRes that they carry."""
+        config = self.carried
+        assert config is not None
+        return self.changed(architecture=architecture_with(self.manager, replace(config, backend=backend)))
+
+    def changed(self, **entries: Any) -> "PlannedNetwork":
+        """The same plans with other entries in the configuration."""
+        configurations = self.plans["configurations"]
+        changed = {self.configuration: self.manager.configuration | entries}
+        return replace(self, plans=self.plans | {"configurations": configurations | changed})
 
     def build(self, trainer: type[nnUNetTrainer], deep_supervision: bool = True) -> nn.Module:
         """The network that a trainer builds from the plans."""
@@ -107,6 +134,11 @@ def from_dataset(dataset: str, configuration: str, plans_name: str) -> PlannedNe
 
     Raises `XAttnResError` if they do not exist or cannot be used.
     """
+    return from_file(plans_of_dataset(dataset, plans_name), configuration)
+
+
+def plans_of_dataset(dataset: str, plans_name: str) -> Path:
+    """The file of the plans of a dataset in nnUNet_preprocessed. Raises `XAttnResError` if there is none."""
     if not nnUNet_preprocessed.is_set():
         raise XAttnResError("nnUNet_preprocessed is not set: export it")
     root = Path(nnUNet_preprocessed)
@@ -123,7 +155,7 @@ def from_dataset(dataset: str, configuration: str, plans_name: str) -> PlannedNe
         others = [file.stem for file in sorted(path.parent.glob("*.json")) if "lans" in file.stem]
         near = suggestion(plans_name, others) or "nnUNetv2_plan_experiment makes them"
         raise XAttnResError(f"{name} has no plans {plans_name}: {near}")
-    return from_file(path, configuration)
+    return path
 
 
 def all_of_dataset(name: str) -> Iterator[tuple[str, PlannedNetwork]]:
@@ -171,7 +203,4 @@ def from_content(
 
 def with_batch_size(planned: PlannedNetwork, batch_size: int) -> PlannedNetwork:
     """The same network with another batch size."""
-    configurations = planned.plans["configurations"]
-    changed = {planned.configuration: configurations[planned.configuration] | {"batch_size": batch_size}}
-    plans = planned.plans | {"configurations": configurations | changed}
-    return PlannedNetwork(planned.name, plans, planned.configuration, planned.dataset_json)
+    return planned.changed(batch_size=batch_size)

@@ -77,7 +77,8 @@ def is_served(query: Tensor, candidates: Sequence[Candidate | Upsampled], key_ch
     """Whether the compiled loops compute a call.
 
     They compute the stage level on a CPU without autocast, where all tensors are of float32 or all of float64. On the
-    meta device, the operator gives the shapes. An exported graph must run without this package, so exports are not theirs.
+    meta device, the operator gives the shapes. An exported graph must run without this package, so exports are not
+    theirs.
     """
     tensors = [query, *(tensor for candidate in candidates for tensor in candidate if tensor is not None)]
     dtypes = {tensor.dtype for tensor in tensors}

@@ -29,15 +29,18 @@ from nnunet_xattnres.common.processes import (
     was_killed,
 )
 from nnunet_xattnres.common.text import shell_command
+from nnunet_xattnres.model.config import Config
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.ops.backends import check_backend
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
-from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, check_bases
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, adds_xattnres, check_bases
 
 PLANNED = "nnUNetTrainerPlanned"
+DEFAULT = ("nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip", "nnUNetTrainerNoSkip")
+FOR_PLANS_THAT_CARRY = ("nnUNetTrainer",)
 MEASUREMENT = "nnunet_xattnres.overhead.measurement"
 # For --batch-size and --repeats. PyTorch counts the elements of a tensor in 64 bits.
 MAX_NUMBER = 10**6
@@ -49,7 +52,8 @@ class Options:
 
     dataset, presets, plans: where the plans come from. Exactly one of them is given.
     plans_name: of the dataset or preset. None for nnU-Net's default.
-    trainers: measured beside nnUNetTrainerPlanned.
+    trainers: measured beside nnUNetTrainerPlanned. None: with and without skip connections, and without both skip
+        connections and attention; or, for plans that carry XAttnRes, nnU-Net's own trainer.
     backends: of the attention, measured side by side. Empty for each trainer's own.
     inference: measure the prediction of a volume, and no training step.
     batch_size: None for the planned one.
@@ -64,7 +68,7 @@ class Options:
     plans: Path | None
     configuration: str
     plans_name: str | None
-    trainers: Sequence[str]
+    trainers: Sequence[str] | None
     backends: Sequence[str]
     inference: bool
     batch_size: int | None
@@ -84,10 +88,10 @@ def run_overhead(options: Options) -> None:
     """
     device = _device(options)
     _check_numbers(options)
-    networks = _networks(options)
     for backend in options.backends:
         check_backend(backend, device)
     all_planned = _all_planned(options)
+    networks = _networks(options, all_planned[0].carried)
     _check_outputs(options)
 
     comparisons: list[Comparison] = []
@@ -120,14 +124,22 @@ def _check_numbers(options: Options) -> None:
         raise XAttnResError("nnU-Net predicts patch by patch: leave --batch-size out, or --inference")
 
 
-def _networks(options: Options) -> list[tuple[str, str | None]]:
-    """The trainers to measure, the planned network's first, each with every backend if it has attention."""
+def _networks(options: Options, carried: Config | None) -> list[tuple[str, str | None]]:
+    """The trainers to measure, the planned network's first, each with every backend if it has attention.
+
+    carried: the XAttnRes that the plans carry.
+    """
+    default = DEFAULT if carried is None else FOR_PLANS_THAT_CARRY
     networks: list[tuple[str, str | None]] = []
-    for trainer in dict.fromkeys([PLANNED, *options.trainers]):
+    for trainer in dict.fromkeys([PLANNED, *(options.trainers or default)]):
         trainer_class = find_trainer(trainer)
         check_bases(trainer_class)
-        ours = issubclass(trainer_class, XAttnResTrainerMixin)
-        backends = dict.fromkeys(options.backends) if ours and trainer_class.xattnres_config.has_attention else ()
+        if carried is not None and adds_xattnres(trainer_class):
+            raise XAttnResError(f"the plans carry XAttnRes already: leave {trainer} out, or choose other plans")
+        config = carried if carried is not None and trainer != PLANNED else None
+        if issubclass(trainer_class, XAttnResTrainerMixin):
+            config = config or trainer_class.xattnres_config
+        backends = dict.fromkeys(options.backends) if config is not None and config.has_attention else ()
         networks += [(trainer, backend) for backend in backends] or [(trainer, None)]
     return networks
 
@@ -176,14 +188,17 @@ def _compare(
     device: str,
     progress: "tqdm[Any]",
 ) -> Comparison:
-    """Measure all networks in turn, `options.repeats` times. One that fails is not measured again."""
+    """Measure all networks in turn, `options.repeats` times. One that fails is not measured again.
+
+    The planned network is that of the plans without the XAttnRes that they may carry.
+    """
     rows = [Row(trainer, backend=backend) for trainer, backend in networks]
     for repetition in range(options.repeats):
         for row in rows:
             if row.status == MEASURED:
                 progress.set_description(f"{planned.name}, {row.name}, {repetition + 1}/{options.repeats}")
                 request = Request(
-                    planned.plans,
+                    _plans_of(planned, row),
                     planned.configuration,
                     planned.dataset_json,
                     row.trainer,
@@ -194,6 +209,14 @@ def _compare(
                 row.answers.append(measure_in_new_process(request, options.compile))
             progress.update()
     return Comparison(planned, rows, options.inference)
+
+
+def _plans_of(planned: PlannedNetwork, row: Row) -> dict[str, Any]:
+    if row.trainer == PLANNED:
+        planned = planned.without_xattnres()
+    elif planned.carried is not None and row.backend is not None:
+        planned = planned.with_backend(row.backend)
+    return planned.plans
 
 
 def measure_in_new_process(request: Request, compile: bool | None = None) -> Answer:

@@ -77,7 +77,7 @@ def examine() -> Iterator[Finding]:
     if nnunet.status == PROBLEM:
         yield Finding(NOTE, "Triton, torch.compile and trainers were not looked at: they need nnU-Net")
         return
-    yield _trainers()
+    yield from _trainers_and_plans()
     if gpu.status != PROBLEM:
         yield from _compilation()
         yield _native_backend()
@@ -135,6 +135,37 @@ def _folder(variable: str, written_to: bool) -> Finding:
         text = f"{variable} names {value}, which cannot be written to ({problem}): chmod it, or export another"
         return Finding(PROBLEM, text)
     return Finding(OK, f"{variable} is {value}")
+
+
+def _trainers_and_plans() -> Iterator[Finding]:
+    """The trainers, and the plans that carry XAttnRes, which need none of them."""
+    trainers, carrying = _trainers(), _plans_that_carry()
+    if carrying and trainers.status == PROBLEM and "nnUNet_extTrainer" not in os.environ:
+        trainers = Finding(NOTE, f"{trainers.text} (plans that carry XAttnRes need no trainer of this plugin)")
+    yield trainers
+    if carrying:
+        yield _plans(carrying)
+
+
+def _plans_that_carry() -> list[Path]:
+    """The plans in nnUNet_preprocessed that name a network class of this plugin."""
+    folder = os.environ.get("nnUNet_preprocessed")
+    files = sorted(Path(folder).glob("Dataset*/*lans*.json")) if folder else []
+    return [file for file in files if b"nnunet_xattnres.architectures." in file.read_bytes()]
+
+
+def _plans(carrying: list[Path]) -> Finding:
+    from nnunet_xattnres.common.files import read_json
+    from nnunet_xattnres.nnunet.planned_network import from_file
+
+    for path in carrying:
+        try:
+            for configuration in read_json(path, "write them again")["configurations"]:
+                from_file(path, configuration)
+        except XAttnResError as error:
+            return Finding(PROBLEM, f"{path} carry XAttnRes and cannot be used ({error})")
+    names = ", ".join(f"{path.stem} of {path.parent.name}" for path in carrying)
+    return Finding(OK, f"plans that carry XAttnRes: {names}")
 
 
 def _trainers() -> Finding:

@@ -82,10 +82,10 @@ def run_warm_start(options: Options) -> None:
     network is not the planned one at the start, and for an output folder that is not empty.
     """
     trained = read_trained(options.start, options.fold, options.trust_checkpoint)
-    trainer_class = find_residual_trainer(options.trainer)
+    target = from_dataset(options.dataset, options.configuration, options.plans_name)
+    trainer_class = find_residual_trainer(options.trainer, target)
     output = options.output.resolve()
     _check_output(output)
-    target = from_dataset(options.dataset, options.configuration, options.plans_name)
     check_same_network(trained, target)
     same_heads = head_names(trained.planned) == head_names(target)
     with (
@@ -115,19 +115,17 @@ def run_warm_start(options: Options) -> None:
     print(f"  {shell_command(*train, '-pretrained_weights', options.output / PRETRAINED)}")
 
 
-def find_residual_trainer(name: str) -> type[nnUNetTrainer]:
+def find_residual_trainer(name: str, target: PlannedNetwork) -> type[nnUNetTrainer]:
     """The trainer class of this name. Raises `XAttnResError` unless its network is the planned one at the start."""
     trainer_class = find_trainer(name)
-    config = getattr(trainer_class, "xattnres_config", None)
-    if (
-        not issubclass(trainer_class, XAttnResTrainerMixin)
-        or not isinstance(config, XAttnResConfig)
-        or config.fusion != "residual"
-        or not config.skip_connections
-    ):
+    config = target.carried
+    if config is None and issubclass(trainer_class, XAttnResTrainerMixin):
+        config = trainer_class.xattnres_config
+    if not isinstance(config, XAttnResConfig) or config.fusion != "residual" or not config.skip_connections:
         raise XAttnResError(
-            f"the network of {name} is not the planned one at the start: choose nnUNetTrainerXAttnResFinetune, or a "
-            'trainer of your own with fusion="residual" and skip connections'
+            f"the network of {name} is not the planned one at the start: choose nnUNetTrainerXAttnResFinetune, a "
+            'trainer of your own with fusion="residual" and skip connections, or plans that carry both '
+            "(nnunet-xattnres plans --preset Finetune)"
         )
     return trainer_class
 
@@ -179,7 +177,7 @@ def check_same_network(trained: TrainedNetwork, target: PlannedNetwork) -> None:
             planned.configuration,
         )
         for plans_name, planned in all_of_dataset(target.name)
-        if _network(planned) == _network(trained.planned)
+        if planned.carried == target.carried and _network(planned) == _network(trained.planned)
     ]
     if fitting:
         _, plans_name, _, configuration = min(fitting)
@@ -232,9 +230,11 @@ def _moving_of_plans(trained: TrainedNetwork, target: PlannedNetwork) -> str:
     move = ["nnUNetv2_move_plans_between_datasets", "-s", source, "-t", target.name, "-sp", plans_name, "-tp", new_name]
     configuration = trained.planned.configuration
     commands += [move, _preprocessing(target.name, new_name, configuration)]
+    choice = f"choose -p {new_name} -c {configuration}"
+    if target.carried is not None:
+        choice = f"run nnunet-xattnres plans with -p {new_name} -c {configuration}, and choose the plans that it writes"
     return (
-        f"to plan it for {target.name}: {' && '.join(shell_command(*command) for command in commands)}; "
-        f"then choose -p {new_name} -c {configuration}"
+        f"to plan it for {target.name}: {' && '.join(shell_command(*command) for command in commands)}; then {choice}"
     )
 
 
@@ -266,13 +266,16 @@ def _checkpoint_in(folder: Path, fold: str | None) -> tuple[str, Path]:
 
 
 def _network(planned: PlannedNetwork) -> dict[str, Any]:
-    """What decides, together with the weights, what a plain nnU-Net computes before its segmentation heads."""
+    """What decides, together with the weights, what a plain nnU-Net computes before its segmentation heads.
+
+    The XAttnRes that plans carry does not belong to it.
+    """
     return {"input channels": planned.num_input_channels, **_architecture(planned)}
 
 
 def _architecture(planned: PlannedNetwork) -> dict[str, Any]:
-    network = planned.manager.network_arch_class_name.rpartition(".")[2]
-    return {"network": network, **planned.manager.network_arch_init_kwargs}
+    manager = planned.without_xattnres().manager
+    return {"network": manager.network_arch_class_name.rpartition(".")[2], **manager.network_arch_init_kwargs}
 
 
 def _check_output(output: Path) -> None:
@@ -331,7 +334,9 @@ def _write(output: Path, trainer: nnUNetTrainer, trained: TrainedNetwork | None)
 def _write_model(folder: Path, trainer: nnUNetTrainer, trained: TrainedNetwork) -> None:
     # Until the model is trained further, it must predict from images that are preprocessed as in its first training.
     plans = trained.planned.plans
-    configuration = {trainer.configuration_name: trained.planned.manager.configuration}
+    # The network is that of the trainer. Its plans may carry XAttnRes.
+    network = {"architecture": trainer.configuration_manager.configuration["architecture"]}
+    configuration = {trainer.configuration_name: trained.planned.manager.configuration | network}
     write_json_atomically(plans | {"configurations": plans["configurations"] | configuration}, folder / "plans.json")
     write_json_atomically(trained.planned.dataset_json, folder / "dataset.json")
     fold = folder / f"fold_{trained.fold}"

@@ -19,7 +19,8 @@ from nnunet_xattnres.common.files import files_written_atomically, remove_leftov
 from nnunet_xattnres.model.block_level import IntraStageAttention
 from nnunet_xattnres.model.build import add_xattnres
 from nnunet_xattnres.model.config import BlockXAttnResConfig, Config, XAttnResConfig
-from nnunet_xattnres.model.planned_unet import PlannedUNet, check_architecture, check_class
+from nnunet_xattnres.model.plan_classes import check_architecture
+from nnunet_xattnres.model.planned_unet import PlannedUNet, check_class
 from nnunet_xattnres.nnunet.planned_network import call_as_nnunet
 from nnunet_xattnres.ops.backends import check_backend, chosen_backend
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
@@ -112,7 +113,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         bases = cls.__mro__[cls.__mro__.index(XAttnResTrainerMixin) + 1 :]
         builder = next(base.__name__ for base in bases if "build_network_architecture" in vars(base))
         remedy = "put the mixin before a trainer that builds the network of the plans"
-        check_class(type(planned), remedy, f", which {builder} builds from these plans")
+        if not isinstance(planned, PlannedUNet):  # the plans carry XAttnRes
+            check_class(type(planned), remedy, f", which {builder} builds from these plans")
         return add_xattnres(planned, cls.xattnres_config)
 
     def on_train_start(self) -> None:
@@ -266,6 +268,11 @@ def check_bases(trainer: type[nnUNetTrainer]) -> None:
                 f"{trainer.__name__} has {base.__name__} before XAttnResTrainerMixin, whose methods it would replace: "
                 f"put the mixin first, as in class {trainer.__name__}(XAttnResTrainerMixin, {base.__name__})"
             )
+
+
+def adds_xattnres(trainer: type[nnUNetTrainer]) -> bool:
+    """Whether a trainer adds XAttnRes, which plans that carry it do not permit."""
+    return issubclass(trainer, XAttnResTrainerMixin) and not trainer.xattnres_config.is_planned_network
 
 
 def config_of(network: nn.Module) -> Config:

@@ -173,6 +173,7 @@ class TestPlans:
             Arm(name="wide", trainer=PLANNED, parameters_of=OURS),
             Arm(name="wider", trainer=PLANNED, width=1.5),
             Arm(name="resenc", trainer=PLANNED, planner="nnUNetPlannerResEncM"),
+            Arm(name="carried", trainer=PLANNED, preset="XAttnRes"),
         )
         small = Configuration(name="small", base="full", features=16, patch_voxels=30_000, batch_size=2, epochs=3)
         nnunet = NnUNet(tmp_path, "cpu")
@@ -191,8 +192,8 @@ class TestPlans:
         preparing = DatasetPreparation(nnunet, spec, Dataset(id=123, name=TINY))
         preparing.plan()
         preparing.write_plans()
-        planned_network, xattnres, wide, wider, resenc = preparing.variants()
-        assert {variant["num_epochs"] for variant in (planned_network, xattnres, wide, wider, resenc)} == {3}
+        planned_network, xattnres, wide, wider, resenc, carried = preparing.variants()
+        assert {variant["num_epochs"] for variant in (planned_network, xattnres, wide, wider, resenc, carried)} == {3}
         assert xattnres["parameters"] > planned_network["parameters"]
         assert wide["parameters"] == pytest.approx(xattnres["parameters"], rel=0.02)
         assert wider["parameters"] > wide["parameters"]
@@ -201,6 +202,10 @@ class TestPlans:
         assert resenc["parameters"] > planned_network["parameters"]
         residual = json.loads((folder / "nnUNetResEncUNetMPlans.json").read_text())["configurations"]["small"]
         assert residual["architecture"]["network_class_name"].endswith("ResidualEncoderUNet")
+        assert carried["parameters"] == xattnres["parameters"]
+        assert (carried["plans"], carried["planned_configuration"]) == ("nnUNetXAttnResPlans", "small")
+        carrying = json.loads((folder / "nnUNetXAttnResPlans.json").read_text())["configurations"]["small"]
+        assert carrying["architecture"]["network_class_name"].endswith(".PlainConvXAttnResUNet")
         before = (folder / "nnUNetPlans.json").read_bytes()
         preparing.plan()
         preparing.write_plans()

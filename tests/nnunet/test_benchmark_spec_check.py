@@ -63,6 +63,8 @@ def arm(**keys):
         (arm(planner="ResEncM"), "no planner ResEncM: did you mean nnUNetPlannerResEncM"),
         (arm(planner="DatasetFingerprintExtractor"), "no planner DatasetFingerprintExtractor"),
         (arm(parameters_of="nnUNetTrainerX"), "finds no trainer nnUNetTrainerX"),
+        (arm(preset="NoSkips"), "there is no preset NoSkips of XAttnRes: did you mean NoSkip"),
+        (arm(trainer=OURS, preset="NoSkip"), f"{OURS} and the preset NoSkip both add XAttnRes"),
     ],
 )
 def test_a_mistake_is_refused_in_one_line(change, message, raw, tmp_path, monkeypatch):

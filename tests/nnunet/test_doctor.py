@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,8 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from helpers.overhead import write_small_plans
+from nnunet_xattnres import plans_with_xattnres
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.common import files
 from nnunet_xattnres.nnunet.installation import list_trainers, trainers_folder
@@ -245,6 +248,33 @@ class TestTrainers:
         line = examine("nnU-Net cannot load nnUNetTrainerXAttnRes")
         assert line.status == PROBLEM
         assert "must inherit from 'nnUNetTrainer'" in line.text
+
+
+class TestPlansThatCarryXAttnRes:
+    @pytest.fixture
+    def plans(self, tmp_path) -> Path:
+        file = write_small_plans(tmp_path / "nnUNet_preprocessed")
+        carrying = plans_with_xattnres(json.loads(file.read_text()), "nnUNetXAttnResPlans")
+        path = file.with_name("nnUNetXAttnResPlans.json")
+        path.write_text(json.dumps(carrying))
+        return path
+
+    def test_are_named(self, examine, plans):
+        line = examine("plans that carry XAttnRes")
+        assert (line.status, line.exit_status) == (OK, 0)
+        assert line.text == f"plans that carry XAttnRes: nnUNetXAttnResPlans of {plans.parent.name}"
+
+    def test_need_no_trainers(self, examine, plans, monkeypatch):
+        monkeypatch.delenv("nnUNet_extTrainer")
+        line = examine("nnU-Net does not find nnUNetTrainer")
+        assert (line.status, line.exit_status) == (NOTE, 0)
+        assert line.text.endswith(f"{EXPORT} (plans that carry XAttnRes need no trainer of this plugin)")
+
+    def test_that_cannot_be_used(self, examine, plans):
+        plans.write_text(plans.read_text().replace('"fusion": "replace"', '"fusion": "both"'))
+        line = examine("carry XAttnRes and cannot be used")
+        assert (line.status, line.exit_status) == (PROBLEM, 1)
+        assert "XAttnResConfig.fusion must be one of replace, residual, not 'both'" in line.text
 
 
 class TestWithoutGpu:

@@ -15,18 +15,21 @@ import pytest
 import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from helpers.images import phantom, write_oblique_phantom
 from helpers.models import save_model
-from helpers.phantom_dataset import make_trainer
+from helpers.phantom_dataset import PHANTOM, make_trainer, read_plans
 from helpers.routing import force_to_read, history_of
+from nnunet_xattnres import plans_with_xattnres
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.model.config import XAttnResConfig
 from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.ops.alignment import resize
 from nnunet_xattnres.routing.drawing import draw_case
@@ -153,6 +156,17 @@ class TestInspect:
         prediction, _ = SimpleITKIO().read_seg(str(tmp_path / "out" / "case" / "prediction.nii.gz"))
         assert len(np.unique(expected)) > 1
         assert np.array_equal(prediction[0], expected)
+
+    def test_a_model_of_plans_that_carry_xattnres(self, nnunet_environment, tmp_path):
+        plans = plans_with_xattnres(read_plans(nnunet_environment), "carrying", configurations=["2d_small"])
+        dataset_json = json.loads((nnunet_environment.raw / PHANTOM / "dataset.json").read_text())
+        model = PlannedNetwork(PHANTOM, plans, "2d_small", dataset_json).make_trainer(nnUNetTrainer, 0, "cpu")
+        model.initialize()
+        folder = save_model(model).parents[1]
+        image = write_oblique_phantom(tmp_path / "images")
+        assert inspect("-m", folder, "-f", 0, "-i", image, "-o", tmp_path / "out", "--targets", "D0") == 0
+        for weights in maps_of(tmp_path / "out" / "case").values():
+            assert 0 < weights.get_fdata().mean() < 1
 
     def test_the_source_that_is_read_is_the_one_that_is_shown(self, nnunet_environment, tmp_path, monkeypatch):
         pictures = []

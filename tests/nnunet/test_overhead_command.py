@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.overhead import NO_SKIP, PLANNED, made_up_answers, output_options, write_small_plans
+from nnunet_xattnres import plans_with_xattnres
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.overhead import runner
@@ -116,6 +117,30 @@ def test_inference_has_a_table_of_its_own(monkeypatch, outputs, capsys):
     assert content["options"]["inference"] is True
     assert content["plans"][0]["trainers"][0]["inference_seconds_max"] == 4.0
     assert Path(outputs[5]).is_file()
+
+
+def test_plans_that_carry_xattnres_are_beside_their_planned_part(plans_file, monkeypatch, outputs, capsys):
+    carrying = plans_with_xattnres(json.loads(plans_file.read_text()), "carrying", configurations=["small"])
+    plans_file.write_text(json.dumps(carrying))
+    requests = []
+
+    def made_up(request, compile):
+        requests.append(request)
+        return made_up_answers([1.0])[0]
+
+    monkeypatch.setattr(runner, "measure_in_new_process", made_up)
+    options = ["--plans", str(plans_file), "-c", "small", "--repeats", "1", "--backend", "reference", *outputs]
+    assert main(["overhead", "--device", "cpu", *options]) == 0
+    assert [request.trainer for request in requests] == [PLANNED, "nnUNetTrainer"]
+    planned, theirs = (request.plans["configurations"]["small"]["architecture"] for request in requests)
+    assert planned["network_class_name"] == "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    assert "xattnres" not in planned["arch_kwargs"]
+    assert theirs["network_class_name"] == "nnunet_xattnres.architectures.PlainConvXAttnResUNet"
+    assert theirs["arch_kwargs"]["xattnres"]["backend"] == "reference"
+    assert "PlainConvXAttnResUNet" in capsys.readouterr().out
+    assert main(["overhead", "--device", "cpu", *options, "--trainers", NO_SKIP]) == 1
+    assert f"carry XAttnRes already: leave {NO_SKIP} out" in capsys.readouterr().err
+    assert len(requests) == 2
 
 
 def test_what_does_not_fit_is_not_tried_again_and_no_failure(monkeypatch, outputs, capsys):

@@ -294,6 +294,44 @@ def test_every_plain_network_predicts_the_same(
     assert len(np.unique(probabilities)) > 1000
 
 
+class TestPlansThatCarryXAttnRes:
+    @pytest.fixture
+    def carrying(self, small_plans: Path) -> str:
+        assert main(["plans", "-d", "901", "--preset", "Finetune", "-c", CONFIGURATION]) == 0
+        return "nnUNetXAttnResFinetunePlans"
+
+    def test_start_as_the_plain_network_with_any_trainer(self, carrying, small_plans, tmp_path, capsys):
+        plain = save_untrained(tmp_path / "plain", nnUNetTrainer, small_plans)
+        output = tmp_path / "out"
+        assert warm_start(plain.parents[1], output, "-p", carrying, "--trainer", "nnUNetTrainer") == 0
+        expected_segmentation, expected_probabilities = predict(plain.parents[1], "checkpoint_final.pth")
+        segmentation, probabilities = predict(output, "checkpoint_latest.pth")
+        assert np.array_equal(segmentation, expected_segmentation)
+        assert np.array_equal(probabilities, expected_probabilities)
+        weights = torch.load(output / "pretrained.pth", weights_only=False)["network_weights"]
+        assert any(key.startswith("xattnres.") for key in weights)
+        assert f"-tr nnUNetTrainer -p {carrying} --c" in capsys.readouterr().out
+
+    def test_are_not_for_trainers_that_add_it_themselves(self, carrying, small_plans, tmp_path, refuse):
+        plain = save_untrained(tmp_path / "plain", nnUNetTrainer, small_plans)
+        assert "the plans carry XAttnRes already" in refuse(plain, "-p", carrying)
+
+    def test_without_residual_fusion_are_refused(self, small_plans, tmp_path, refuse):
+        plain = save_untrained(tmp_path / "plain", nnUNetTrainer, small_plans)
+        assert main(["plans", "-d", "901", "-c", CONFIGURATION]) == 0
+        message = refuse(plain, "-p", "nnUNetXAttnResPlans", "--trainer", "nnUNetTrainer")
+        assert "the network of nnUNetTrainer is not the planned one at the start" in message
+
+    def test_a_remedy_names_plans_that_carry_the_same(self, carrying, small_plans, tmp_path, refuse):
+        plans = "nnUNetResEncUNetMPlans"
+        plain = save_untrained(tmp_path / "plain", nnUNetTrainer, small_plans, plans_name=plans)
+        options = ("-p", carrying, "--trainer", "nnUNetTrainer")
+        assert f"then run nnunet-xattnres plans with -p {plans}From" in refuse(plain.parents[1], *options)
+        assert f"choose -p {plans} -c {CONFIGURATION}" in refuse(plain.parents[1])
+        assert main(["plans", "-d", "901", "--preset", "Finetune", "-p", plans, "-o", "fitting"]) == 0
+        assert f"choose -p fitting -c {CONFIGURATION}" in refuse(plain.parents[1], *options)
+
+
 class TestReadingCheckpoints:
     def test_one_that_runs_code_is_refused_before_it_runs_any(self, plain_checkpoint, tmp_path, refuse):
         victim = tmp_path / "victim"

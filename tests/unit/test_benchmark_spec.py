@@ -136,20 +136,28 @@ def slurm(**keys):
         (configuration(base="3d_fullress", features=4), "nnU-Net plans no 3d_fullress: did you mean 3d_fullres?"),
         # Trainers
         ({"trainers": PLANNED}, f": trainers: must be a list, not '{PLANNED}'"),
-        ({"trainers": [3]}, ": trainers, entry 1: must hold trainer, name, planner, parameters_of, width, not 3"),
+        (
+            {"trainers": [3]},
+            ": trainers, entry 1: must hold trainer, name, planner, parameters_of, width, preset, not 3",
+        ),
         ({"trainers": [{"trainer": None}]}, ": trainers, entry 1: trainer is missing"),
         (trainer(trainer=""), ": trainers, entry 1, trainer: must have at least 1 character, not ''"),
         (trainer(withd=2), ": trainers, entry 1: unknown key withd: did you mean width?"),
         (trainer(name="a/b"), f": trainers, entry 1, name: a/b is no name: use {LONG_NAME}"),
         (trainer(trainer="a/b"), f": trainers, entry 1, name: a/b is no name: use {LONG_NAME}"),
-        (trainer(width=1.2), f": trainers, entry 1: {PLANNED} with another width or planner needs a name"),
-        (trainer(planner="P"), f": trainers, entry 1: {PLANNED} with another width or planner needs a name"),
+        (trainer(width=1.2), f": trainers, entry 1: {PLANNED} with a width, planner or preset needs a name"),
+        (trainer(planner="P"), f": trainers, entry 1: {PLANNED} with a width, planner or preset needs a name"),
         (trainer(name="A", width=1000), ": trainers, entry 1, width: must be less than or equal to 8, not 1000"),
         (trainer(name="A", width=0.1), ": trainers, entry 1, width: must be greater than or equal to 0.25, not 0.1"),
         (
             trainer(name="A", width=2, parameters_of=OURS),
             ": trainers, entry 1: parameters_of and width each set the width",
         ),
+        (
+            trainer(name="A", width=2, preset="NoSkip"),
+            ": trainers, entry 1: a preset keeps the planned width: remove it, or parameters_of and width",
+        ),
+        (trainer(preset="NoSkip"), f": trainers, entry 1: {PLANNED} with a width, planner or preset needs a name"),
         ({"trainers": [PLANNED, PLANNED]}, f": trainers: {PLANNED} is there twice: say it once"),
         (
             {"trainers": [PLANNED, {"trainer": PLANNED, "name": "A"}]},

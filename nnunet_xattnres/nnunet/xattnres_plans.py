@@ -1,0 +1,93 @@
+"""Plans that carry XAttnRes: then any trainer trains it, and nnU-Net finds the network without `nnUNet_extTrainer`."""
+
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_xattnres.common.errors import XAttnResError, suggestion
+from nnunet_xattnres.model.config import Config, XAttnResConfig
+from nnunet_xattnres.model.plan_classes import architecture_with, carried_config
+from nnunet_xattnres.nnunet.installation import TRAINER_PREFIX, list_trainers
+
+DEFAULT_PRESET = "XAttnRes"
+PLANS = "Plans"
+
+
+def preset_names() -> list[str]:
+    """The presets: XAttnRes, and what the names of the other XAttnRes trainers add to it."""
+    names = [name.removeprefix(TRAINER_PREFIX) for name, _ in list_trainers()]
+    stems = [name for name in names if name.startswith(DEFAULT_PRESET) and not name.endswith("epochs")]
+    return [stem.removeprefix(DEFAULT_PRESET) or stem for stem in stems]
+
+
+def preset_config(preset: str) -> Config:
+    """The config of the trainer of this preset. Raises `XAttnResError` if there is none."""
+    known = preset_names()
+    if preset not in known:
+        near = suggestion(preset, known) or f"choose from {', '.join(known)}"
+        raise XAttnResError(f"there is no preset {preset} of XAttnRes: {near}")
+    trainer = TRAINER_PREFIX + DEFAULT_PRESET + (preset if preset != DEFAULT_PRESET else "")
+    config: Config = getattr(import_module(f"nnunet_xattnres.trainers.{trainer}"), trainer).xattnres_config
+    return config
+
+
+def default_plans_name(plans_name: str, preset: str) -> str:
+    """nnUNetXAttnResNoSkipPlans for nnUNetPlans and NoSkip."""
+    added = DEFAULT_PRESET + (preset if preset != DEFAULT_PRESET else "")
+    return f"{plans_name.removesuffix(PLANS)}{added}{PLANS}"
+
+
+def plans_with_xattnres(
+    plans: dict[str, Any], name: str, config: Config | None = None, configurations: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """The plans of a dataset with XAttnRes in their networks. They use the data that is preprocessed for `plans`.
+
+    plans: the content of a plans file. name: of the new plans, which must be the name of their file without `.json`.
+    config: `XAttnResConfig()` by default.
+    configurations: all by default. Those that they inherit from, or have as their previous stage, are added.
+
+    Raises `XAttnResError` for a configuration that is not there, one whose architecture is not an encoder/decoder
+    U-Net or that carries XAttnRes already, and for a config that changes nothing.
+    """
+    config = config or XAttnResConfig()
+    if config.is_planned_network:
+        raise XAttnResError("this config adds nothing to the planned network: train it with the plans as they are")
+    chosen = with_what_they_need(plans, plans["configurations"] if configurations is None else configurations)
+    converted = {configuration: _converted(plans, configuration, config, chosen) for configuration in chosen}
+    return plans | {"plans_name": name, "configurations": converted}
+
+
+def with_what_they_need(plans: dict[str, Any], configurations: Iterable[str]) -> list[str]:
+    """The configurations, those that they inherit from and those of their previous stages, in the order of the plans.
+
+    Raises `XAttnResError` for a configuration that is not in the plans.
+    """
+    there = plans["configurations"]
+    waiting, needed = list(configurations), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name not in there:
+            near = suggestion(name, there) or f"choose from {', '.join(there)}"
+            raise XAttnResError(f"no configuration {name} in the plans: {near}")
+        if name not in needed:
+            needed.add(name)
+            waiting += [there[name][key] for key in ("inherits_from", "previous_stage") if there[name].get(key)]
+    return [name for name in there if name in needed]
+
+
+def _converted(plans: dict[str, Any], name: str, config: Config, chosen: list[str]) -> dict[str, Any]:
+    """The entry of a configuration. Its architecture is written out, also where it inherits it."""
+    manager = PlansManager(plans).get_configuration(name)
+    if carried_config(manager) is not None:
+        raise XAttnResError(
+            f"configuration {name} of {plans['plans_name']} carries XAttnRes already: choose the plans that they were "
+            "made from"
+        )
+    # nnU-Net's reader replaces entries of its older format by the architecture.
+    entry = {key: value for key, value in plans["configurations"][name].items() if key in manager.configuration}
+    if any(stage not in chosen for stage in manager.next_stage_names or ()):
+        # nnU-Net's validation predicts for every next stage that is named here.
+        entry["next_stage"] = [stage for stage in manager.next_stage_names if stage in chosen]
+    return entry | {"architecture": architecture_with(manager, config)}
