@@ -148,7 +148,10 @@ def cost_table(comparison: Comparison) -> str:
     """A line per network, at most 120 columns wide. Below: the stages that read, and the reasons of failures."""
     figures = [comparison.figures(row) for row in comparison.rows]
     flops_unit, flops_name = (1e12, "TFLOPs") if any((f["flops"] or 0) >= 1e12 for f in figures) else (1e9, "GFLOPs")
-    timed = ["inference s"] if comparison.inference else ["step s", "memory GB", "kept GB", "inference s"]
+    is_large = any((f["peak_memory_bytes"] or 0) >= 1e8 for f in figures)
+    bytes_unit, bytes_name = (1e9, "GB") if is_large else (1e6, "MB")
+    training = ["step s", f"memory {bytes_name}", f"kept {bytes_name}", "inference s"]
+    timed = ["inference s"] if comparison.inference else training
     rows = [[TRAINER_PREFIX, "parameters", flops_name, *timed]]
     for row, f in zip(comparison.rows, figures, strict=True):
         cells = [
@@ -159,8 +162,8 @@ def cost_table(comparison: Comparison) -> str:
         ]
         if not comparison.inference:
             cells += [
-                _with_ratio(_number(f["peak_memory_bytes"], 1e9), f["peak_memory_bytes_ratio"]),
-                _with_ratio(_number(f["kept_for_backward_bytes"], 1e9), f["kept_for_backward_bytes_ratio"]),
+                _with_ratio(_number(f["peak_memory_bytes"], bytes_unit), f["peak_memory_bytes_ratio"]),
+                _with_ratio(_number(f["kept_for_backward_bytes"], bytes_unit), f["kept_for_backward_bytes_ratio"]),
                 _with_ratio(_number(f["inference_seconds"]), f["inference_seconds_ratio"]),
             ]
         rows.append(cells)

@@ -297,8 +297,8 @@ def _footnote(comparisons: list[Comparison], options: Options, device: str) -> s
         ]
     else:
         lines += [
-            "FLOPs: matrix products and convolutions of one training step. GB: 10^9 bytes.",
-            "Kept: from the forward to the backward pass, without parameters. Inference: one patch.",
+            "FLOPs: matrix products and convolutions of one training step. Inference: one patch.",
+            "Kept: from the forward to the backward pass, without parameters. MB, GB: 10^6, 10^9 bytes.",
         ]
     if device == "cpu" and not options.inference:
         settings = " ".join(f"{name}={value}" for name, value in _environment()["allocator"].items())
