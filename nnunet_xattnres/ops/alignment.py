@@ -9,12 +9,15 @@ Sizes have two or three axes.
 """
 
 from collections.abc import Sequence
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.ops.context import is_exporting, without_autocast
 
 
 def is_finer(source_size: Sequence[int], size: Sequence[int]) -> bool:
@@ -61,5 +64,31 @@ def align(features: Tensor, projection: Tensor | None, size: Sequence[int]) -> T
 
 def _average(features: Tensor, size: Sequence[int]) -> Tensor:
     factors = [source // target for source, target in zip(features.shape[2:], size, strict=True)]
-    pool = F.avg_pool2d if len(size) == 2 else F.avg_pool3d
-    return pool(features, kernel_size=factors)
+    if is_exporting():
+        return _pool(features, factors)
+    return _Average.apply(features, factors)
+
+
+def _pool(features: Tensor, factors: Sequence[int]) -> Tensor:
+    return (F.avg_pool2d if len(factors) == 2 else F.avg_pool3d)(features, kernel_size=list(factors))
+
+
+class _Average(torch.autograd.Function):
+    """The area average, of which nothing is kept for the backward pass.
+
+    PyTorch's own keeps its input. Under autocast that may be a float32 copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, factors: Sequence[int]) -> Tensor:
+        ctx.factors = factors
+        # PyTorch averages three axes in half precision on GPUs only.
+        on_cpu = features.device.type == "cpu"
+        dtype = torch.promote_types(features.dtype, torch.float32) if on_cpu else features.dtype
+        with without_autocast(features):
+            return _pool(features.to(dtype), factors).to(features.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        spread = F.interpolate(gradients[0] / prod(ctx.factors), scale_factor=ctx.factors, mode="nearest")
+        return spread, None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.ops.reference import is_exporting
+from nnunet_xattnres.ops.context import is_exporting
 
 # On a CPU, a target axis of at least MIN_EXTENT_FOR_BLOCKS voxels is interpolated in blocks of BLOCK voxels. On two
 # threads, forward and backward pass of the attention then took 0.89 of the time for 64 x 192 x 192 voxels and 0.86 for

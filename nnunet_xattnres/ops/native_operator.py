@@ -12,18 +12,11 @@ from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops.alignment import project
+from nnunet_xattnres.ops.context import is_exporting, without_autocast
 from nnunet_xattnres.ops.flops import interpolation_flops, projection_flops, register_flop_formula
 from nnunet_xattnres.ops.interpolation import upsampling_factors
 from nnunet_xattnres.ops.native_library import Values, is_available, library, mix, mix_gradients
-from nnunet_xattnres.ops.reference import (
-    EPS,
-    Candidate,
-    Upsampled,
-    computed,
-    is_exporting,
-    scaled_query,
-    without_autocast,
-)
+from nnunet_xattnres.ops.reference import EPS, Candidate, Upsampled, computed, scaled_query
 from nnunet_xattnres.ops.streaming import attend_streaming
 
 Shape = Sequence[int]
@@ -80,8 +73,12 @@ def is_served(query: Tensor, candidates: Sequence[Candidate | Upsampled], key_ch
     meta device, the operator gives the shapes. An exported graph must run without this package, so exports are not
     theirs.
     """
-    tensors = [query, *(tensor for candidate in candidates for tensor in candidate if tensor is not None)]
-    dtypes = {tensor.dtype for tensor in tensors}
+    dtypes = {query.dtype}
+    for candidate in candidates:
+        tensors = (
+            (candidate.features, candidate.weight, candidate.bias) if isinstance(candidate, Upsampled) else candidate
+        )
+        dtypes |= {tensor.dtype for tensor in tensors if tensor is not None}
     return (
         query.ndim == 1
         and key_channels is None

@@ -12,7 +12,7 @@ value: K_k is computed from the key, and out from the value.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from math import sqrt
 from typing import NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_xattnres.ops.alignment import align
+from nnunet_xattnres.ops.context import is_exporting, without_autocast
 
 EPS = 1e-6
 
@@ -35,11 +36,13 @@ class Candidate(NamedTuple):
     projection: Tensor | None
 
 
-class Upsampled(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Upsampled:
     """The output of a transposed convolution whose steps are as long as its kernel: described, and not computed.
 
     It is one more candidate, at the target's resolution and without a projection. A backend can compute it once more in
-    the backward pass, so that it need not be kept.
+    the backward pass, so that it need not be kept. It is no tuple, because PyTorch's hooks of modules take the tensors
+    in a tuple for features.
 
     features: (B, C_in, *source_size). weight: (C_in, C_t, *steps). bias: (C_t,) or None.
     """
@@ -56,9 +59,9 @@ class Upsampled(NamedTuple):
 
 def upsample(described: Upsampled) -> Tensor:
     """The output that is described: (B, C_t, *size)"""
-    features, weight, bias = described
-    transposed_convolution = F.conv_transpose2d if features.ndim == 4 else F.conv_transpose3d
-    return transposed_convolution(features, weight, bias, stride=weight.shape[2:])
+    transposed_convolution = F.conv_transpose2d if described.features.ndim == 4 else F.conv_transpose3d
+    steps = described.weight.shape[2:]
+    return transposed_convolution(described.features, described.weight, described.bias, stride=steps)
 
 
 def upsample_gradients(
@@ -123,6 +126,7 @@ def attend_reference(
     """The formulas, line by line. For the arguments see `Attention`."""
     aligned = torch.stack([align(features, projection, size) for features, projection in computed(candidates)])  # v_k
     keys, values = (aligned, aligned) if key_channels is None else aligned.tensor_split([key_channels], dim=2)
+    # Squares overflow float16 above 255, so norms, scores and softmax are in float32.
     with without_autocast(values):
         weights = attention_weights(query, norm_scale, keys, eps)  # a_k
         mixture = (weights.unsqueeze(2) * values.to(weights.dtype)).sum(dim=0)
@@ -146,19 +150,8 @@ def inverse_rms(mean_square: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(mean_square + eps)
 
 
-def is_exporting() -> bool:
-    """Whether torch.export, torch.onnx.export or torch.jit.trace is recording a forward pass."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
-
-
 def scaled_query(query: Tensor, norm_scale: Tensor | None) -> Tensor:
     """w * g: only this product enters the attention."""
     if norm_scale is None:
         return query
     return query * norm_scale.view(-1, *(1,) * (query.ndim - 2)) if query.ndim > 1 else query * norm_scale
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Switches autocast off for norms, scores and softmax: squares overflow float16 above 255."""
-    has_autocast = tensor.device.type not in ("meta", "mps")
-    return torch.autocast(tensor.device.type, enabled=False) if has_autocast else nullcontext()

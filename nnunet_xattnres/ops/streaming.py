@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nnunet_xattnres.ops.alignment import project
+from nnunet_xattnres.ops.context import is_exporting, without_autocast
 from nnunet_xattnres.ops.interpolation import (
     Interpolation,
     axis_interpolation,
@@ -25,11 +26,9 @@ from nnunet_xattnres.ops.reference import (
     Upsampled,
     computed,
     inverse_rms,
-    is_exporting,
     scaled_query,
     upsample,
     upsample_gradients,
-    without_autocast,
 )
 
 # How many elements of aligned candidates are held at once. On a CPU 2**20 to 2**23 were about equally fast, and 2**21

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops.alignment import project
+from nnunet_xattnres.ops.context import is_exporting
 from nnunet_xattnres.ops.flops import interpolation_flops, register_flop_formula
 from nnunet_xattnres.ops.interpolation import upsampling_factors
-from nnunet_xattnres.ops.reference import EPS, Candidate, Upsampled, computed, is_exporting, scaled_query
+from nnunet_xattnres.ops.reference import EPS, Candidate, Upsampled, computed, scaled_query
 from nnunet_xattnres.ops.streaming import attend_streaming
 from nnunet_xattnres.ops.triton_kernels import INTERPRETED, MAX_CHANNELS, MAX_ELEMENTS, mix, mix_gradients
 

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helpers import formulas
+from helpers.memory import saved_bytes
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops import interpolation
 from nnunet_xattnres.ops.alignment import align, is_finer, resize
@@ -153,3 +154,21 @@ def test_chunks_hold_whole_batch_items_where_they_fit_and_rows_of_one_where_not(
 def test_sizes_that_are_no_multiples_of_each_other_are_an_error(source_size, size):
     with pytest.raises(XAttnResError, match="integer multiple"):
         is_finer(source_size, size)
+
+
+@pytest.mark.parametrize("size, source_size", [((2, 3), (4, 6)), ((2, 3, 2), (6, 3, 4))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_an_average_nothing_is_kept(size, source_size, dtype):
+    features = torch.randn(2, 3, *source_size, dtype=dtype, requires_grad=True)
+    outputs = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert saved_bytes(lambda: outputs.append(resize(features, size)), []) == 0
+    assert outputs[0].dtype == dtype
+    exact = features.detach().double().requires_grad_()
+    pool = torch.nn.functional.avg_pool2d if len(size) == 2 else torch.nn.functional.avg_pool3d
+    expected = pool(exact, [source // target for source, target in zip(source_size, size, strict=True)])
+    torch.testing.assert_close(outputs[0].double(), expected, atol=0.02 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+    upstream = torch.randn_like(outputs[0])
+    (gradient,) = torch.autograd.grad(outputs[0], features, upstream)
+    (of_exact,) = torch.autograd.grad(expected, exact, upstream.double())
+    torch.testing.assert_close(gradient.double(), of_exact, atol=0.02 if dtype == torch.bfloat16 else 1e-6, rtol=0)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunet_xattnres.ops import native_operator
 from nnunet_xattnres.ops.flops import interpolation_flops, projection_flops
-from nnunet_xattnres.ops.reference import Candidate
+from nnunet_xattnres.ops.reference import Candidate, Upsampled, upsample
 from nnunet_xattnres.ops.streaming import attend_streaming
 
 
@@ -44,3 +45,15 @@ def test_the_triton_operators_are_counted():
     assert counted == 3 * projections + 3 * interpolation_flops([h.shape, x.shape], 5, size)
     # Streaming projects once more in the backward pass, and interpolates with matrices.
     assert flops_of(attend_streaming, Candidate(h, projection), Candidate(x, None), size=size) > 4 * projections
+
+
+def test_the_native_operators_are_counted(monkeypatch):
+    """Projections and transposed convolution twice, their two gradients, and interpolations as for Triton."""
+    monkeypatch.setattr(native_operator, "is_available", lambda: True)  # shapes need no library
+    h, projection, size = parameter(2, 3, 4, 4, 4), parameter(5, 3), (8, 8, 8)
+    described = Upsampled(parameter(2, 7, 4, 4, 4), parameter(7, 5, 2, 2, 2), parameter(5))
+    with FlopCounterMode(display=False) as counter:
+        upsample(described)
+    products = projection_flops([h.shape], [projection.shape]) + counter.get_total_flops()
+    counted = flops_of(native_operator.attend_native, Candidate(h, projection), described, size=size)
+    assert counted == 4 * products + 3 * interpolation_flops([h.shape], 5, size)
