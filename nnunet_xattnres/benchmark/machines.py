@@ -12,12 +12,13 @@ from typing import Protocol
 import submitit
 import torch
 
-from nnunet_xattnres.benchmark.cell_task import NUM_AUGMENTATION_WORKERS, CellTask, augmentation_workers
+from nnunet_xattnres.benchmark.cell_task import CellTask
 from nnunet_xattnres.benchmark.cells import Cell
 from nnunet_xattnres.benchmark.signals import children_heed_interrupts
 from nnunet_xattnres.benchmark.spec import Executor
 from nnunet_xattnres.common.device import available_cores
 from nnunet_xattnres.common.errors import XAttnResError, one_line
+from nnunet_xattnres.nnunet.commands import NUM_AUGMENTATION_WORKERS, augmentation_workers
 
 JOBS = "jobs"
 QUEUE_SECONDS = 5.0

@@ -13,7 +13,6 @@ from nnunet_xattnres.benchmark.machines import make_machine, shares_of_machine
 from nnunet_xattnres.benchmark.scheduling import run_cells
 from nnunet_xattnres.benchmark.spec import Executor
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.nnunet.commands import CPU_SETTINGS
 
 SLURM = Executor(kind="slurm")
 
@@ -56,7 +55,6 @@ class TestThisMachine:
             monkeypatch.setenv("nnUNet_n_proc_DA", user)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(machines, "available_cores", lambda: 16)
-        monkeypatch.setitem(CPU_SETTINGS, "nnUNet_n_proc_DA", "2")
         assert {share["nnUNet_n_proc_DA"] for share in shares_of_machine(executor)} == {expected}
 
     @pytest.mark.parametrize(
