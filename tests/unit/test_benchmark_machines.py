@@ -57,6 +57,13 @@ class TestThisMachine:
         monkeypatch.setattr(machines, "available_cores", lambda: 16)
         assert {share["nnUNet_n_proc_DA"] for share in shares_of_machine(executor)} == {expected}
 
+    def test_an_apple_gpu_gets_as_many_augmentation_workers_as_another(self, monkeypatch):
+        monkeypatch.delenv("nnUNet_n_proc_DA", raising=False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        monkeypatch.setattr(machines, "available_cores", lambda: 10)
+        assert [share["nnUNet_n_proc_DA"] for share in shares_of_machine(Executor())] == ["10"]
+
     @pytest.mark.parametrize(
         ("executor", "user", "expected"),
         [
