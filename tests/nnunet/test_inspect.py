@@ -328,6 +328,12 @@ class TestMistakes:
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
         assert "finds no trainer nnUNetTrainerXAttnResNoSkips: did you mean nnUNetTrainerXAttnResNoSkip" in error
 
+    def test_a_checkpoint_of_another_tool(self, model, image, tmp_path, capsys):
+        torch.save({"state_dict": {}}, model / "fold_0" / FINAL_CHECKPOINT)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "is no nnU-Net checkpoint, but a dict with state_dict" in error
+        assert error.endswith(": choose another -chk, or get it again")
+
     def test_a_checkpoint_that_would_run_code(self, model, image, tmp_path, capsys):
         file = model / "fold_0" / "checkpoint_final.pth"
         checkpoint = torch.load(file, weights_only=False)

@@ -265,4 +265,4 @@ def _read_checkpoint(model: Path, path: Path, trusted: bool) -> dict[str, Any]:
                 "TRAINER__PLANS__CONFIGURATION"
             )
         raise XAttnResError(f"{path} does not exist: choose with -f and -chk from {', '.join(there)}")
-    return read_checkpoint(path, "get it again", trusted)
+    return read_checkpoint(path, "choose another -chk, or get it again", trusted)
