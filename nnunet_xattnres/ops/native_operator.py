@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops.alignment import project
-from nnunet_xattnres.ops.flops import interpolation_flops, projection_flops, register_flop_formula
 from nnunet_xattnres.ops.interpolation import upsampling_factors
 from nnunet_xattnres.ops.native_library import Values, is_available, library, mix, mix_gradients
 from nnunet_xattnres.ops.reference import EPS, Candidate, is_exporting, scaled_query, without_autocast
@@ -204,36 +203,3 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor | None], 
 
 
 attend_on_cpu.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-@register_flop_formula(torch.ops.nnunet_xattnres.attend_on_cpu)
-def _flops(
-    query: Sequence[int],
-    features: Sequence[Sequence[int]],
-    projections: Sequence[Sequence[int]],
-    size: Sequence[int],
-    eps: float,
-    **_: object,
-) -> int:
-    return projection_flops(features[: len(projections)], projections) + interpolation_flops(features, query[0], size)
-
-
-@register_flop_formula(torch.ops.nnunet_xattnres.attend_on_cpu_backward)
-def _backward_flops(
-    gradient: Sequence[int],
-    query: Sequence[int],
-    features: Sequence[Sequence[int]],
-    projections: Sequence[Sequence[int]],
-    eps: float,
-    features_wanted: Sequence[bool],
-    projections_wanted: Sequence[bool],
-    **_: object,
-) -> int:
-    # The features are projected and interpolated again, and then their gradients.
-    products = sum(
-        (1 + of_features + of_projection) * projection_flops([h], [projection])
-        for h, projection, of_features, of_projection in zip(
-            features, projections, features_wanted, projections_wanted, strict=False
-        )
-    )
-    return products + 2 * interpolation_flops(features, query[0], gradient[2:])

@@ -5,8 +5,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_xattnres.ops.flops import interpolation_flops, projection_flops
-from nnunet_xattnres.ops.native_library import is_available
-from nnunet_xattnres.ops.native_operator import attend_native
 from nnunet_xattnres.ops.reference import Candidate
 from nnunet_xattnres.ops.streaming import attend_streaming
 
@@ -46,14 +44,3 @@ def test_the_triton_operators_are_counted():
     assert counted == 3 * projections + 3 * interpolation_flops([h.shape, x.shape], 5, size)
     # Streaming projects once more in the backward pass, and interpolates with matrices.
     assert flops_of(attend_streaming, Candidate(h, projection), Candidate(x, None), size=size) > 4 * projections
-
-
-@pytest.mark.skipif(not is_available(), reason="the native backend is not compiled")
-@pytest.mark.parametrize("trained, products", [(True, 4), (False, 2)])
-def test_the_native_operators_are_counted(trained, products):
-    """As Triton's, with a projection more, because the backward pass projects again."""
-    h, x, size = parameter(2, 3, 4, 4, 4), parameter(2, 5, 8, 8, 8), (8, 8, 8)
-    projection = parameter(5, 3).requires_grad_(trained)
-    counted = flops_of(attend_native, Candidate(h.requires_grad_(trained), projection), Candidate(x, None), size=size)
-    expected = products * projection_flops([h.shape], [projection.shape])
-    assert counted == expected + 3 * interpolation_flops([h.shape, x.shape], 5, size)
