@@ -17,13 +17,10 @@ from nnunet_xattnres.benchmark.cost_recording import logged_times, recorded_cost
 from nnunet_xattnres.benchmark.locks import SECONDS_FOR_A_LOOK, Busy, locked
 from nnunet_xattnres.common.device import available_cores, choose_device
 from nnunet_xattnres.common.errors import one_line
-from nnunet_xattnres.nnunet.commands import CPU_SETTINGS, NnUNet
+from nnunet_xattnres.nnunet.commands import NUM_AUGMENTATION_WORKERS, NnUNet, augmentation_workers
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
 
 LAUNCH = ("-m", "nnunet_xattnres.benchmark.launch")
-# The variable of nnU-Net's for the number of augmentation workers of every GPU, and nnU-Net's own number.
-NUM_AUGMENTATION_WORKERS = "nnUNet_n_proc_DA"
-MOST_WORKERS_OF_GPU = 12
 RECORDED_VERSIONS = ("nnunet-xattnres", "nnunetv2", "torch", "numpy")
 
 
@@ -34,16 +31,8 @@ class CellTask(Checkpointable):
         """share: environment variables that limit the job to its part of the machine; empty for all that it sees."""
         os.environ.update(share)
         device = choose_device()
-        # A cluster may tell a job how many cores are its own, and still let it see those of the whole node.
-        cores = min(available_cores(), int(os.environ.get("SLURM_CPUS_PER_TASK", available_cores())))
-        os.environ.setdefault(NUM_AUGMENTATION_WORKERS, augmentation_workers(device, cores, num_gpus))
+        os.environ.setdefault(NUM_AUGMENTATION_WORKERS, augmentation_workers(device, available_cores(), num_gpus))
         run_cell(root, cell, device, num_gpus)
-
-
-def augmentation_workers(device: str, cores: int, num_gpus: int) -> str:
-    """The value of `NUM_AUGMENTATION_WORKERS` for a job with so many cores. nnU-Net itself counts the machine's."""
-    most = int(CPU_SETTINGS[NUM_AUGMENTATION_WORKERS]) if device == "cpu" else MOST_WORKERS_OF_GPU
-    return str(max(1, min(most, cores // num_gpus)))
 
 
 def run_cell(root: Path, cell: Cell, device: str, num_gpus: int) -> None:

@@ -12,12 +12,13 @@ from typing import Protocol
 import submitit
 import torch
 
-from nnunet_xattnres.benchmark.cell_task import NUM_AUGMENTATION_WORKERS, CellTask, augmentation_workers
+from nnunet_xattnres.benchmark.cell_task import CellTask
 from nnunet_xattnres.benchmark.cells import Cell
 from nnunet_xattnres.benchmark.signals import children_heed_interrupts
 from nnunet_xattnres.benchmark.spec import Executor
 from nnunet_xattnres.common.device import available_cores
 from nnunet_xattnres.common.errors import XAttnResError, one_line
+from nnunet_xattnres.nnunet.commands import NUM_AUGMENTATION_WORKERS, augmentation_workers
 
 JOBS = "jobs"
 QUEUE_SECONDS = 5.0
@@ -164,7 +165,8 @@ def shares_of_machine(executor: Executor) -> list[dict[str, str]]:
             raise XAttnResError(f"num_gpus of executor is {executor.num_gpus}, and PyTorch finds no GPU here")
         jobs = executor.jobs or 1
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // jobs))
-        return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads, **_workers("cpu", jobs, 1)}] * jobs
+        workers = _workers("mps" if torch.backends.mps.is_available() else "cpu", jobs, 1)
+        return [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads, **workers}] * jobs
     if executor.num_gpus > len(gpus):
         raise XAttnResError(f"num_gpus of executor is {executor.num_gpus}, and there are {len(gpus)}: say fewer")
     starts = range(0, len(gpus) - executor.num_gpus + 1, executor.num_gpus)

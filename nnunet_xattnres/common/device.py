@@ -46,7 +46,9 @@ def cpu_name() -> str:
 
 def available_cores() -> int:
     """The number of cores that this process may use: in a container or on a cluster often fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # A cluster may tell a job how many cores are its own, and still let it see those of the whole node.
+    return min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
 
 
 def limit_memory(growth: int) -> None:

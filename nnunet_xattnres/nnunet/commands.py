@@ -21,10 +21,10 @@ from nnunet_xattnres.nnunet.installation import external_trainers
 
 # nnU-Net starts 8 processes by default for steps that work case by case.
 NUM_WORKERS = str(min(8, available_cores()))
+# nnU-Net's variable for the number of augmentation workers of every GPU.
+NUM_AUGMENTATION_WORKERS = "nnUNet_n_proc_DA"
 SETTINGS = {
     "nnUNet_def_n_proc": NUM_WORKERS,
-    # nnU-Net's own default is 12, or the number of the machine's cores.
-    "nnUNet_n_proc_DA": str(min(12, available_cores())),
     # Python 3.13 and newer: nnU-Net takes a thread for every core that it counts.
     "PYTHON_CPU_COUNT": str(available_cores()),
     "PYTHONUNBUFFERED": "1",
@@ -37,7 +37,6 @@ CPU_SETTINGS = {
     # OpenMP's threads wait for each other in a loop, by default for some 300,000 rounds. If augmentation needs the core
     # meanwhile, a training step takes several times as long. On idle cores 3,000 rounds are as fast.
     "GOMP_SPINCOUNT": "3000",
-    "nnUNet_n_proc_DA": str(min(2, available_cores())),
     # Every worker process imports torch: more than one of each kind costs more time than it saves.
     "nnUNet_npp": "1",
     "nnUNet_nps": "1",
@@ -116,7 +115,8 @@ class NnUNet:
 
     def environment(self) -> dict[str, str]:
         """All environment variables of a command. The user's own win over our defaults, except for the folders."""
-        defaults = SETTINGS | (CPU_SETTINGS if self.device == "cpu" else {})
+        workers = {NUM_AUGMENTATION_WORKERS: augmentation_workers(self.device, available_cores())}
+        defaults = SETTINGS | workers | (CPU_SETTINGS if self.device == "cpu" else {})
         return defaults | dict(os.environ) | self.folders()
 
     def run(self, *command: str, log: str, environment: Mapping[str, str] | None = None) -> None:
@@ -137,6 +137,13 @@ class NnUNet:
             raise XAttnResError(
                 f"{shell_command(*command)} failed: {_reason(return_code, log_file)} (whole output: {log_file})"
             )
+
+
+def augmentation_workers(device: str, cores: int, num_gpus: int = 1) -> str:
+    """The value of `NUM_AUGMENTATION_WORKERS` for a training with so many cores. nnU-Net counts the machine's."""
+    # 12 is nnU-Net's own number. On a CPU, the network needs the cores.
+    most = 2 if device == "cpu" else 12
+    return str(max(1, min(most, cores // num_gpus)))
 
 
 def find_command(name: str) -> str:

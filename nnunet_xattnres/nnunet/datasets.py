@@ -112,7 +112,7 @@ def read_splits(path: Path, remedy: str) -> list[dict[str, list[str]]]:
     Raises `XAttnResError`, with the remedy, if the file is missing or holds something else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         splits = [{part: [str(case) for case in fold[part]] for part in ("train", "val")} for fold in content]
     except OSError as error:
         raise XAttnResError(f"cannot read {path} ({error.strerror}): {remedy}") from None

@@ -50,6 +50,12 @@ class PlannedNetwork:
         return int(determine_num_input_channels(PlansManager(self.plans), self.manager, self.dataset_json))
 
     @property
+    def channel_names(self) -> list[str]:
+        """Of the image, in order. nnU-Net also reads the older key."""
+        names = self.dataset_json["modality" if "modality" in self.dataset_json else "channel_names"]
+        return [names[number] for number in sorted(names, key=int)]
+
+    @property
     def num_segmentation_heads(self) -> int:
         """Output channels of the network."""
         return int(PlansManager(self.plans).get_label_manager(self.dataset_json).num_segmentation_heads)

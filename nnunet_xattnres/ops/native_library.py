@@ -163,7 +163,7 @@ def _run(
         parallel_runner(),
     )
     if getattr(library(), f"nnunet_xattnres_{direction}")(byref(call)):
-        raise MemoryError("the attention found too little memory")
+        raise MemoryError("the attention cannot allocate its buffers")
 
 
 def _three_axes(size: Sequence[int]) -> ctypes.Array[c_int64]:

@@ -137,7 +137,7 @@ def attention_weights(query: Tensor, norm_scale: Tensor | None, keys: Tensor, ep
     """a_k(p) of a stack of keys before the norm: (K, B, C_key, *size) -> (K, B, *size), in float32 or float64."""
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     keys = keys * inverse_rms(keys.square().mean(dim=2, keepdim=True), eps)  # K_k / g
-    query = scaled_query(query, norm_scale)  # < w , K_k > = < w * g , K_k / g >
+    query = scaled_query(query, norm_scale).to(keys.dtype)  # < w , K_k > = < w * g , K_k / g >
     scores = torch.einsum("c,kbc...->kb...", query, keys) if query.ndim == 1 else (query * keys).sum(dim=2)
     return scores.softmax(dim=0)
 

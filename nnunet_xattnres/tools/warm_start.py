@@ -96,7 +96,7 @@ def run_warm_start(options: Options) -> None:
         trainer = _trainer_with_weights(trainer_class, trained, target, same_heads)
         model_folder = Path(trainer.output_folder_base).relative_to(results)
         _write(output, trainer, trained if same_heads else None)
-    channels, channels_here = (channel_names(planned) for planned in (trained.planned, target))
+    channels, channels_here = trained.planned.channel_names, target.channel_names
     if channels != channels_here:
         print(
             f"The trained network reads the channels {', '.join(channels)}, those of {target.name} are "
@@ -204,13 +204,6 @@ def head_names(planned: PlannedNetwork) -> list[str]:
         )
         for head in heads
     ]
-
-
-def channel_names(planned: PlannedNetwork) -> list[str]:
-    """The image's channels in order."""
-    content = planned.dataset_json
-    names = content["channel_names"] if "channel_names" in content else content["modality"]
-    return [names[number] for number in sorted(names, key=int)]
 
 
 def _moving_of_plans(trained: TrainedNetwork, target: PlannedNetwork) -> str:

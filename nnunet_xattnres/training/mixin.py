@@ -118,6 +118,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         return add_xattnres(planned, cls.xattnres_config)
 
     def on_train_start(self) -> None:
+        # A trainer before the mixin may have called nnU-Net's `__init__` and left out the mixin's.
+        check_bases(type(self))
         if self._is_first_process:
             # nnU-Net trains once at a time in a folder.
             remove_leftovers(Path(self.output_folder))

@@ -342,6 +342,12 @@ class TestMistakes:
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
         assert "finds no trainer nnUNetTrainerXAttnResNoSkips: did you mean nnUNetTrainerXAttnResNoSkip" in error
 
+    def test_a_checkpoint_of_another_tool(self, model, image, tmp_path, capsys):
+        torch.save({"state_dict": {}}, model / "fold_0" / FINAL_CHECKPOINT)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image)
+        assert "is no nnU-Net checkpoint, but a dict with state_dict" in error
+        assert error.endswith(": choose another -chk, or get it again")
+
     def test_a_checkpoint_that_would_run_code(self, model, image, tmp_path, capsys):
         file = model / "fold_0" / "checkpoint_final.pth"
         checkpoint = torch.load(file, weights_only=False)
@@ -398,14 +404,19 @@ class TestMistakes:
             inspect("-m", model, "-f", 0, "-i", image, "-o", tmp_path / "new" / "also" / "out")
         assert not (tmp_path / "new").exists()
 
-    def test_a_channel_too_many(self, model, image, tmp_path, capsys):
+    @pytest.mark.parametrize("key", ["channel_names", "modality"])
+    def test_a_channel_too_many(self, model, image, tmp_path, capsys, key):
         shutil.copy(image, image.with_name("case_0001.nii.gz"))
+        model = shutil.copytree(model, tmp_path / "model")
+        dataset_json = json.loads((model / "dataset.json").read_text())
+        dataset_json[key] = dataset_json.pop("channel_names")
+        (model / "dataset.json").write_text(json.dumps(dataset_json))
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image.parent)
         assert "comes with 2 channels, but the model reads 1: _0000 phantom" in error
 
     def test_a_missing_channel(self, nnunet_environment, model, image):
         model = Model(model, "0", FINAL_CHECKPOINT, ["D0"], CPU)
-        model.num_channels, model.dataset_json["channel_names"] = 2, {"0": "T1", "1": "T2"}
+        model.channel_names = ["T1", "T2"]
         with pytest.raises(XAttnResError, match=r"comes with 1 channels, but the model reads 2: add _0001 T2$"):
             model.read([str(image)])
 

@@ -192,6 +192,16 @@ class TestOrderOfBases:
         )
         assert not (tmp_path / "results").exists()
 
+    def test_one_that_leaves_out_the_mixins_init_is_refused_when_it_trains(self, nnunet_environment):
+        class CallsNnUNet(nnUNetTrainer):
+            def __init__(self, plans, configuration, fold, dataset_json, device):
+                nnUNetTrainer.__init__(self, plans, configuration, fold, dataset_json, device)
+
+        wrong = type("Mine", (CallsNnUNet, XAttnResTrainerMixin), {})
+        trainer = make_trainer(nnunet_environment, wrong, CONFIGURATION)
+        with pytest.raises(XAttnResError, match="Mine has CallsNnUNet before"):
+            trainer.on_train_start()
+
     def test_a_preset_comes_first_too_and_what_is_derived_inherits_the_mistake(self):
         preset = installed("XAttnRes")
         check_bases(type("Mine", (preset, nnUNetTrainerDA5), {}))

@@ -145,11 +145,20 @@ def test_memory_settings_are_for_the_cpu_only(tmp_path, monkeypatch):
     assert "MALLOC_TRIM_THRESHOLD_" not in NnUNet(tmp_path, "cuda").environment()
 
 
-def test_workers_are_as_many_as_the_cores_that_the_process_may_use():
+@pytest.mark.parametrize(
+    ("allotted", "job", "expected"),
+    [
+        (1, {}, ["1 1 1 1"] * 3),
+        (64, {"SLURM_CPUS_PER_TASK": "4"}, ["4 4 2 4", "4 4 4 4", "4 4 4 4"]),
+        (3, {"SLURM_CPUS_PER_TASK": "4"}, ["3 3 2 3", "3 3 3 3", "3 3 3 3"]),
+        (64, {}, ["8 8 2 64", "8 8 12 64", "8 8 12 64"]),
+    ],
+)
+def test_workers_are_as_many_as_the_cores_that_the_process_may_use(allotted, job, expected):
     """As under `taskset` or in a job of Slurm, on a machine of 64 cores."""
     program = (
         "import os\n"
-        "os.cpu_count, os.sched_getaffinity = lambda: 64, lambda process: {5}\n"
+        f"os.cpu_count, os.sched_getaffinity = lambda: 64, lambda process: range({allotted})\n"
         "from pathlib import Path\n"
         "from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet\n"
         "names = ('nnUNet_def_n_proc', 'nnUNet_n_proc_DA', 'PYTHON_CPU_COUNT')\n"
@@ -157,6 +166,7 @@ def test_workers_are_as_many_as_the_cores_that_the_process_may_use():
         "    environment = NnUNet(Path(), device).environment()\n"
         "    print(NUM_WORKERS, *(environment[name] for name in names))\n"
     )
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("nnUNet", "PYTHON_CPU"))}
+    others = ("nnUNet", "PYTHON_CPU", "SLURM")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(others)} | job
     printed = subprocess.run([sys.executable, "-c", program], env=own, capture_output=True, text=True, check=True)
-    assert printed.stdout.splitlines() == ["1 1 1 1"] * 3
+    assert printed.stdout.splitlines() == expected

@@ -318,6 +318,20 @@ def test_the_result_has_the_precision_of_the_aligned_candidates(attend):
     assert out.dtype == torch.float16
 
 
+@pytest.mark.parametrize("attend", ATTENTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_may_have_parameters_of_half_precision(attend, dtype):
+    """As after `network.half()`, without autocast."""
+    inputs, size = _inputs("2d", dtype)
+    with torch.no_grad():
+        candidates = _candidates(inputs)
+        out = attend(*inputs[:2], candidates, size)
+        single = [Candidate(*(None if each is None else each.float() for each in pair)) for pair in candidates]
+        expected = attend(*(each.float() for each in inputs[:2]), single, size)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, atol=0.1, rtol=0)
+
+
 def _saved_bytes(attend, num_sources: int, key_channels: int | None, field: bool) -> int:
     sources = [(torch.randn(1, 8, 2, 2, 2), torch.randn(8, 8, requires_grad=True)) for _ in range(num_sources)]
     candidates = [*map(Candidate._make, sources), Candidate(torch.randn(1, 8, 16, 16, 16, requires_grad=True), None)]

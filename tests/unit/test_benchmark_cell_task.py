@@ -159,7 +159,7 @@ def test_a_job_gets_its_share_of_the_machine(commands, tmp_path, monkeypatch):
 def test_augmentation_workers_follow_the_cores_of_a_job(environment, has_gpu, num_gpus, expected, monkeypatch):
     monkeypatch.setattr(os, "environ", {**environment})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(cell_task, "available_cores", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
     monkeypatch.setattr(cell_task, "run_cell", lambda *given: None)
     CellTask()(Path(), CELL, num_gpus, {})
     assert os.environ["nnUNet_n_proc_DA"] == expected

@@ -54,7 +54,7 @@ def test_an_apple_gpu_is_not_taken_for_the_cpu(tmp_path, monkeypatch):
     cost_recording.record_costs(tmp_path, "mps")
     (tmp_path / "checkpoint_final.pth").touch()
     assert eventually(lambda: not any(thread.name == cost_recording.COSTS for thread in threading.enumerate()))
-    assert recorded_costs(tmp_path) == {"peak_memory_gb": 3.0, "devices": ["Apple M9, MPS"]}
+    assert recorded_costs(tmp_path) == {"peak_memory_gb": 3.0, "device": "Apple M9, MPS"}
 
 
 def test_no_record_and_a_damaged_one_say_nothing(tmp_path):

@@ -13,7 +13,6 @@ from nnunet_xattnres.benchmark.machines import make_machine, shares_of_machine
 from nnunet_xattnres.benchmark.scheduling import run_cells
 from nnunet_xattnres.benchmark.spec import Executor
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.nnunet.commands import CPU_SETTINGS
 
 SLURM = Executor(kind="slurm")
 
@@ -56,8 +55,14 @@ class TestThisMachine:
             monkeypatch.setenv("nnUNet_n_proc_DA", user)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(machines, "available_cores", lambda: 16)
-        monkeypatch.setitem(CPU_SETTINGS, "nnUNet_n_proc_DA", "2")
         assert {share["nnUNet_n_proc_DA"] for share in shares_of_machine(executor)} == {expected}
+
+    def test_an_apple_gpu_gets_as_many_augmentation_workers_as_another(self, monkeypatch):
+        monkeypatch.delenv("nnUNet_n_proc_DA", raising=False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        monkeypatch.setattr(machines, "available_cores", lambda: 10)
+        assert [share["nnUNet_n_proc_DA"] for share in shares_of_machine(Executor())] == ["10"]
 
     @pytest.mark.parametrize(
         ("executor", "user", "expected"),

@@ -109,7 +109,7 @@ class Model:
                 f"{folder} is the second stage of a cascade, which needs predictions of the first: inspect the model "
                 f"of {self.configuration.previous_stage_name}"
             )
-        self.num_channels = planned.num_input_channels
+        self.channel_names = planned.channel_names
         self.label_manager = self.plans.get_label_manager(self.dataset_json)
         self.labels = {0: "background"} | names_of_values(self.dataset_json["labels"])
         self.reader = self.plans.image_reader_writer_class()
@@ -152,11 +152,11 @@ class Model:
             raise XAttnResError(f"cannot read {', '.join(files)} ({reason}): get the files again") from None
         if not np.isfinite(image).all():
             raise XAttnResError(f"{', '.join(files)} hold values that are no numbers: replace them first")
-        if len(image) != self.num_channels:
-            channels = [f"_{int(k):04d} {name}" for k, name in self.dataset_json["channel_names"].items()]
+        if len(image) != len(self.channel_names):
+            channels = [f"_{number:04d} {name}" for number, name in enumerate(self.channel_names)]
             missing = channels[len(image) :]
             raise XAttnResError(
-                f"{files[0]} comes with {len(image)} channels, but the model reads {self.num_channels}: "
+                f"{files[0]} comes with {len(image)} channels, but the model reads {len(self.channel_names)}: "
                 f"{'add ' * bool(missing)}{', '.join(missing or channels)}"
             )
         return image, properties
@@ -265,4 +265,4 @@ def _read_checkpoint(model: Path, path: Path, trusted: bool) -> dict[str, Any]:
                 "TRAINER__PLANS__CONFIGURATION"
             )
         raise XAttnResError(f"{path} does not exist: choose with -f and -chk from {', '.join(there)}")
-    return read_checkpoint(path, "get it again", trusted)
+    return read_checkpoint(path, "choose another -chk, or get it again", trusted)
