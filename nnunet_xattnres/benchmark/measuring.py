@@ -24,7 +24,7 @@ from nnunet_xattnres.benchmark.spec import Arm, Dataset, read_spec
 from nnunet_xattnres.benchmark.tables import CELL, Tables, make_table
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS
-from nnunet_xattnres.nnunet.datasets import SPLITS, read_dataset_json, read_splits, reader_for
+from nnunet_xattnres.nnunet.datasets import SPLITS, labels_or_regions, read_dataset_json, read_splits, reader_for
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
 
 # The packages that measure, and those that decide about the bytes of a report.
@@ -78,12 +78,6 @@ def cases_to_predict(root: Path) -> dict[Cell, set[tuple[str, str]]]:
 def cell_key(cell: Cell) -> dict[str, Any]:
     """The columns by which rows of one cell are told from those of others."""
     return {name: getattr(cell, name) for name in CELL}
-
-
-def labels_or_regions(labels: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The values of every label or region that nnU-Net predicts, by name. labels: as in dataset.json."""
-    values = {name: tuple(map(int, np.atleast_1d(value))) for name, value in labels.items() if name != "ignore"}
-    return {name: of_name for name, of_name in values.items() if set(of_name) != {0}}
 
 
 def _references_by_dataset(root: Path) -> dict[str, "_References"]:

@@ -204,9 +204,12 @@ class TestWithout:
         with pytest.raises(XAttnResError, match=complaint), network.without("D0", "D1"):
             pass
         complaint = "without current nothing is left that E2 can read"
-        with network.without("E2", "E0"), pytest.raises(XAttnResError, match=complaint):
-            with network.without("E2", "current"):
-                pass
+        with (
+            network.without("E2", "E0"),
+            pytest.raises(XAttnResError, match=complaint),
+            network.without("E2", "current"),
+        ):
+            pass
 
 
 def silenced(patch: pytest.MonkeyPatch, attention: torch.nn.Module, index: int) -> None:
