@@ -270,6 +270,7 @@ def _draw_heat_map(page: _Page, heat_map: HeatMap, place: tuple[float, float, fl
         low, high = heat_map.intervals.get((targets[row], sources[column]), (np.nan, np.nan))
         has_interval = not np.isnan(low)
         shift = 0.3 if has_interval else 0.5
+        number = round(number, decimals) + 0.0  # no minus sign before zero
         axis.text(column + 0.5, row + shift, f"{number:.{decimals}f}", fontsize=SMALL_FONT_SIZE, **text)
         if has_interval:
             axis.text(column + 0.5, row + 0.75, f"{low:.3f}, {high:.3f}", fontsize=INTERVAL_FONT_SIZE, **text)

@@ -67,10 +67,10 @@ class KnockOut:
     @property
     def cost(self) -> str:
         """One line: the number of predictions."""
+        number = len(self.pairs)
         return (
-            f"--knock-out: {len(self.pairs)} sources to leave out x {self._num_cases} cases = "
-            f"{len(self.pairs) * self._num_cases} predictions beside those of the maps; fewer with --targets and "
-            "--sources"
+            f"--knock-out: {number} pairs of target and source x {_cases(self._num_cases)} = "
+            f"{number * self._num_cases} predictions beside those of the maps; --targets and --sources cut them"
         )
 
     def reference(self, case: str, shape: Sequence[int]) -> LabelMap | None:
@@ -153,7 +153,7 @@ class KnockOut:
         lines = [
             f"{self._what} Mean weight: over the predicted foreground. Cases: {self._num_cases}.",
             "",
-            f"{OFF_DISTRIBUTION}",
+            OFF_DISTRIBUTION,
             "",
             "| " + " | ".join(["target", "source", "mean weight", *self.labels]) + " |",
             "|" + "---|" * (3 + len(self.labels)),
@@ -188,8 +188,8 @@ class KnockOut:
                     signed=bool(self.references),
                 )
             )
-        cases = f"{self._num_cases} case" + "s" * (self._num_cases > 1)
-        return draw_heat_maps(maps, f"{cases}; small: 95 % interval over cases\n{OFF_DISTRIBUTION}")
+        interval = "; small: 95 % bootstrap interval over cases" * (self._num_cases > 1)
+        return draw_heat_maps(maps, f"{_cases(self._num_cases)}{interval}\n{OFF_DISTRIBUTION}")
 
 
 def _references(labels: Path, cases: Sequence[str], file_ending: str) -> dict[str, Path]:
@@ -201,6 +201,10 @@ def _references(labels: Path, cases: Sequence[str], file_ending: str) -> dict[st
             "with one for every case, or leave it out"
         )
     return references
+
+
+def _cases(number: int) -> str:
+    return f"{number} case{'s' * (number != 1)}"
 
 
 def _share_changed(prediction: LabelMap, other: LabelMap) -> float:
@@ -217,6 +221,5 @@ def _cell(of_cases: Sample, signed: bool) -> str:
     if not of_cases.number:
         return "undefined"
     form = "+.3f" if signed else ".3f"
-    if of_cases.number == 1:
-        return f"{of_cases.mean:{form}}"
-    return f"{of_cases.mean:{form}} [{of_cases.low:{form}}, {of_cases.high:{form}}]"
+    mean, low, high = (f"{round(x, 3) + 0.0:{form}}" for x in (of_cases.mean, of_cases.low, of_cases.high))  # no -0
+    return mean if of_cases.number == 1 else f"{mean} [{low}, {high}]"
