@@ -1,4 +1,4 @@
-# Everything runs in .venv, which is made when it is missing. On Debian and Ubuntu: apt install python3-venv make
+# Everything runs in .venv, which is made when it is missing. On Debian and Ubuntu: apt install python3-venv make gcc
 PYTHON ?= python3
 DATA ?=
 TABLE ?=
@@ -28,7 +28,7 @@ docs: .venv/.installed  ## the documentation site, in site/
 figures: .venv/.installed  ## the figure of the README
 	$(BIN)/python docs/draw_method.py docs/method.png
 
-.venv/.installed: setup.cfg pyproject.toml
+.venv/.installed: setup.cfg setup.py pyproject.toml $(wildcard nnunet_xattnres/ops/native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "apt install python3-venv first" >&2; exit 1; }
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -e ".[test,lint,docs]"

@@ -59,6 +59,7 @@ def _parser() -> _Parser:
     _add_doctor(commands)
     _add_inspect(commands)
     _add_benchmark(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -113,8 +114,9 @@ def _add_overhead(commands: Commands) -> None:
     overhead = commands.add_parser(
         "overhead",
         help="measure time and memory beside the planned network",
-        description="Measure parameters, FLOPs, training step time, peak memory and inference time of trainers beside "
-        "the planned network, on this machine: one process per measurement, the trainers in turn.",
+        description="Measure parameters, FLOPs, training step time, peak memory, what is kept for the backward pass, "
+        "and inference time of trainers beside the planned network, on this machine: one process per measurement, the "
+        "trainers in turn.",
     )
     plans = overhead.add_argument_group("plans, from one of")
     plans.add_argument("-d", dest="dataset", metavar="DATASET", help="name or number of a planned nnU-Net dataset")
@@ -140,12 +142,23 @@ def _add_overhead(commands: Commands) -> None:
     overhead.add_argument(
         "--trainers",
         nargs="+",
-        default=["nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip"],
+        default=["nnUNetTrainerXAttnRes", "nnUNetTrainerXAttnResNoSkip", "nnUNetTrainerNoSkip"],
         metavar="NAME",
-        help="measured beside nnUNetTrainerPlanned (default: nnUNetTrainerXAttnRes nnUNetTrainerXAttnResNoSkip)",
+        help="measured beside nnUNetTrainerPlanned (default: nnUNetTrainerXAttnRes nnUNetTrainerXAttnResNoSkip, and "
+        "nnUNetTrainerNoSkip, which has neither skip connections nor attention)",
     )
     overhead.add_argument(
-        "--backend", choices=BACKENDS, help="how the attention is computed (default: as each trainer says)"
+        "--backend",
+        nargs="+",
+        choices=BACKENDS,
+        default=[],
+        dest="backends",
+        help="how the attention is computed; several are measured side by side (default: as each trainer says)",
+    )
+    overhead.add_argument(
+        "--inference",
+        action="store_true",
+        help="measure nnU-Net's prediction of a volume, two patches long along every axis, and no training step",
     )
     overhead.add_argument("--batch-size", type=int, metavar="N", help="patches per step (default: as planned)")
     _add_device(overhead)
@@ -315,6 +328,50 @@ def _add_benchmark(commands: Commands) -> None:
     report.set_defaults(run=_benchmark_report, after_interruption="the same command begins again")
 
 
+def _add_compare(commands: Commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare results that exist already, with intervals and tests",
+        description="Compare the validation predictions in nnU-Net's result folders, of whatever trainer, or folders "
+        "of predictions. Writes the same report as `benchmark report`. Nothing is trained, and the results are only "
+        "read. The others are compared with the first one.",
+    )
+    compare.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="RESULT",
+        help="in nnUNet_results: TRAINER__PLANS__CONFIGURATION; or a folder of predictions, which needs --references",
+    )
+    compare.add_argument("-o", dest="output", type=Path, required=True, metavar="REPORT", help="where the report goes")
+    compare.add_argument(
+        "--folds", type=int, nargs="+", metavar="FOLD", help="of result folders (default: all that are validated)"
+    )
+    compare.add_argument(
+        "--references",
+        type=Path,
+        metavar="FOLDER",
+        help="the reference segmentations (default, for result folders: nnUNet_preprocessed/DATASET/gt_segmentations)",
+    )
+    compare.add_argument(
+        "--group",
+        nargs="+",
+        metavar="NAME",
+        help="a name for each RESULT; those of one name are repeats of one setup (default: what tells them apart)",
+    )
+    compare.add_argument(
+        "--nsd-tolerance-mm",
+        type=float,
+        default=1.0,
+        metavar="MM",
+        help="of the normalised surface Dice (default: %(default)g)",
+    )
+    compare.add_argument(
+        "--family", action="store_true", help="the datasets are of the same patients, and count as one in the tests"
+    )
+    compare.set_defaults(run=_compare, after_interruption="the same command begins again")
+
+
 def _add_trainer(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument("--trainer", default=default, metavar="NAME", help="trainer (default: %(default)s)")
 
@@ -401,3 +458,10 @@ def _benchmark_report(arguments: argparse.Namespace) -> None:
     from nnunet_xattnres.benchmark.report import run_report
 
     run_report(arguments.results, arguments.output)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    check_installed("monai", "statsmodels")
+    from nnunet_xattnres.benchmark.compare import Options, run_compare
+
+    run_compare(_chosen(Options, arguments))

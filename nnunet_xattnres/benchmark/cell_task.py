@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import statistics
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +13,7 @@ from typing import Any
 from submitit.helpers import Checkpointable
 
 from nnunet_xattnres.benchmark.cells import FAILED, FINISHED, RUNNING, Cell
-from nnunet_xattnres.benchmark.cost_recording import recorded_costs
+from nnunet_xattnres.benchmark.cost_recording import logged_times, recorded_costs
 from nnunet_xattnres.benchmark.locks import SECONDS_FOR_A_LOOK, Busy, locked
 from nnunet_xattnres.common.device import available_cores, choose_device
 from nnunet_xattnres.common.errors import one_line
@@ -111,14 +110,8 @@ class _Steps:
 def _results(root: Path, cell: Cell) -> dict[str, Any]:
     checkpoint = cell.folder(root) / FINAL_CHECKPOINT
     logged = read_checkpoint(checkpoint, "delete its folder to train again")["logging"]
-    times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
-    seconds = [end - start for start, end in times]
-    costs = recorded_costs(cell.folder(root))
     return {
-        "epochs": len(seconds),
-        "seconds_per_epoch": statistics.median(seconds),
-        "peak_memory_gb": costs["peak_memory_gb"],
-        # Several, if the training was continued on another machine.
-        "device": " and ".join(costs["devices"]),
+        **logged_times(logged),
+        **recorded_costs(cell.folder(root)),
         "versions": {package: version(package) for package in RECORDED_VERSIONS} | {"python": sys.version.split()[0]},
     }

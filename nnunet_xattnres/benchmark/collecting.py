@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pandas
 
+from nnunet_xattnres.benchmark.cell_tables import cases_to_predict, cell_key, measured_tables, planned_tables
 from nnunet_xattnres.benchmark.cells import EARLIER, FINISHED, Cell, read_cells
 from nnunet_xattnres.benchmark.locks import SECONDS_FOR_A_LOOK, Busy, locked
-from nnunet_xattnres.benchmark.measuring import cases_to_predict, cell_key, measured_tables, planned_tables
 from nnunet_xattnres.benchmark.spec import Spec
 from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, REMEDY, Tables, read_tables, write_tables
 from nnunet_xattnres.common.errors import XAttnResError, differences

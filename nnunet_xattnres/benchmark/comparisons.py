@@ -70,6 +70,19 @@ def unrelated_datasets(cases: pandas.DataFrame) -> list[tuple[str, str, str]]:
     return found
 
 
+def lacking_cases(cases: pandas.DataFrame) -> list[dict[str, Any]]:
+    """A row per set and trainer that lacks cases of others in folds and seeds that both have: SET, trainer, cases."""
+    rows = []
+    for key, of_set in cases.groupby(SET, sort=False):
+        lacking: dict[str, list[str]] = {}
+        for _, of_cell in of_set.groupby(["fold", "seed"], sort=False):
+            for trainer, own in of_cell.groupby("trainer", sort=False)["case"]:
+                lacking.setdefault(trainer, []).extend(sorted(set(of_cell["case"]) - set(own)))
+        identity = dict(zip(SET, key, strict=True))
+        rows += [identity | {"trainer": trainer, "cases": names} for trainer, names in lacking.items() if names]
+    return rows
+
+
 def _pair(values: pandas.DataFrame, first: str, second: str) -> pandas.DataFrame:
     """A row per case, fold and seed that both trainers have, with the differences of the metrics."""
     keys = ["family", *SET, "fold", "seed", "case"]

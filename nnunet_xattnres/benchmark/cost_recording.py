@@ -1,6 +1,7 @@
 """The device and the peak memory of a training, recorded in its folder while it runs."""
 
 import json
+import statistics
 import threading
 import time
 from pathlib import Path
@@ -30,11 +31,22 @@ def record_costs(folder: Path, device: str, num_gpus: int = 1) -> None:
         threading.Thread(target=_record, args=arguments, name=COSTS, daemon=True).start()
 
 
-def recorded_costs(folder: Path) -> dict[str, Any]:
-    """The costs over all attempts at a training: peak_memory_gb, None if unknown, and devices, each once.
+def logged_times(logged: dict[str, Any]) -> dict[str, Any]:
+    """epochs and seconds_per_epoch (the median). logged: what a checkpoint holds of nnU-Net's log."""
+    times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
+    seconds = [end - start for start, end in times]
+    return {"epochs": len(seconds), "seconds_per_epoch": statistics.median(seconds)}
 
-    A damaged file counts as no record.
-    """
+
+def recorded_costs(folder: Path) -> dict[str, Any]:
+    """The costs over all attempts at a training: peak_memory_gb, None if unknown, and device, "" if unknown."""
+    recorded = _recorded(folder)
+    # Several devices, if the training was continued on another machine.
+    return {"peak_memory_gb": recorded["peak_memory_gb"], "device": " and ".join(recorded["devices"])}
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The content of the file of costs. A damaged file counts as no record."""
     try:
         return json.loads((folder / COSTS).read_text())
     except (FileNotFoundError, ValueError):
@@ -51,7 +63,7 @@ def _device_name(device: str, num_gpus: int) -> str:
 
 
 def _record(folder: Path, device: str, memory: PeakMemory) -> None:
-    earlier = recorded_costs(folder)
+    earlier = _recorded(folder)
     devices = list(dict.fromkeys([*earlier["devices"], device]))
     peak, written, last_writing = earlier["peak_memory_gb"] or 0.0, -1.0, -WRITING_SECONDS
     has_ended = False

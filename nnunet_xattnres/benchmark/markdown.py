@@ -6,7 +6,7 @@ from typing import Any
 import pandas
 
 from nnunet_xattnres.benchmark.cells import FINISHED
-from nnunet_xattnres.benchmark.comparisons import SIGNIFICANCE, unrelated_datasets
+from nnunet_xattnres.benchmark.comparisons import SIGNIFICANCE, lacking_cases, unrelated_datasets
 from nnunet_xattnres.benchmark.costs import COSTS
 from nnunet_xattnres.benchmark.results import UNKNOWN_DEVICE, Results, Rows, versions_of
 from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
@@ -16,6 +16,7 @@ from nnunet_xattnres.common.samples import RESAMPLES
 from nnunet_xattnres.nnunet.installation import TRAINER_PREFIX, short_name
 
 NOTHING = "-"
+NAMES_IN_A_LIST = 8
 
 
 def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
@@ -74,6 +75,12 @@ def _overview(tables: Tables) -> str:
         for (dataset, configuration, trainer), of_arm in unfinished.groupby([*SET[:2], "trainer"], sort=False):
             missing = ", ".join(f"fold {row.fold} seed {row.seed} ({row.state})" for row in of_arm.itertuples())
             lines.append(f"- {dataset}, {configuration}, {short_name(trainer)}: {missing}")
+    lacking = lacking_cases(tables.cases)
+    if lacking:
+        lines.append("\n**Predicted by some trainers only, and in no difference with a trainer that lacks them:**\n")
+    for row in lacking:
+        names = [*row["cases"][:NAMES_IN_A_LIST], *(["..."] if len(row["cases"]) > NAMES_IN_A_LIST else [])]
+        lines.append(f"- {_set_name(row)}: {short_name(row['trainer'])} lacks {len(row['cases'])}: {', '.join(names)}")
     return "\n".join(lines)
 
 
@@ -94,13 +101,14 @@ def _arms(tables: Tables) -> str:
 def _trainings(tables: Tables) -> str:
     """The budget and size of the finished trainings; trainers that share them share a line."""
     columns = ["dataset", "configuration", "plans", "patch_size", "batch_size", "features", "iterations", "epochs"]
-    finished = tables.cells[tables.cells.state == FINISHED]
+    # Predictions of unknown origin have no plans.
+    finished = tables.cells[(tables.cells.state == FINISHED) & (tables.cells.plans != "")]
     lines = []
     for values, own in finished.groupby(columns, sort=False, dropna=False):
         known = ["trainer's own" if pandas.isna(value) else str(value) for value in values]
         lines.append([*known[:2], ", ".join(map(short_name, own.trainer.unique())), *known[2:]])
     header = ["dataset", "configuration", "trainers", "plans", "patch", "batch", "channels of the stages"]
-    return _table([*header, "iterations per epoch", "epochs"], lines)
+    return _table([*header, "iterations per epoch", "epochs"], lines) if lines else ""
 
 
 def _explanation(results: Results) -> str:
@@ -170,13 +178,15 @@ def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
         if len({row["label"] for row in rows}) == 2:
             # Of a single label, which is its own mean.
             rows = [row for row in rows if row["label"] != MEAN_LABEL]
-        incomplete = any(row["cells"] < row["cells_of_set"] for row in rows)
+        most = {row["label"]: max(other["cases"] for other in rows if other["label"] == row["label"]) for row in rows}
+        fewer_trainings = any(row["cells"] < row["cells_of_set"] for row in rows)
+        fewer_cases = any(row["cases"] < most[row["label"]] for row in rows)
         lines = [
             [
                 row["label"],
                 short_name(row["trainer"]),
                 f"{row['cells']}{'*' if row['cells'] < row['cells_of_set'] else ''}",
-                str(row["cases"]),
+                f"{row['cases']}{'*' if not fewer_trainings and row['cases'] < most[row['label']] else ''}",
                 f"{_points(row['dice'])} {_interval(row['dice_low'], row['dice_high'])}",
                 _points(row["nsd"]),
                 _number(row["hd95"], ".2f"),
@@ -190,9 +200,10 @@ def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
             _table(header, lines),
             f"Time and memory: {rows[0]['cost_device'] or UNKNOWN_DEVICE}.",
         ]
-        if incomplete:
+        if fewer_trainings or fewer_cases:
+            fewer = "folds or seeds than others, and so maybe other cases" if fewer_trainings else "cases than others"
             parts.append(
-                "\\* Fewer folds or seeds than others, and so maybe other cases: not to be compared with the other "
+                f"\\* Fewer {fewer}: not to be compared with the other "
                 "rows; the paired differences are over common ones."
             )
         parts += [f"![{name}]({name}.png)" for name in figures if name == "_".join(["dice", *key])]

@@ -15,7 +15,7 @@ from nnunet_xattnres.benchmark.markdown import markdown
 from nnunet_xattnres.benchmark.results import Results, results_of, versions_of
 from nnunet_xattnres.benchmark.tables import COLUMNS, Tables, has_tables, read_tables, write_csv, write_tables
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.common.files import make_writable_folder, write_text_atomically
+from nnunet_xattnres.common.files import check_writable, make_writable_folder, write_text_atomically
 from nnunet_xattnres.nnunet.installation import check_installed
 
 
@@ -26,9 +26,11 @@ def run_report(origin: Path, output: Path) -> None:
     written to, and if `output` holds a report with trainings that this one lacks.
     """
     check_installed("statsmodels")
-    if (output / MATRIX).exists():
-        raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
-    tables = _read(origin, partial(_check_nothing_is_lost, output))
+    write_report(_read(origin, partial(check_output, output)), output)
+
+
+def write_report(tables: Tables, output: Path) -> None:
+    """Write the files of a report on these tables. `check_output` has passed."""
     make_writable_folder(output, "-o")
     write_tables(tables, output)
     # Read from the files, so that a report on these files is the same.
@@ -55,8 +57,16 @@ def _read(origin: Path, check: Callable[[Tables], None]) -> Tables:
     return collect(origin, check)
 
 
-def _check_nothing_is_lost(output: Path, tables: Tables) -> None:
-    """Refuse to replace a report by one with fewer trainings: a report may be all that is left of a training."""
+def check_output(output: Path, tables: Tables) -> None:
+    """Raise `XAttnResError` if a report on these tables cannot be written to `output`, or must not be.
+
+    It must not go into a benchmark's folder, and not replace a report with trainings that the tables lack.
+
+    A report may be all that is left of a training. tables: those of the new report, maybe before they are measured.
+    """
+    if (output / MATRIX).exists():
+        raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
+    check_writable(output, "-o")
     if not all((output / f"{name}.csv").is_file() for name in COLUMNS):
         # No report, or one that was interrupted.
         return

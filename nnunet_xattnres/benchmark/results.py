@@ -9,6 +9,7 @@ from nnunet_xattnres.benchmark.summaries import spreads, summarise
 from nnunet_xattnres.benchmark.tables import Tables
 
 UNKNOWN_DEVICE = "unknown device"
+UNKNOWN_VERSIONS = "unknown versions"
 Rows = list[dict[str, Any]]
 
 
@@ -41,7 +42,12 @@ def results_of(tables: Tables) -> Results:
 def versions_of(tables: Tables) -> list[str]:
     """The versions and devices that have trained, and the versions that have measured, a line each."""
     finished = tables.cells[tables.cells.state == FINISHED]
-    trained = sorted({f"trained: {row.versions}; {row.device or UNKNOWN_DEVICE}" for row in finished.itertuples()})
+    trained = sorted(
+        {
+            f"trained: {row.versions or UNKNOWN_VERSIONS}; {row.device or UNKNOWN_DEVICE}"
+            for row in finished.itertuples()
+        }
+    )
     measured = "; ".join(f"{row.package} {row.version}" for row in tables.versions.itertuples())
     several = ", ".join(tables.versions.package[tables.versions.package.duplicated()].unique())
     mixed = [f"measured by several versions of {several}: trainings were taken over from another report"]

@@ -77,9 +77,8 @@ def spreads(tables: Tables) -> list[dict[str, Any]]:
     for key, of_set in values.groupby(SET, sort=False):
         of_cells = of_set.groupby(["trainer", "fold", "seed"], sort=False).dice.mean().unstack(["fold", "seed"])
         complete = of_cells.dropna()
-        enough = complete.shape[0] > 1 and complete.shape[1] > 1
-        between = rounded(complete.mean(axis=1).std()) if enough else np.nan
-        within = rounded(np.sqrt(complete.var(axis=1).mean())) if enough else np.nan
+        within = rounded(np.sqrt(complete.var(axis=1).mean())) if complete.shape[1] > 1 else np.nan
+        between = rounded(complete.mean(axis=1).std()) if min(complete.shape) > 1 else np.nan
         planned = arms[(arms.dataset == key[0]) & (arms.configuration == key[1])].trainer
         rows.append(
             dict(zip(SET, key, strict=True))

@@ -7,7 +7,7 @@ from typing import Any
 from nnunet_xattnres.common.errors import XAttnResError
 
 FUSIONS = ("replace", "residual")
-BACKENDS = ("auto", "reference", "streaming", "triton")
+BACKENDS = ("auto", "reference", "streaming", "native", "triton")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class XAttnResConfig:
     read_in_encoder, read_in_decoder: where stages read from the pool.
     fusion: `"replace"`, as in the paper: the mixture over pool and input replaces the stage's input. `"residual"`: the
         mixture over the pool alone, times a gate per channel that is zero at initialisation, is added to the input.
-    backend: how the attention is computed: `"auto"`, `"reference"`, `"streaming"` or `"triton"`. All compute the same.
+    backend: how the attention is computed: `"auto"`, `"reference"`, `"streaming"`, `"native"` (on a CPU) or `"triton"`
+        (on a GPU). All compute the same.
 
     Raises `XAttnResError` for a value that does not exist.
     """
@@ -44,6 +45,11 @@ class XAttnResConfig:
         """Whether the network is the one that nnU-Net planned, with nothing added and nothing removed."""
         return self.skip_connections and not self.read_in_encoder and not self.read_in_decoder
 
+    @property
+    def has_attention(self) -> bool:
+        """Whether there is anything for a backend to compute."""
+        return self.read_in_encoder or self.read_in_decoder
+
     def architecture(self) -> dict[str, Any]:
         """The fields that decide what a trained network computes, for the record in its checkpoint."""
         return _all_but_backend(self)
@@ -59,7 +65,8 @@ class BlockXAttnResConfig:
     bank_includes_input: the stage's input opens the bank that its blocks read from (not in the authors' code).
     kv_ratio: the number of channels of DKVMR's keys, as a fraction of the memory's.
     temperature: divides ISAR's scores.
-    backend: as in `XAttnResConfig`. `"triton"` is `"streaming"` here, because its kernels compute stage level only.
+    backend: as in `XAttnResConfig`. Here, `"native"` and `"triton"` are `"streaming"`, because they compute stage level
+        only.
 
     Raises `XAttnResError` for a value that does not exist.
     """
@@ -75,6 +82,11 @@ class BlockXAttnResConfig:
         _check_flags(self, "isar_in_encoder", "isar_in_decoder", "bank_includes_input")
         _check_positive(self, "kv_ratio", "temperature")
         _check_choice(self, "backend", BACKENDS)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether there is anything for a backend to compute: DKVMR always."""
+        return True
 
     def architecture(self) -> dict[str, Any]:
         """The fields that decide what a trained network computes, for the record in its checkpoint."""

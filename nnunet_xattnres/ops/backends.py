@@ -1,30 +1,50 @@
 """The backends: ways to compute the function that `reference.py` defines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.ops.reference import Attention, attend_reference
+from nnunet_xattnres.ops import native_library
+from nnunet_xattnres.ops.native_operator import attend_native, check_native, is_served
+from nnunet_xattnres.ops.reference import EPS, Attention, Candidate, attend_reference
 from nnunet_xattnres.ops.streaming import attend_streaming
+
+
+def attend_auto(
+    query: Tensor,
+    norm_scale: Tensor | None,
+    candidates: Sequence[Candidate],
+    size: Sequence[int],
+    key_channels: int | None = None,
+    eps: float = EPS,
+) -> Tensor:
+    """The fastest backend for a call: `native` for what it computes, `streaming` for the others."""
+    attend = attend_native if is_served(query, candidates, key_channels) else attend_streaming
+    return attend(query, norm_scale, candidates, size, key_channels, eps)
 
 
 def attention_backend(name: str) -> Attention:
     """The function that computes the attention. Raises `XAttnResError` for a backend that is not available here."""
-    name = chosen_backend(name)
     if name not in ATTENTION_BACKENDS:
-        raise XAttnResError(
-            f"the backend {name!r} is not available here: use 'auto' or one of {', '.join(ATTENTION_BACKENDS)}"
-        )
+        raise XAttnResError(f"the backend {name!r} is not available here: use one of {', '.join(ATTENTION_BACKENDS)}")
     return ATTENTION_BACKENDS[name]()
 
 
-def chosen_backend(name: str) -> str:
-    """The backend that a config's `backend` stands for."""
-    return "streaming" if name == "auto" else name
+def chosen_backend(name: str, device: str, is_stage_level: bool) -> str:
+    """The backend that computes in single precision on a device, where a config has the backend `name`."""
+    if not is_stage_level and name != "reference":
+        return "streaming"
+    if name == "auto":
+        return "native" if device == "cpu" and native_library.is_available() else "streaming"
+    return name
 
 
 def check_backend(name: str, device: str) -> None:
     """Raise `XAttnResError` for a backend that is not available here, or not on a device, by its name."""
     attention_backend(name)
+    if name == "native":
+        check_native(device)
     if name == "triton":
         from nnunet_xattnres.ops.triton_operator import check_device
 
@@ -46,7 +66,9 @@ def _attend_triton() -> Attention:
 
 # The backends by name. Each is a function that returns the backend, so that Triton is imported on request.
 ATTENTION_BACKENDS: dict[str, Callable[[], Attention]] = {
+    "auto": lambda: attend_auto,
     "reference": lambda: attend_reference,
     "streaming": lambda: attend_streaming,
+    "native": lambda: attend_native,
     "triton": _attend_triton,
 }

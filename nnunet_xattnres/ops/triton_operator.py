@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops.alignment import project
+from nnunet_xattnres.ops.flops import interpolation_flops, register_flop_formula
 from nnunet_xattnres.ops.interpolation import upsampling_factors
 from nnunet_xattnres.ops.reference import EPS, Candidate, is_exporting, scaled_query
 from nnunet_xattnres.ops.streaming import attend_streaming
@@ -106,3 +107,16 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor], None, N
 
 
 attend_upsampled.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.nnunet_xattnres.attend_upsampled)
+def _flops(query: Sequence[int], sources: Sequence[Sequence[int]], size: Sequence[int], eps: float, **_: object) -> int:
+    return interpolation_flops(sources, query[0], size)
+
+
+@register_flop_formula(torch.ops.nnunet_xattnres.attend_upsampled_backward)
+def _backward_flops(
+    gradient: Sequence[int], query: Sequence[int], sources: Sequence[Sequence[int]], eps: float, **_: object
+) -> int:
+    # The sources are interpolated again, and then their gradients.
+    return 2 * interpolation_flops(sources, query[0], gradient[2:])

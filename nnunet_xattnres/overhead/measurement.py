@@ -10,13 +10,15 @@ import sys
 import timeit
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.nnunet_dataset import file_ending_dataset_mapping
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -46,6 +48,7 @@ class Request:
     """One network to measure.
 
     device: "cpu", "cuda" or "mps". backend: of the attention. None for the trainer's own.
+    inference: measure the prediction of a volume, and no training step.
     """
 
     plans: dict[str, Any]
@@ -54,6 +57,7 @@ class Request:
     trainer: str
     device: str
     backend: str | None = None
+    inference: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,13 @@ class Answer:
 
     status: `MEASURED`, `OUT_OF_MEMORY` or `FAILED`.
     reason: why it failed, in one line.
-    flops: of the matrix products and convolutions of one training step.
+    flops: of the matrix products and convolutions of one training step, or with `Request.inference` of one patch.
     reads_at: the stages that read from the pool, E2, E3, ..., D0, D1, ... At block level: the parts that read.
-    step_seconds, inference_seconds: one per repetition, of a training step and of the inference of one patch.
+    step_seconds: one per repetition of a training step.
+    inference_seconds: one per repetition of the inference of one patch, or with `Request.inference` of a volume.
     peak_memory: in bytes during a training step, see `PeakMemory`.
-    compiled: whether nnU-Net compiled the network for training.
+    kept_for_backward: in bytes, see the function of this name.
+    compiled: whether nnU-Net compiled the network for what was measured.
     threads: that PyTorch computes with.
     device_name: of the GPU.
     """
@@ -79,6 +85,7 @@ class Answer:
     step_seconds: list[float] = field(default_factory=list)
     inference_seconds: list[float] = field(default_factory=list)
     peak_memory: int | None = None
+    kept_for_backward: int | None = None
     compiled: bool | None = None
     threads: int | None = None
     device_name: str | None = None
@@ -105,7 +112,7 @@ def measure(request: Request) -> Iterator[Answer]:
             raise
         except Exception:
             pass  # The network does not run on the meta device. Counts are made below, on the trainer's device.
-        answer = replace(answer, **measurement.costs())
+        answer = replace(answer, **(measurement.inference_costs() if request.inference else measurement.costs()))
         if answer.flops is None:
             answer = replace(answer, **measurement.counts(measurement.trainer.device))
         yield replace(answer, status=MEASURED)
@@ -136,11 +143,12 @@ class Measurement:
             # As in nnUNetv2_train. On a CPU, that command takes all cores. Here OMP_NUM_THREADS counts.
             torch.set_num_threads(1)
             torch.backends.cudnn.benchmark = True
+        self.inference = request.inference
         self.planned = PlannedNetwork(request.trainer, request.plans, request.configuration, request.dataset_json)
         self.trainer = self.planned.make_trainer(trainer_class, fold=0, device=request.device)
 
     def counts(self, device: torch.device) -> dict[str, Any]:
-        """Parameters, FLOPs of one training step, and the stages that read.
+        """Parameters, FLOPs of one training step or of the inference of one patch, and the stages that read.
 
         device: "meta" for shapes alone. On any other device, the trainer must be initialised: its network is used.
         """
@@ -148,11 +156,13 @@ class Measurement:
         with device:
             network = trainer.network and uncompiled(trainer.network)
             if network is None:
-                network = self.planned.build(type(trainer))
-            images = torch.zeros(configuration.batch_size, self.planned.num_input_channels, *configuration.patch_size)
-        with FlopCounterMode(display=False) as counter:
+                network = self.planned.build(type(trainer), deep_supervision=not self.inference)
+            batch_size = 1 if self.inference else configuration.batch_size
+            images = torch.zeros(batch_size, self.planned.num_input_channels, *configuration.patch_size)
+        with FlopCounterMode(display=False) as counter, torch.inference_mode(self.inference):
             outputs = network(images)
-            sum(output.sum() for output in (outputs if isinstance(outputs, list) else [outputs])).backward()
+            if not self.inference:
+                sum(output.sum() for output in (outputs if isinstance(outputs, list) else [outputs])).backward()
         return {
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "flops": counter.get_total_flops(),
@@ -162,7 +172,7 @@ class Measurement:
         }
 
     def costs(self) -> dict[str, Any]:
-        """Time and memory of training steps, time of inference."""
+        """Time and memory of training steps, what is kept for the backward pass, time of inference."""
         trainer = self.trainer
         load_libraries()
         memory = PeakMemory(trainer.device)
@@ -172,20 +182,48 @@ class Measurement:
         trainer.network.train()
         for _ in range(WARM_UP_STEPS[trainer.device.type]):
             trainer.train_step(batch)
-        # Sampling takes time, so the sampled step is the timer's first, which is not timed. It shows the peak: the
-        # optimizer has its state from the second step on.
-        observations = iter([memory.observed()])
-
-        def step() -> None:
-            with next(observations, nullcontext()):
-                trainer.train_step(batch)
-
-        step_seconds = _times(step, STEP_SECONDS)
+        # Sampling takes time, so this step is not timed. It shows the peak: the optimizer has its state from the second
+        # step on.
+        with memory.observed():
+            trainer.train_step(batch)
+        step_seconds = _times(lambda: trainer.train_step(batch), STEP_SECONDS)
+        with self._autocast():
+            kept = kept_for_backward(trainer.network, batch["data"])
         return {
             "step_seconds": step_seconds,
             "peak_memory": memory.peak,
+            "kept_for_backward": kept,
             "compiled": isinstance(trainer.network, OptimizedModule),
             "inference_seconds": self._inference_seconds(batch["data"][:1]),
+        }
+
+    def inference_costs(self) -> dict[str, Any]:
+        """Time in which nnU-Net's predictor predicts a volume of noise, two patches long along every axis."""
+        trainer = self.trainer
+        network = self.planned.build(type(trainer), deep_supervision=False)
+        predictor = nnUNetPredictor(device=trainer.device, allow_tqdm=False)
+        # nnU-Net calls it when training starts. It says along which axes a trained network is mirrored.
+        trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        predictor.manual_initialization(
+            network,
+            trainer.plans_manager,
+            trainer.configuration_manager,
+            [network.state_dict()],
+            trainer.dataset_json,
+            type(trainer).__name__,
+            trainer.inference_allowed_mirroring_axes,
+        )
+        patch_size = trainer.configuration_manager.patch_size
+        # A 2D patch is one slice.
+        patch = torch.randn(self.planned.num_input_channels, *(1,) * (3 - len(patch_size)), *patch_size)
+        volume = patch.repeat(1, 2, 2, 2)
+        predictor.predict_logits_from_preprocessed_data(patch)
+        return {
+            "inference_seconds": _times(
+                lambda: predictor.predict_logits_from_preprocessed_data(volume), INFERENCE_SECONDS
+            ),
+            "compiled": isinstance(predictor.network, OptimizedModule),
+            "threads": min(torch.get_num_threads(), default_num_processes),  # as the predictor sets them
         }
 
     def _batch(self) -> dict[str, Any]:
@@ -215,13 +253,35 @@ class Measurement:
         # The predictor compiles only on request.
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):
             network = torch.compile(network)
-        on_gpu = trainer.device.type == "cuda"
         trainer.set_deep_supervision_enabled(False)
         try:
-            with torch.inference_mode(), torch.autocast("cuda") if on_gpu else nullcontext():
+            with torch.inference_mode(), self._autocast():
+                network(patch)
                 return _times(lambda: network(patch), INFERENCE_SECONDS)
         finally:
             trainer.set_deep_supervision_enabled(True)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        """Mixed precision where nnU-Net has it."""
+        return torch.autocast("cuda") if self.trainer.device.type == "cuda" else nullcontext()
+
+
+def kept_for_backward(network: nn.Module, images: Tensor) -> int:
+    """The bytes of what autograd keeps from the forward to the backward pass of a network, parameters excluded.
+
+    A storage counts once and as a whole, also if several operations keep parts of it.
+    """
+    parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(images)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
 
 
 def load_libraries() -> None:
@@ -234,11 +294,10 @@ def load_libraries() -> None:
 
 
 def _times(function: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds per call, after one call that is not timed. Calls are repeated until they took `seconds` altogether."""
+    """Seconds per call. Calls are repeated until they took `seconds` altogether, at least once."""
     # Imported only in the process that measures: without a GPU, but with CUDA_HOME set, it prints a warning.
     from torch.utils.benchmark import timer
 
-    function()
     # `timer` waits for the GPU.
     stopwatch = timeit.Timer(function, timer=timer)
     times = [stopwatch.timeit(1)]

@@ -27,14 +27,19 @@ CHART_PANELS = {
     "peak_memory_bytes_ratio": "peak memory",
     "parameters_ratio": "parameters",
 }
+INFERENCE_PANELS = {"inference_seconds_ratio": "inference time", "parameters_ratio": "parameters"}
 
 
 @dataclass
 class Row:
-    """All rounds of one trainer. A trainer that fails is not measured again: the last answer has the status."""
+    """All rounds of one trainer. A trainer that fails is not measured again: the last answer has the status.
+
+    backend: of the attention. None for the trainer's own, and for a network without attention.
+    """
 
     trainer: str
     answers: list[Answer] = field(default_factory=list)
+    backend: str | None = None
 
     @property
     def status(self) -> str:
@@ -45,8 +50,13 @@ class Row:
         return self.answers[-1].reason if self.answers else ""
 
     @property
+    def name(self) -> str:
+        """The trainer, and the backend if it was chosen."""
+        return self.trainer if self.backend is None else f"{self.trainer} ({self.backend})"
+
+    @property
     def label(self) -> str:
-        return short_name(self.trainer)
+        return short_name(self.name)
 
     def first(self, name: str) -> Any:
         """The value of a field that is the same in all rounds."""
@@ -55,10 +65,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The networks of one configuration. The first is the planned one."""
+    """The networks of one configuration. The first is the planned one.
+
+    inference: whether the prediction of a volume was measured, and no training step.
+    """
 
     planned: PlannedNetwork
     rows: list[Row]
+    inference: bool = False
 
     def figures(self, row: Row) -> dict[str, float | None]:
         """Numbers, medians over all repetitions, and their ratios to the planned network. None if not known."""
@@ -77,7 +91,11 @@ class Comparison:
             "step_seconds_ratio": paired_ratio(row, reference, lambda answer: _median(answer.step_seconds)),
             "peak_memory_bytes": median(memory) if memory else None,
             "peak_memory_bytes_ratio": paired_ratio(row, reference, lambda answer: answer.peak_memory),
+            "kept_for_backward_bytes": row.first("kept_for_backward"),
+            "kept_for_backward_bytes_ratio": paired_ratio(row, reference, lambda answer: answer.kept_for_backward),
             "inference_seconds": median(inference) if inference else None,
+            "inference_seconds_min": min(inference, default=None),
+            "inference_seconds_max": max(inference, default=None),
             "inference_seconds_ratio": paired_ratio(row, reference, lambda answer: _median(answer.inference_seconds)),
         }
 
@@ -87,6 +105,7 @@ class Comparison:
             "trainers": [
                 {
                     "trainer": row.trainer,
+                    "backend": row.backend,
                     "status": row.status,
                     "reason": row.reason,
                     **self.figures(row),
@@ -100,7 +119,9 @@ class Comparison:
         """One row per trainer, for CSV."""
         identity = self._identity() | {"patch_size": "x".join(map(str, self.planned.manager.patch_size))}
         return [
-            identity | {"trainer": row.trainer, "status": row.status, "reason": row.reason} | self.figures(row)
+            identity
+            | {"trainer": row.trainer, "backend": row.backend, "status": row.status, "reason": row.reason}
+            | self.figures(row)
             for row in self.rows
         ]
 
@@ -124,27 +145,30 @@ def paired_ratio(row: Row, reference: Row, quantity: Callable[[Answer], float | 
 
 
 def cost_table(comparison: Comparison) -> str:
-    """A line per trainer, at most 120 columns wide. Below: the stages that read, and the reasons of failures."""
+    """A line per network, at most 120 columns wide. Below: the stages that read, and the reasons of failures."""
     figures = [comparison.figures(row) for row in comparison.rows]
     flops_unit, flops_name = (1e12, "TFLOPs") if any((f["flops"] or 0) >= 1e12 for f in figures) else (1e9, "GFLOPs")
-    rows = [[TRAINER_PREFIX, "parameters", flops_name, "step s", "memory GB", "inference s"]]
+    timed = ["inference s"] if comparison.inference else ["step s", "memory GB", "kept GB", "inference s"]
+    rows = [[TRAINER_PREFIX, "parameters", flops_name, *timed]]
     for row, f in zip(comparison.rows, figures, strict=True):
-        spread = f"[{_number(f['step_seconds_min'])}, {_number(f['step_seconds_max'])}]"
-        step = _with_ratio(f"{_number(f['step_seconds'])} {spread}", f["step_seconds_ratio"])
-        rows.append(
-            [
-                row.label,
-                _with_ratio(f"{_number(f['parameters'], 1e6)} M", f["parameters_ratio"]),
-                _with_ratio(_number(f["flops"], flops_unit), f["flops_ratio"]),
-                step if row.status == MEASURED else row.status,
+        cells = [
+            row.label,
+            _with_ratio(f"{_number(f['parameters'], 1e6)} M", f["parameters_ratio"]),
+            _with_ratio(_number(f["flops"], flops_unit), f["flops_ratio"]),
+            _with_spread(f, "inference_seconds" if comparison.inference else "step_seconds", row.status),
+        ]
+        if not comparison.inference:
+            cells += [
                 _with_ratio(_number(f["peak_memory_bytes"], 1e9), f["peak_memory_bytes_ratio"]),
+                _with_ratio(_number(f["kept_for_backward_bytes"], 1e9), f["kept_for_backward_bytes_ratio"]),
                 _with_ratio(_number(f["inference_seconds"]), f["inference_seconds_ratio"]),
             ]
-        )
+        rows.append(cells)
     lines = [comparison.planned.title(), align_columns(rows)]
-    for row in comparison.rows:
-        if row.first("reads_at"):
-            lines += wrap(f"{row.label} reads at: {' '.join(row.first('reads_at'))}", 120, subsequent_indent="    ")
+    # With every backend, a trainer's network reads at the same stages.
+    reads_at = {short_name(row.trainer): row.first("reads_at") for row in comparison.rows if row.first("reads_at")}
+    for label, stages in reads_at.items():
+        lines += wrap(f"{label} reads at: {' '.join(stages)}", 120, subsequent_indent="    ")
     lines += [f"{row.label} failed: {row.reason}" for row in comparison.rows if row.status == FAILED]
     return "\n".join(lines)
 
@@ -160,13 +184,17 @@ def csv_lines(comparisons: list[Comparison]) -> str:
 
 
 def draw_ratios(comparisons: list[Comparison]) -> Figure:
-    """Bars of step time, memory and parameters relative to the planned network, for each pair of plans and trainer."""
+    """Bars of ratios to the planned network, for each pair of plans and trainer.
+
+    They are of step time, memory and parameters, or where volumes were predicted, of inference time and parameters.
+    """
+    panels = INFERENCE_PANELS if comparisons[0].inference else CHART_PANELS
     labels = list(dict.fromkeys(row.label for comparison in comparisons for row in comparison.rows[1:]))
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     height = 1.4 + len(comparisons) * (0.2 + 0.17 * max(1, len(labels)))
     figure = Figure(figsize=(10, height), layout="constrained")
-    axes = figure.subplots(1, len(CHART_PANELS), sharey=True)
-    for axis, (quantity, title) in zip(axes, CHART_PANELS.items(), strict=True):
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (quantity, title) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, comparisons, quantity, colours)
         axis.set_title(title, fontsize=10)
     axes[0].set_yticks(range(len(comparisons)), [_short_title(comparison) for comparison in comparisons], fontsize=8)
@@ -205,6 +233,14 @@ def _short_title(comparison: Comparison) -> str:
 
 def _median(values: list[float]) -> float | None:
     return median(values) if values else None
+
+
+def _with_spread(figures: dict[str, float | None], name: str, status: str) -> str:
+    """A time with its shortest and longest repetition, or why there is none."""
+    if status != MEASURED:
+        return status
+    spread = f"[{_number(figures[f'{name}_min'])}, {_number(figures[f'{name}_max'])}]"
+    return _with_ratio(f"{_number(figures[name])} {spread}", figures[f"{name}_ratio"])
 
 
 def _with_ratio(text: str, ratio: float | None) -> str:

@@ -35,7 +35,7 @@ from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.ops.backends import check_backend
 from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Request
 from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, csv_lines, draw_ratios
-from nnunet_xattnres.training.mixin import check_bases
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, check_bases
 
 PLANNED = "nnUNetTrainerPlanned"
 MEASUREMENT = "nnunet_xattnres.overhead.measurement"
@@ -50,7 +50,8 @@ class Options:
     dataset, presets, plans: where the plans come from. Exactly one of them is given.
     plans_name: of the dataset or preset. None for nnU-Net's default.
     trainers: measured beside nnUNetTrainerPlanned.
-    backend: of the attention. None for each trainer's own.
+    backends: of the attention, measured side by side. Empty for each trainer's own.
+    inference: measure the prediction of a volume, and no training step.
     batch_size: None for the planned one.
     device: see `choose_device`.
     compile: whether nnU-Net compiles the networks. None for its default on the device.
@@ -64,7 +65,8 @@ class Options:
     configuration: str
     plans_name: str | None
     trainers: Sequence[str]
-    backend: str | None
+    backends: Sequence[str]
+    inference: bool
     batch_size: int | None
     device: str | None
     compile: bool | None
@@ -82,18 +84,16 @@ def run_overhead(options: Options) -> None:
     """
     device = _device(options)
     _check_numbers(options)
-    trainers = list(dict.fromkeys([PLANNED, *options.trainers]))
-    for trainer in trainers:
-        check_bases(find_trainer(trainer))
-    if options.backend is not None:
-        check_backend(options.backend, device)
+    networks = _networks(options)
+    for backend in options.backends:
+        check_backend(backend, device)
     all_planned = _all_planned(options)
     _check_outputs(options)
 
     comparisons: list[Comparison] = []
-    with tqdm(total=len(all_planned) * options.repeats * len(trainers), unit="process") as progress:
+    with tqdm(total=len(all_planned) * options.repeats * len(networks), unit="process") as progress:
         for planned in all_planned:
-            comparisons.append(_compare(planned, trainers, options, device, progress))
+            comparisons.append(_compare(planned, networks, options, device, progress))
             _write(comparisons, options, device)
             progress.write(f"\n{cost_table(comparisons[-1])}")
     print(f"\n{_footnote(comparisons, options, device)}")
@@ -101,12 +101,13 @@ def run_overhead(options: Options) -> None:
     print(f"Every single time, and the machine: {written}")
     failed = [row for comparison in comparisons for row in comparison.rows if row.status == FAILED]
     if failed:
-        raise XAttnResError(f"{len(failed)} networks could not be measured: {failed[0].trainer}: {failed[0].reason}")
+        raise XAttnResError(f"{len(failed)} networks could not be measured: {failed[0].name}: {failed[0].reason}")
 
 
 def _device(options: Options) -> str:
     device = choose_device(options.device)
-    if device != "cuda" and options.compile:
+    # nnU-Net's predictor compiles on every device.
+    if device != "cuda" and options.compile and not options.inference:
         raise XAttnResError(f"nnU-Net never compiles on {device}: leave --compile out, or use --device cuda")
     return device
 
@@ -115,6 +116,20 @@ def _check_numbers(options: Options) -> None:
     for name, value in (("--batch-size", options.batch_size), ("--repeats", options.repeats)):
         if value is not None and not 1 <= value <= MAX_NUMBER:
             raise XAttnResError(f"{name} must be from 1 to {MAX_NUMBER}, not {value}")
+    if options.inference and options.batch_size is not None:
+        raise XAttnResError("nnU-Net predicts patch by patch: leave --batch-size out, or --inference")
+
+
+def _networks(options: Options) -> list[tuple[str, str | None]]:
+    """The trainers to measure, the planned network's first, each with every backend if it has attention."""
+    networks: list[tuple[str, str | None]] = []
+    for trainer in dict.fromkeys([PLANNED, *options.trainers]):
+        trainer_class = find_trainer(trainer)
+        check_bases(trainer_class)
+        ours = issubclass(trainer_class, XAttnResTrainerMixin)
+        backends = dict.fromkeys(options.backends) if ours and trainer_class.xattnres_config.has_attention else ()
+        networks += [(trainer, backend) for backend in backends] or [(trainer, None)]
+    return networks
 
 
 def _all_planned(options: Options) -> list[PlannedNetwork]:
@@ -155,20 +170,30 @@ def _check_outputs(options: Options) -> None:
 
 
 def _compare(
-    planned: PlannedNetwork, trainers: list[str], options: Options, device: str, progress: "tqdm[Any]"
+    planned: PlannedNetwork,
+    networks: list[tuple[str, str | None]],
+    options: Options,
+    device: str,
+    progress: "tqdm[Any]",
 ) -> Comparison:
-    """Measure all trainers in turn, `options.repeats` times. One that fails is not measured again."""
-    rows = {trainer: Row(trainer) for trainer in trainers}
+    """Measure all networks in turn, `options.repeats` times. One that fails is not measured again."""
+    rows = [Row(trainer, backend=backend) for trainer, backend in networks]
     for repetition in range(options.repeats):
-        for trainer, row in rows.items():
+        for row in rows:
             if row.status == MEASURED:
-                progress.set_description(f"{planned.name}, {trainer}, {repetition + 1}/{options.repeats}")
+                progress.set_description(f"{planned.name}, {row.name}, {repetition + 1}/{options.repeats}")
                 request = Request(
-                    planned.plans, planned.configuration, planned.dataset_json, trainer, device, options.backend
+                    planned.plans,
+                    planned.configuration,
+                    planned.dataset_json,
+                    row.trainer,
+                    device,
+                    row.backend,
+                    options.inference,
                 )
                 row.answers.append(measure_in_new_process(request, options.compile))
             progress.update()
-    return Comparison(planned, list(rows.values()))
+    return Comparison(planned, rows, options.inference)
 
 
 def measure_in_new_process(request: Request, compile: bool | None = None) -> Answer:
@@ -202,7 +227,8 @@ def _of_dead_process(answer: Answer, return_code: int, log: str) -> Answer:
 
 
 def _write(comparisons: list[Comparison], options: Options, device: str) -> None:
-    choices = {"device": device, "compile": options.compile, "backend": options.backend, "repeats": options.repeats}
+    chosen = ("compile", "backends", "inference", "repeats")
+    choices = {"device": device} | {name: getattr(options, name) for name in chosen}
     content = {
         "command": shell_command("nnunet-xattnres", *sys.argv[1:]),
         "environment": _environment(),
@@ -235,24 +261,29 @@ def _footnote(comparisons: list[Comparison], options: Options, device: str) -> s
     threads = next((answer.threads for answer in answers if answer.threads), None)
     compiled = any(answer.compiled for answer in answers)
     name = next((answer.device_name for answer in answers if answer.device_name), None) or cpu_name()
-    how = (
-        f"{threads} thread{'' if threads == 1 else 's'}"
-        if device == "cpu"
-        else "compiled"
-        if compiled
-        else "not compiled"
-    )
+    cores = [f"{threads} thread{'' if threads == 1 else 's'}"] if device == "cpu" else []
+    how = ", ".join([*cores, "compiled" if compiled else "not compiled"])
     lines = [
-        f"On {name}, {how}. Backend of the attention: {options.backend or 'as each trainer says'}.",
-        "x: beside the planned network, the median over rounds. In brackets: the shortest and the longest step.",
-        "FLOPs: matrix products and convolutions of one training step. GB: 10^9 bytes. Inference: one patch.",
+        f"On {name}, {how}. Backend of the attention: {', '.join(options.backends) or 'as each trainer says'}.",
+        "x: beside the planned network, the median over rounds. In brackets: the shortest and the longest time.",
     ]
-    if device == "cpu":
+    if options.inference:
+        lines += [
+            "FLOPs: matrix products and convolutions of one patch.",
+            "Inference: nnU-Net's prediction of a volume, two patches long along every axis, with mirroring.",
+        ]
+    else:
+        lines += [
+            "FLOPs: matrix products and convolutions of one training step. GB: 10^9 bytes.",
+            "Kept: from the forward to the backward pass, without parameters. Inference: one patch.",
+        ]
+    if device == "cpu" and not options.inference:
         settings = " ".join(f"{name}={value}" for name, value in _environment()["allocator"].items())
         lines.append(
             "Memory: how far the process grows, which depends on the C library's allocator too "
             f"({settings or 'no MALLOC_* variable is set'})."
         )
     if any(row.status == OUT_OF_MEMORY for comparison in comparisons for row in comparison.rows):
-        lines.append("Out of memory: try a smaller --batch-size, or at 1 a machine with more memory.")
+        smaller = "" if options.inference else "a smaller --batch-size, or at 1 "
+        lines.append(f"Out of memory: try {smaller}a machine with more memory.")
     return "\n".join(lines)

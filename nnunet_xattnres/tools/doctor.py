@@ -80,6 +80,7 @@ def examine() -> Iterator[Finding]:
     yield _trainers()
     if gpu.status != PROBLEM:
         yield from _compilation()
+        yield _native_backend()
 
 
 def _nnunet_version() -> Finding:
@@ -215,6 +216,18 @@ def _triton(needed: bool) -> Finding:
     if needed:
         return Finding(PROBLEM, f"{missing}, torch.compile needs it: pip install triton, or export nnUNet_compile=f")
     return Finding(NOTE, f'{missing}: backend="triton" is not available')
+
+
+def _native_backend() -> Finding:
+    from nnunet_xattnres.common.errors import XAttnResError
+    from nnunet_xattnres.ops.native_library import library, parallel_runner
+
+    try:
+        library()
+    except XAttnResError as error:
+        return Finding(NOTE, f"{error}, which is slower on a CPU")
+    threads = "its own threads" if parallel_runner() is None else "PyTorch's threads"
+    return Finding(OK, f"the backend 'native' computes on a CPU, with {threads}")
 
 
 def _compile_on(device: str, rule: str) -> Finding:

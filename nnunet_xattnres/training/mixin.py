@@ -21,7 +21,7 @@ from nnunet_xattnres.model.build import add_xattnres
 from nnunet_xattnres.model.config import BlockXAttnResConfig, Config, XAttnResConfig
 from nnunet_xattnres.model.planned_unet import PlannedUNet, check_architecture, check_class
 from nnunet_xattnres.nnunet.planned_network import call_as_nnunet
-from nnunet_xattnres.ops.backends import chosen_backend
+from nnunet_xattnres.ops.backends import check_backend, chosen_backend
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
 from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
 from nnunet_xattnres.training.checkpoint import LATEST_CHECKPOINT, check_content, read_checkpoint_as_nnunet
@@ -66,7 +66,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     in between before `checkpoint_minutes` have passed.
 
     Raises `XAttnResError` for the wrong order of bases, for an invalid budget, for plans or a base trainer without an
-    encoder/decoder U-Net, and for a checkpoint that is damaged or that another trainer or preset has written.
+    encoder/decoder U-Net, for a backend that is not available on the device, and for a checkpoint that is damaged or
+    that another trainer or preset has written.
     """
 
     xattnres_config: ClassVar[Config] = XAttnResConfig()
@@ -84,6 +85,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         # Not when the class is defined: nnU-Net imports all files of a folder to find one trainer.
         check_bases(type(self))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        # Prediction does not come here, so that a network predicts on machines without its backend.
+        check_backend(self.xattnres_config.backend, self.device.type)
         if self.default_num_epochs is not None:
             self.num_epochs = self.default_num_epochs
         budget = self.configuration_manager.configuration.get("training", {})
@@ -332,8 +335,10 @@ def _description(network: nn.Module) -> str:
     ours = next(_our_networks(network), None)
     if ours is None:
         return f"the planned network, nothing added; {parameters:,} parameters"
+    is_stage_level = isinstance(ours.config, XAttnResConfig)
+    backend = chosen_backend(ours.config.backend, next(network.parameters()).device.type, is_stage_level)
     return (
-        f"{ours.config}, computed by {chosen_backend(ours.config.backend)}; {parameters:,} parameters, "
+        f"{ours.config}, computed by {backend}; {parameters:,} parameters, "
         f"{parameters / ours.planned_parameters:.3f}x the {ours.planned_parameters:,} of the planned network"
     )
 

@@ -70,6 +70,7 @@ def made_up_answers(*seconds: list[float], memory: int = 100, parameters: int = 
             step_seconds=of_round,
             inference_seconds=[0.5],
             peak_memory=memory,
+            kept_for_backward=memory,
             parameters=parameters,
             flops=3_000_000_000,
         )

@@ -18,7 +18,7 @@ import scipy
 import torch
 
 from helpers.benchmark import OURS, PLANNED, case_row, edit, tables_of, write_final_checkpoint, write_image
-from nnunet_xattnres.benchmark import collecting, measuring, report
+from nnunet_xattnres.benchmark import cell_tables, collecting, measuring, report
 from nnunet_xattnres.benchmark.cells import Cell, read_cells, write_cells
 from nnunet_xattnres.benchmark.collecting import collect, take_over
 from nnunet_xattnres.benchmark.locks import locked
@@ -166,7 +166,7 @@ class TestMeasuring:
 
         def measured_tables(*given):
             second.write_record(benchmark, "finished", epochs=2)
-            return measuring.measured_tables(*given)
+            return cell_tables.measured_tables(*given)
 
         monkeypatch.setattr(collecting, "measured_tables", measured_tables)
         assert list(collect(benchmark, lambda tables: None).cells.state) == ["finished", "failed"]

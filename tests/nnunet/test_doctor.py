@@ -17,6 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.common import files
 from nnunet_xattnres.nnunet.installation import list_trainers, trainers_folder
+from nnunet_xattnres.ops import native_library
 from nnunet_xattnres.tools import doctor
 from nnunet_xattnres.tools.doctor import NOTE, OK, PROBLEM
 
@@ -93,6 +94,23 @@ def test_the_exit_status_is_that_of_the_lines(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.out.count(f"{PROBLEM} ") == 2
     assert captured.err == "nnunet-xattnres: training would not work: mend the 2 marked PROBLEM\n"
+
+
+class TestNativeBackend:
+    @pytest.mark.skipif(not native_library.is_available(), reason="no compiled library")
+    def test_it_computes(self, examine):
+        line = examine("'native'")
+        assert line.status == OK
+        assert line.text.startswith("the backend 'native' computes on a CPU, with ")
+
+    def test_without_its_library_training_works(self, examine, monkeypatch, tmp_path):
+        monkeypatch.setattr(native_library, "FILE", tmp_path / "missing.so")
+        native_library.library.cache_clear()
+        line = examine("'native'")
+        native_library.library.cache_clear()
+        assert line.status == NOTE
+        assert "install a C compiler, such as gcc, and install nnunet-xattnres again" in line.text
+        assert line.exit_status == 0
 
 
 class TestVersions:

@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -48,12 +49,15 @@ def test_how_a_process_can_end(return_code, log, status, reason):
 
 
 def run_with(answer_of, monkeypatch, *arguments):
-    """Run the command with made-up measurements. Returns the exit status and the trainers in order of measurement."""
+    """Run the command with made-up measurements. Returns the exit status and the trainers in order of measurement.
+
+    Where a backend was chosen, a trainer is a pair of its name and the backend.
+    """
     order = []
 
     def made_up(request, compile):
-        order.append(request.trainer)
-        return answer_of(request.trainer, order.count(request.trainer))
+        order.append((request.trainer, request.backend) if request.backend else request.trainer)
+        return answer_of(request.trainer, order.count(order[-1]))
 
     monkeypatch.setattr(runner, "measure_in_new_process", made_up)
     return main(["overhead", "--device", "cpu", *arguments]), order
@@ -64,8 +68,54 @@ def test_trainers_take_turns(monkeypatch, outputs, capsys):
         lambda trainer, number: made_up_answers([1.0])[0], monkeypatch, "--preset", "msd04", "--repeats", "2", *outputs
     )
     assert status == 0
-    assert order == [PLANNED, "nnUNetTrainerXAttnRes", NO_SKIP] * 2
+    assert order == [PLANNED, "nnUNetTrainerXAttnRes", NO_SKIP, "nnUNetTrainerNoSkip"] * 2
     assert "Out of memory" not in capsys.readouterr().out
+
+
+def test_backends_are_measured_side_by_side_where_there_is_attention(monkeypatch, outputs, capsys):
+    def answer_of(trainer, number):
+        return replace(made_up_answers([1.0])[0], reads_at=["E2"] if trainer == NO_SKIP else [])
+
+    trainers = ["nnUNetTrainer", "nnUNetTrainerNoSkip", NO_SKIP]
+    backends = ["--backend", "streaming", "reference", "streaming"]
+    arguments = ["--preset", "msd04", "--trainers", *trainers, *backends, "--repeats", "1", *outputs]
+    status, order = run_with(answer_of, monkeypatch, *arguments)
+    assert status == 0
+    assert order == [PLANNED, *trainers[:2], (NO_SKIP, "streaming"), (NO_SKIP, "reference")]
+    out = capsys.readouterr().out
+    assert [line.partition("  ")[0] for line in out.splitlines()[5:8]] == [
+        "NoSkip",
+        "XAttnResNoSkip (streaming)",
+        "XAttnResNoSkip (reference)",
+    ]
+    assert out.count("reads at") == 1
+    content = json.loads(Path(outputs[1]).read_text())
+    assert content["options"]["backends"] == backends[1:]
+    assert [row["backend"] for row in content["plans"][0]["trainers"]] == [None] * 3 + ["streaming", "reference"]
+    with open(outputs[3]) as file:
+        assert [row["backend"] for row in csv.DictReader(file)] == [""] * 3 + ["streaming", "reference"]
+
+
+def test_inference_has_a_table_of_its_own(monkeypatch, outputs, capsys):
+    requests = []
+
+    def made_up(request, compile):
+        requests.append(request)
+        return Answer(MEASURED, parameters=10, flops=10**9, inference_seconds=[2.0, 4.0], compiled=compile)
+
+    monkeypatch.setattr(runner, "measure_in_new_process", made_up)
+    arguments = ["--preset", "msd04", "--device", "cpu", "--inference", "--compile", "--repeats", "1"]
+    assert main(["overhead", *arguments, *outputs]) == 0
+    assert all(request.inference for request in requests)
+    out = capsys.readouterr().out
+    assert out.splitlines()[2].split() == ["nnUNetTrainer", "parameters", "GFLOPs", "inference", "s"]
+    assert out.splitlines()[3].endswith("3.00 [2.00, 4.00] 1.00x")
+    assert "prediction of a volume" in out
+    assert "training step" not in out
+    content = json.loads(Path(outputs[1]).read_text())
+    assert content["options"]["inference"] is True
+    assert content["plans"][0]["trainers"][0]["inference_seconds_max"] == 4.0
+    assert Path(outputs[5]).is_file()
 
 
 def test_what_does_not_fit_is_not_tried_again_and_no_failure(monkeypatch, outputs, capsys):
@@ -187,6 +237,7 @@ def refuse(monkeypatch, capsys, outputs, plans_file):
         (["--preset", "msd04", "--batch-size", "1" + "0" * 20], "--batch-size must be from 1 to 1000000, not 1000"),
         (["--preset", "msd04", "--repeats", "0"], "--repeats must be from 1 to 1000000, not 0"),
         (["--preset", "msd04", "--device", "cpu", "--compile"], "never compiles on cpu"),
+        (["--preset", "msd04", "--inference", "--batch-size", "2"], "leave --batch-size out, or --inference"),
         (["--preset", "msd04", "--json", "nowhere/o.json"], "cannot write nowhere/o.json (No such file or directory)"),
         (["--preset", "msd04", "--chart", "o.tiffany"], "use .png, .pdf or .svg"),
         (["--preset", "msd04", "--csv", "."], "is a folder"),

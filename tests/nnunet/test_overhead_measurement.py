@@ -3,20 +3,31 @@
 import json
 import runpy
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from torch import nn
 
 from helpers.memory import limited
 from helpers.overhead import NO_SKIP, PLANNED, small_plans, small_request, use_own_trainer
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.model.stage_level import XAttnResUNet
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.overhead import measurement, runner
-from nnunet_xattnres.overhead.measurement import FAILED, MEASURED, OUT_OF_MEMORY, Answer, Measurement, Request, measure
+from nnunet_xattnres.overhead.measurement import (
+    FAILED,
+    MEASURED,
+    OUT_OF_MEMORY,
+    Answer,
+    Measurement,
+    Request,
+    kept_for_backward,
+    measure,
+)
 
 BLOCK_INPUT = "nnUNetTrainerXAttnResBlockInput"
 READS_AT = {
@@ -45,6 +56,7 @@ def test_a_measurement_knows_everything(trainer):
     assert answer.status == MEASURED, answer.reason
     assert len(answer.step_seconds) == len(answer.inference_seconds) == 1
     assert min(*answer.step_seconds, *answer.inference_seconds, answer.peak_memory, answer.parameters) > 0
+    assert answer.kept_for_backward > 0
     assert answer.compiled is False
     assert answer.threads == torch.get_num_threads()
     assert answer.reads_at == READS_AT[trainer]
@@ -53,10 +65,10 @@ def test_a_measurement_knows_everything(trainer):
     assert first.parameters == answer.parameters
 
 
-def test_every_call_is_timed_but_the_first():
+def test_every_call_is_timed():
     calls = []
     times = measurement._times(lambda: calls.append(None), seconds=1e-4)
-    assert len(times) == len(calls) - 1 > 1
+    assert len(times) == len(calls) > 1
     assert sum(times[:-1]) < 1e-4 <= sum(times)
 
 
@@ -89,6 +101,50 @@ def test_flops_are_those_of_the_batch_and_of_the_network():
     planned = flops(PLANNED)
     assert flops(PLANNED, 3) == 3 * planned
     assert flops("nnUNetTrainerNoSkip") < planned < flops("nnUNetTrainerXAttnRes")
+
+
+def test_what_is_kept_is_counted_once_without_parameters():
+    class Network(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)  # keeps x and the weight
+            return y * y + y[:, :1].exp()  # keeps y, a part of it, and the exponential
+
+    kept = kept_for_backward(Network(4, 3), torch.zeros(2, 4))
+    assert kept == 4 * (2 * 4 + 2 * 3 + 2)
+
+
+def test_what_a_compiled_network_keeps_is_counted_too():
+    images = torch.zeros(2, 4)
+    network = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    compiled = torch.compile(network, backend="aot_eager")
+    assert kept_for_backward(compiled, images) == kept_for_backward(network, images) == 4 * (2 * 4 + 2 * 3)
+
+
+@pytest.mark.parametrize("preset, configuration, passes", [("msd04", "3d_fullres", 27 * 8), ("msd05", "2d", 2 * 9 * 4)])
+def test_inference_is_nnunets_prediction_of_a_volume(preset, configuration, passes, monkeypatch):
+    """Two patches per axis are three positions of the sliding window. It mirrors along all axes of a patch."""
+    plans, dataset_json = small_plans(preset, configuration)
+    plans["configurations"]["small"]["patch_size"] = [8] * 3 if configuration == "3d_fullres" else [64] * 2
+    shapes = []
+    monkeypatch.setattr(XAttnResUNet, "forward", lambda self, image: shapes.append(image.shape) or image[:, :1] + 1)
+    monkeypatch.setattr(Measurement, "costs", None)
+    *_, answer = measure(Request(plans, "small", dataset_json, NO_SKIP, "cpu", inference=True))
+    assert answer.status == MEASURED, answer.reason
+    assert len(answer.inference_seconds) == 1
+    assert (answer.step_seconds, answer.peak_memory, answer.kept_for_backward) == ([], None, None)
+    assert answer.compiled is False
+    # One to count FLOPs, and one patch before the time is taken.
+    passes_per_patch = 8 if configuration == "3d_fullres" else 4
+    assert len(shapes) == 1 + passes_per_patch + passes
+    assert {shape[0] for shape in shapes} == {1}
+
+
+def test_flops_of_inference_are_those_of_one_forward_pass():
+    def flops(**changes):
+        request = replace(small_request(NO_SKIP, batch_size=2), **changes)
+        return Measurement(request).counts(torch.device("meta"))["flops"]
+
+    assert 0 < flops(inference=True) < flops() / 4
 
 
 def test_what_shapes_alone_do_not_tell_is_counted_on_the_device(monkeypatch):

@@ -1,5 +1,6 @@
 """A wheel holds the whole plugin, and nnU-Net finds its trainers from there."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+
+from nnunet_xattnres.ops.native_library import ABI
 
 CHECKOUT = Path(__file__).parents[2]
 FIND = """
@@ -21,17 +24,42 @@ for name in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """A folder with the content of the wheel"""
-    folder, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+def wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("source"))
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """A source distribution, and a wheel that is built from it."""
     checkout = folder / "checkout"  # a copy, because building leaves files behind
-    shutil.copytree(CHECKOUT, checkout, ignore=shutil.ignore_patterns(".*", "build", "xattnres_demo", "*.egg-info"))
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(checkout)]
-    subprocess.run(build, check=True, capture_output=True)
+    left_out = shutil.ignore_patterns(".*", "build", "xattnres_demo", "*.egg-info", "*.so")
+    shutil.copytree(CHECKOUT, checkout, ignore=left_out)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(checkout)]
+    subprocess.run(build, check=True, capture_output=True, env=os.environ | environment)
     (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory) -> Path:
+    """A folder with the content of the wheel"""
+    site = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(wheel) as content:
         content.extractall(site)
     return site
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="there is no gcc here")
+def test_one_wheel_per_platform_holds_the_compiled_library(wheel, site):
+    assert "-py3-none-linux_" in wheel.name
+    library = ctypes.CDLL(str(site / "nnunet_xattnres" / "ops" / "native_attention.so"))
+    assert library.nnunet_xattnres_abi() == ABI
+
+
+def test_without_a_compiler_the_installation_goes_on(tmp_path):
+    with zipfile.ZipFile(build_wheel(tmp_path, CC="false")) as content:
+        names = content.namelist()
+    assert "nnunet_xattnres/ops/native_operator.py" in names
+    assert not any(name.endswith(".so") for name in names)
 
 
 def test_a_wheel_holds_every_module(site):

@@ -1,4 +1,4 @@
-"""The backends `reference` and `streaming`: against the formulas, and against each other."""
+"""The backends `reference`, `streaming` and `native`: against the formulas, and against each other."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,9 @@ from packaging.version import Version
 from helpers import formulas
 from helpers.memory import saved_bytes
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.ops import streaming
+from nnunet_xattnres.ops import native_library, streaming
 from nnunet_xattnres.ops.alignment import align, is_finer, resize
+from nnunet_xattnres.ops.native_operator import attend_native
 from nnunet_xattnres.ops.reference import Candidate, attend_reference, attention_weights
 from nnunet_xattnres.ops.streaming import ChunkAlignment, attend_streaming, streaming_weights
 
@@ -20,6 +21,8 @@ CASES = {  # target size: source sizes
     "3d": ((4, 2, 6), [(4, 2, 6), (2, 1, 3), (8, 4, 12), (1, 1, 1), (4, 2, 3)]),
 }
 CHANNELS = 5
+without_library = pytest.mark.skipif(not native_library.is_available(), reason="no compiled library")
+ATTENTIONS = [attend_reference, attend_streaming, pytest.param(attend_native, marks=without_library)]
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def averaged(h: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+@pytest.mark.parametrize("attend", ATTENTIONS)
 def test_it_computes_the_formulas(case, attend):
     inputs, size = _inputs(case)
     query, norm_scale, x, *sources = (tensor.detach().numpy() for tensor in inputs)
@@ -106,7 +109,8 @@ def test_streaming_computes_no_gradients_of_what_is_frozen(frozen, monkeypatch):
     assert len(asked_for) == num_sources + 1
 
 
-def test_streaming_in_single_precision_is_as_exact_as_reference():
+@pytest.mark.parametrize("attend", ATTENTIONS[1:])
+def test_single_precision_is_as_exact_as_that_of_reference(attend):
     """Where neighbours cancel, too: there the norm of what lies between them is small against their own."""
     torch.manual_seed(0)
     u = torch.randn(1, CHANNELS, 8, 8)
@@ -121,7 +125,7 @@ def test_streaming_in_single_precision_is_as_exact_as_reference():
         return [out, *torch.autograd.grad(out.square().sum(), inputs)]
 
     exact = run(attend_reference, torch.float64)
-    for a, b in zip(run(attend_streaming, torch.float32), exact, strict=True):
+    for a, b in zip(run(attend, torch.float32), exact, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-4 * b.abs().max().item(), rtol=0)
 
 
@@ -155,10 +159,10 @@ def test_streaming_weights_equal_those_of_the_formulas(case, key_channels, field
     torch.testing.assert_close(weights, expected.detach(), atol=1e-9, rtol=0)
 
 
-def test_streaming_refuses_candidates_that_are_finer_than_the_target():
+def test_candidates_that_are_finer_than_the_target_are_refused():
     x, finer = torch.randn(1, CHANNELS, 4, 4), torch.randn(1, CHANNELS, 4, 8)
     arguments = torch.randn(CHANNELS), torch.ones(CHANNELS), [Candidate(finer, None), Candidate(x, None)], (4, 4)
-    for refuses in (attend_streaming, streaming_weights):
+    for refuses in (attend_streaming, attend_native, streaming_weights):
         with pytest.raises(XAttnResError, match=r"\(4, 8\) to \(4, 4\): average finer features first"):
             refuses(*arguments)
 
@@ -169,7 +173,7 @@ def test_a_zero_query_weighs_all_candidates_alike():
     assert torch.equal(weights, torch.full((4, 2, 3, 3), 0.25))
 
 
-@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+@pytest.mark.parametrize("attend", ATTENTIONS)
 def test_large_scores_stay_finite_and_choose_one_candidate(attend):
     x = torch.ones(1, CHANNELS, 2, 2)
     query = torch.full((CHANNELS,), 1e4)
@@ -177,7 +181,7 @@ def test_large_scores_stay_finite_and_choose_one_candidate(attend):
     assert torch.equal(out, x)
 
 
-@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+@pytest.mark.parametrize("attend", ATTENTIONS)
 def test_under_autocast_squares_do_not_overflow(attend):
     inputs, size = _inputs("2d", torch.float32)
     candidates = [Candidate(1000 * h.detach().half(), P) for h, P in _candidates(inputs)]
@@ -189,7 +193,7 @@ def test_under_autocast_squares_do_not_overflow(attend):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+@pytest.mark.parametrize("attend", ATTENTIONS)
 def test_under_autocast_scores_are_as_exact_as_in_single_precision(attend):
     torch.manual_seed(0)
     # Scores of ten and more: in half precision, they and the weights would be wrong by a percent.
@@ -201,7 +205,7 @@ def test_under_autocast_scores_are_as_exact_as_in_single_precision(attend):
     torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+@pytest.mark.parametrize("attend", ATTENTIONS)
 @pytest.mark.parametrize(
     "source_size, size", [((2, 4), (4, 8)), ((2, 1, 4), (4, 4, 8)), ((8, 8), (4, 8)), ((8, 4, 16), (4, 4, 8))]
 )
@@ -223,7 +227,7 @@ def test_the_largest_half_precision_values_stay_finite(attend, source_size, size
         assert gradient.any()
 
 
-@pytest.mark.parametrize("attend", [attend_reference, attend_streaming])
+@pytest.mark.parametrize("attend", ATTENTIONS)
 def test_the_result_has_the_precision_of_the_aligned_candidates(attend):
     image, projection = torch.randn(1, 3, 4, 4), torch.randn(CHANNELS, 3)
     x = torch.randn(1, CHANNELS, 4, 4).half()

@@ -12,7 +12,6 @@ from nnunet_xattnres.model.config import BACKENDS
 from nnunet_xattnres.ops import backends
 from nnunet_xattnres.ops.backends import ATTENTION_BACKENDS, attention_backend
 from nnunet_xattnres.ops.reference import Candidate
-from nnunet_xattnres.ops.streaming import attend_streaming
 
 
 @pytest.fixture
@@ -23,15 +22,13 @@ def without_triton(monkeypatch):
 
 
 def test_every_backend_that_can_be_configured_is_there():
-    assert set(BACKENDS) == {"auto", *ATTENTION_BACKENDS}
-
-
-def test_auto_is_streaming():
-    assert attention_backend("auto") is attend_streaming
+    assert set(BACKENDS) == set(ATTENTION_BACKENDS)
 
 
 def test_a_backend_that_is_not_available_here_says_which_are():
-    with pytest.raises(XAttnResError, match=r"'cuda' is not available here.*reference, streaming, triton$"):
+    with pytest.raises(
+        XAttnResError, match=r"'cuda' is not available here.*auto, reference, streaming, native, triton$"
+    ):
         attention_backend("cuda")
 
 

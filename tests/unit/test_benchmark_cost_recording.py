@@ -33,12 +33,12 @@ def test_every_device_of_a_training_is_recorded_once_and_none_of_its_validation(
         assert eventually(lambda: not any(thread.name == cost_recording.COSTS for thread in threading.enumerate()))
         final.unlink()
     devices = ["Slow, 2 threads", "Slow, 3 threads", "Fast, 3 threads"]
-    assert recorded_costs(tmp_path)["devices"] == devices
+    assert recorded_costs(tmp_path)["device"] == " and ".join(devices)
     final.touch()
     monkeypatch.setattr(cost_recording, "cpu_name", lambda: "Another")
     cost_recording.record_costs(tmp_path, "cpu")
     time.sleep(0.1)
-    assert recorded_costs(tmp_path)["devices"] == devices
+    assert recorded_costs(tmp_path)["device"] == " and ".join(devices)
 
 
 @pytest.mark.parametrize(("num_gpus", "device"), [(1, "A100"), (4, "4 x A100")])
@@ -58,7 +58,7 @@ def test_an_apple_gpu_is_not_taken_for_the_cpu(tmp_path, monkeypatch):
 
 
 def test_no_record_and_a_damaged_one_say_nothing(tmp_path):
-    nothing = {"peak_memory_gb": None, "devices": []}
+    nothing = {"peak_memory_gb": None, "device": ""}
     assert recorded_costs(tmp_path) == nothing
     (tmp_path / "costs.json").touch()
     assert recorded_costs(tmp_path) == nothing

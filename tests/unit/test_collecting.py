@@ -141,7 +141,7 @@ def test_the_planned_network_without_skips_has_no_targets():
 
 
 class TestWithout:
-    @pytest.mark.parametrize("backend", ["reference", "streaming"])
+    @pytest.mark.parametrize("backend", ["reference", "streaming", "auto"])
     @pytest.mark.parametrize("config", ["stage", "decoder", "residual", "block-input"])
     def test_it_equals_a_score_of_minus_infinity(self, config, backend, monkeypatch):
         network = with_random_queries(add_xattnres(planned_network(), replace(CONFIGS[config], backend=backend)))

@@ -100,7 +100,8 @@ def test_an_apple_gpu_can_compute_it(config):
         entry = listed[listed[name].get("structured_delegate", name)]
         return "dispatch" not in entry or any(re.search("MPS|Composite", kernels) for kernels in entry["dispatch"])
 
-    network = add_xattnres(planned_network(ISOTROPIC_3D, ResidualEncoderUNet), config)
+    # On a CPU, "auto" is another backend than on MPS.
+    network = add_xattnres(planned_network(ISOTROPIC_3D, ResidualEncoderUNet), replace(config, backend="streaming"))
     with Operations() as operations, network.routing():
         network(torch.randn(2, 1, *smallest_image(ISOTROPIC_3D, (2, 2, 2)))).sum().backward()
     assert "convolution_backward" in operations.names
@@ -247,13 +248,14 @@ def test_backends_agree(plan):
     planned, image = build(plan)
     planned, image = planned.double(), image.double()
     outputs = []
-    for backend in ("reference", "streaming", "auto"):
+    for backend in ("reference", "streaming", "native", "auto"):
         torch.manual_seed(0)
         network = XAttnResUNet(copy.deepcopy(planned), XAttnResConfig(backend=backend)).double()
         randomise(network)
         outputs.append(network(image))
-    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-9, rtol=0)
-    assert torch.equal(outputs[2], outputs[1])
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], atol=1e-9, rtol=0)
+    assert torch.equal(outputs[3], outputs[2])
 
 
 def test_residual_fusion_starts_as_the_planned_network(plan):

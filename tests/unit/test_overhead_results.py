@@ -14,12 +14,13 @@ from nnunet_xattnres.overhead.results import Comparison, Row, cost_table, draw_r
 def test_ratios_are_paired_by_round():
     # The machine was twice as slow in the second round and thrice in the third.
     planned = Row(PLANNED, made_up_answers([1.0, 1.0, 1.2], [2.0], [3.0]))
-    ours = Row(NO_SKIP, made_up_answers([1.5], [2.0, 2.0, 9.0], [3.3], memory=80))
+    ours = Row(NO_SKIP, made_up_answers([1.5], [2.0, 2.0, 9.0], [3.3], memory=80), "streaming")
     figures = Comparison(from_preset("msd04", "3d_fullres", DEFAULT_PLANS), [planned, ours]).figures(ours)
     assert figures["step_seconds_ratio"] == pytest.approx(1.1)  # of 1.5, 1.0 and 1.1
     assert figures["step_seconds"] == 2.0
     assert (figures["step_seconds_min"], figures["step_seconds_max"]) == (1.5, 9.0)
     assert figures["peak_memory_bytes_ratio"] == pytest.approx(0.8)
+    assert figures["kept_for_backward_bytes_ratio"] == pytest.approx(0.8)
     assert figures["parameters_ratio"] == 1.0
 
 
@@ -32,7 +33,7 @@ def test_no_ratio_without_both_sides():
 
 @pytest.fixture(scope="module")
 def comparisons() -> list[Comparison]:
-    """Ten presets and four trainers, of which some do not get far."""
+    """Ten presets and five networks, of which some do not get far."""
     comparisons = []
     for preset in TASKS:
         rows = [
@@ -41,7 +42,10 @@ def comparisons() -> list[Comparison]:
                 "nnUNetTrainerXAttnRes",
                 made_up_answers([123.4], [156.7], memory=123_456_789_012, parameters=123_456_789),
             ),
-            Row("nnUNetTrainerXAttnResNoSkip_250epochs", [Answer(OUT_OF_MEMORY, parameters=5, flops=10**13)]),
+            Row("nnUNetTrainerXAttnResNoSkip_250epochs", [Answer(OUT_OF_MEMORY, parameters=5_000_000, flops=10**13)]),
+            Row(
+                NO_SKIP, made_up_answers([123.4], [156.7], memory=123_456_789_012, parameters=111_111_111), "streaming"
+            ),
             Row("MyOwnTrainer", [Answer(FAILED, "ValueError: my mistake")]),
         ]
         rows[1].answers[0] = replace(rows[1].answers[0], reads_at=[f"E{i}_block{j}" for i in range(8) for j in (2, 3)])
@@ -55,10 +59,11 @@ def test_the_table_fits_and_says_what_happened(comparisons):
     assert max(map(len, lines)) <= 120
     assert "msd03 (Liver), 3d_fullres of nnUNetPlans" in lines[0]
     assert "128 x 128 x 128, batch 2" in lines[0]
-    row = {line.split()[0]: line for line in lines[2:6]}
+    row = {line.split()[0]: line for line in lines[2:7]}
     assert "[12.3, 15.6] 1.00x" in row["Planned"]
     assert "[123, 157] 10.02x" in row["XAttnRes"]
     assert "out of memory" in row["XAttnResNoSkip_250epochs"]
+    assert row["XAttnResNoSkip"].startswith("XAttnResNoSkip (streaming)  ")
     assert "failed" in row["MyOwnTrainer"]
     assert "XAttnRes reads at: E0_block2 E0_block3 E1_block2" in table
     assert lines[-1] == "MyOwnTrainer failed: ValueError: my mistake"
@@ -67,11 +72,11 @@ def test_the_table_fits_and_says_what_happened(comparisons):
 def test_the_chart_has_every_bar_and_says_what_has_none(comparisons):
     figure = draw_ratios(comparisons)
     step_time, _, parameters = figure.axes
-    assert len(step_time.patches) == 10
+    assert len(step_time.patches) == 20
     assert {round(float(bar.get_width()), 2) for bar in step_time.patches} == {10.02}
     assert sum(text.get_text() == OUT_OF_MEMORY for text in step_time.texts) == 10
     assert sum(text.get_text() == FAILED for text in step_time.texts) == 10
-    assert len(parameters.patches) == 20
+    assert len(parameters.patches) == 30
 
 
 def test_the_chart_of_the_planned_network_alone_can_be_drawn():

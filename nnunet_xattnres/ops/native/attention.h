@@ -1,0 +1,56 @@
+/* The interface between Python (native_library.py), the entry points (attention.c) and the kernels. */
+
+#ifndef ATTENTION_H
+#define ATTENTION_H
+
+#include <stdint.h>
+
+/* Raised with every change of the structures below. Python refuses a library of another number. */
+#define ABI 1
+
+/* ONLY_BASELINE is for tests. */
+#if defined(__x86_64__) && !defined(ONLY_BASELINE)
+#define HAS_AVX2_KERNELS
+#endif
+
+/* What a target reads, projected, at its own resolution (z, y, x). A 2D candidate has z = 1.
+
+   Channels last: (B, z, y, x, C). channels_first: (B, C, z, y, x), only at the target's resolution.
+   gradient: in the layout of the values. NULL if it is not wanted. */
+typedef struct {
+    const void *values;
+    void *gradient;
+    int64_t size[3];
+    int64_t channels_first;
+} candidate;
+
+/* Runs `work(argument)` on that many threads at once: GOMP_parallel of PyTorch's own OpenMP runtime. */
+typedef void (*parallel_runner)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
+
+typedef struct {
+    const candidate *candidates;
+    const void *query;     /* (C) */
+    const void *gradient;  /* backward: dout, (B, C, z, y, x) */
+    void *output;          /* forward: out, (B, C, z, y, x). backward: the gradient of the query, (C) */
+    int64_t count;
+    int64_t batch;
+    int64_t channels;
+    int64_t size[3];
+    double eps;
+    int64_t is_double;
+    int64_t threads;
+    parallel_runner parallel; /* NULL: threads of our own */
+} call;
+
+/* Return 0, or 1 if there is too little memory. */
+typedef struct {
+    int (*forward_float)(const call *);
+    int (*forward_double)(const call *);
+    int (*backward_float)(const call *);
+    int (*backward_double)(const call *);
+} kernels;
+
+/* Runs `work(argument)` on the threads of a call. */
+void run_in_parallel(const call *call, void (*work)(void *), void *argument);
+
+#endif

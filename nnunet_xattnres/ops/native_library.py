@@ -1,0 +1,166 @@
+"""The compiled library of the native backend: where it is, and its calls. The C sources are in `native/`."""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p, cast
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnunet_xattnres.common.errors import XAttnResError
+
+FILE = Path(__file__).with_name("native_attention.so")
+ABI = 1
+
+
+class Values(NamedTuple):
+    """A projected candidate as the kernels read it.
+
+    tensor: (B, *source_size, C), or (B, C, *size) if `channels_first`, contiguous.
+    """
+
+    tensor: Tensor
+    source_size: Sequence[int]
+    channels_first: bool
+
+
+class _Candidate(Structure):
+    _fields_ = (
+        ("values", c_void_p),
+        ("gradient", c_void_p),
+        ("size", c_int64 * 3),
+        ("channels_first", c_int64),
+    )
+
+
+class _Call(Structure):
+    _fields_ = (
+        ("candidates", POINTER(_Candidate)),
+        ("query", c_void_p),
+        ("gradient", c_void_p),
+        ("output", c_void_p),
+        ("count", c_int64),
+        ("batch", c_int64),
+        ("channels", c_int64),
+        ("size", c_int64 * 3),
+        ("eps", c_double),
+        ("is_double", c_int64),
+        ("threads", c_int64),
+        ("parallel", c_void_p),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library. Raises `XAttnResError` if it is missing or does not fit this package or platform."""
+    if not FILE.is_file():
+        raise XAttnResError(
+            "the backend 'native' has no compiled library here: install a C compiler, such as gcc, and install "
+            "nnunet-xattnres again, or let the backend 'auto' choose 'streaming'"
+        )
+    try:
+        loaded = ctypes.CDLL(str(FILE))
+        abi = loaded.nnunet_xattnres_abi()
+    except (OSError, AttributeError) as error:
+        raise XAttnResError(
+            f"the library of the backend 'native' cannot be loaded: install nnunet-xattnres again ({error})"
+        ) from error
+    if abi != ABI:
+        raise XAttnResError(
+            f"the library of the backend 'native' has interface {abi} and this package needs {ABI}: install "
+            "nnunet-xattnres again"
+        )
+    return loaded
+
+
+@torch.compiler.assume_constant_result
+def is_available() -> bool:
+    """Whether the library is there and can be loaded."""
+    try:
+        library()
+    except XAttnResError:
+        return False
+    return True
+
+
+@cache
+def parallel_runner() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that PyTorch has loaded, or None.
+
+    A second pool of threads would compete with PyTorch's threads, which spin after every operator.
+    """
+    for file in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*")):
+        try:
+            runtime = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD)
+            return cast(runtime.GOMP_parallel, c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def mix(query: Tensor, values: Sequence[Values], size: Sequence[int], eps: float) -> Tensor:
+    """The mixture (B, C, *size) of candidates that are nowhere finer than `size`. query: w * g, (C,), contiguous."""
+    mixture = query.new_empty(len(values[0].tensor), len(query), *size)
+    _run("forward", query, values, [None] * len(values), size, eps, None, mixture)
+    return mixture
+
+
+def mix_gradients(
+    gradient: Tensor, query: Tensor, values: Sequence[Values], wanted: Sequence[bool], eps: float
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradients of `mix` with respect to the query and to the values, in their layout, where `wanted`.
+
+    gradient: of the mixture, contiguous.
+    """
+    gradients = [torch.empty_like(each.tensor) if want else None for each, want in zip(values, wanted, strict=True)]
+    query_gradient = torch.empty_like(query)
+    _run("backward", query, values, gradients, gradient.shape[2:], eps, gradient, query_gradient)
+    return query_gradient, gradients
+
+
+def _run(
+    direction: str,
+    query: Tensor,
+    values: Sequence[Values],
+    gradients: Sequence[Tensor | None],
+    size: Sequence[int],
+    eps: float,
+    gradient: Tensor | None,
+    output: Tensor,
+) -> None:
+    candidates = (_Candidate * len(values))(
+        *(
+            _Candidate(
+                each.tensor.data_ptr(),
+                None if of_each is None else of_each.data_ptr(),
+                _three_axes(each.source_size),
+                each.channels_first,
+            )
+            for each, of_each in zip(values, gradients, strict=True)
+        )
+    )
+    call = _Call(
+        candidates,
+        query.data_ptr(),
+        None if gradient is None else gradient.data_ptr(),
+        output.data_ptr(),
+        len(values),
+        len(values[0].tensor),
+        len(query),
+        _three_axes(size),
+        eps,
+        query.dtype == torch.float64,
+        torch.get_num_threads(),
+        parallel_runner(),
+    )
+    if getattr(library(), f"nnunet_xattnres_{direction}")(byref(call)):
+        raise MemoryError("the attention found too little memory")
+
+
+def _three_axes(size: Sequence[int]) -> ctypes.Array[c_int64]:
+    """(z, y, x) of a 3D or a 2D size."""
+    return (c_int64 * 3)(*(1,) * (3 - len(size)), *size)

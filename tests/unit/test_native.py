@@ -1,0 +1,335 @@
+"""The backend `native`: against `reference`, its operator, what it leaves to `streaming`, and its library."""
+
+import logging
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.memory import saved_bytes
+from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.ops import native_library, native_operator
+from nnunet_xattnres.ops.backends import attention_backend, check_backend, chosen_backend
+from nnunet_xattnres.ops.native_operator import attend_native, attend_on_cpu
+from nnunet_xattnres.ops.reference import Candidate, attend_reference
+
+needs_library = pytest.mark.skipif(not native_library.is_available(), reason="no compiled library")
+Inputs = tuple[torch.Tensor, torch.Tensor, list[Candidate]]
+
+
+def make_inputs(
+    size: tuple[int, ...],
+    factors: list[tuple[int, ...]],
+    batch: int = 2,
+    channels: int = 5,
+    projected: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> Inputs:
+    """query, norm_scale, and a candidate per factor of the resolution; the last one is x, without a projection."""
+    torch.manual_seed(0)
+    candidates = []
+    for k, factor in enumerate([*factors, (1,) * len(size)]):
+        has_projection = projected and k < len(factors)
+        source_size = [extent // each for extent, each in zip(size, factor, strict=True)]
+        features = torch.randn(batch, 3 + k if has_projection else channels, *source_size, dtype=dtype)
+        projection = torch.randn(channels, 3 + k, dtype=dtype).requires_grad_() if has_projection else None
+        candidates.append(Candidate(features.requires_grad_(), projection))
+    query = torch.randn(channels, dtype=dtype, requires_grad=True)
+    return query, (torch.rand(channels, dtype=dtype) + 0.5).requires_grad_(), candidates
+
+
+def output_and_gradients(attend, inputs: Inputs, size: tuple[int, ...]) -> list[torch.Tensor]:
+    query, norm_scale, candidates = inputs
+    out = attend(query, norm_scale, candidates, size)
+    leaves = [query, norm_scale, *(tensor for candidate in candidates for tensor in candidate if tensor is not None)]
+    upstream = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    return [out, *torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], upstream)]
+
+
+def assert_equals_reference(inputs: Inputs, size: tuple[int, ...], tolerance: float = 1e-9) -> None:
+    expected = output_and_gradients(attend_reference, inputs, size)
+    for a, b in zip(output_and_gradients(attend_native, inputs, size), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance * (1 + b.abs().max().item() if b.numel() else 1), rtol=0)
+
+
+@needs_library
+class TestValues:
+    @pytest.mark.parametrize(
+        "size, factors",
+        [
+            ((6, 4, 8), [(1, 1, 1), (2, 2, 2), (6, 4, 8)]),
+            ((2, 12, 8), [(1, 2, 2), (1, 4, 4), (2, 4, 8), (1, 3, 1)]),
+            ((68, 2, 4), [(2, 2, 2), (17, 1, 2), (34, 2, 4), (68, 1, 1)]),  # blocks shorter than a coarse voxel
+            ((3, 68, 2), [(1, 2, 1), (3, 34, 2), (1, 4, 2)]),
+            ((72, 6), [(2, 2), (3, 3), (36, 6), (72, 2)]),
+            ((1, 1), [(1, 1)]),
+            ((5, 1), []),
+        ],
+    )
+    @pytest.mark.parametrize("channels", [1, 32, 40])
+    def test_they_equal_those_of_reference(self, size, factors, channels):
+        assert_equals_reference(make_inputs(size, factors, channels=channels), size)
+
+    @given(data=st.data())
+    @settings(max_examples=30, deadline=None)
+    def test_they_equal_those_of_reference_for_all_shapes(self, data):
+        axes = data.draw(st.integers(2, 3))
+        coarse = data.draw(st.tuples(*[st.integers(1, 3)] * axes))
+        steps = data.draw(st.lists(st.tuples(*[st.integers(1, 3)] * axes), min_size=1, max_size=2))
+        factors = [(1,) * axes]
+        for step in steps:
+            factors.append(tuple(a * b for a, b in zip(factors[-1], step, strict=True)))
+        size = tuple(a * b for a, b in zip(coarse, factors[-1], strict=True))
+        chosen = data.draw(st.lists(st.sampled_from(factors), max_size=4))
+        options = {"channels": data.draw(st.integers(1, 70)), "batch": data.draw(st.integers(1, 3))}
+        assert_equals_reference(make_inputs(size, chosen, projected=data.draw(st.booleans()), **options), size)
+
+    def test_a_long_row_is_computed_in_tiles(self):
+        # 2 x 300 voxels of 600 channels in double precision are 2.9 MB, more than a tile's 512 KB.
+        assert_equals_reference(make_inputs((2, 300), [(1, 3), (2, 6)], batch=1, channels=600), (2, 300))
+
+    def test_single_precision(self):
+        size = (12, 8, 16)
+        inputs = make_inputs(size, [(1, 1, 1), (2, 2, 2), (4, 4, 8)], channels=33, dtype=torch.float32)
+        assert_equals_reference(inputs, size, tolerance=1e-5)
+
+    def test_an_empty_batch(self):
+        assert_equals_reference(make_inputs((4, 4), [(2, 2)], batch=0), (4, 4))
+
+    def test_it_passes_gradcheck(self):
+        query, norm_scale, candidates = make_inputs((2, 4), [(1, 2), (2, 2)], batch=1, channels=2)
+        projections = [candidate.projection for candidate in candidates[:-1]]
+
+        def attend(query, norm_scale, x, *tensors):
+            sources = map(Candidate, tensors[:2], tensors[2:])
+            return attend_native(query, norm_scale, [*sources, Candidate(x, None)], (2, 4))
+
+        features = [candidate.features for candidate in candidates]
+        assert torch.autograd.gradcheck(attend, (query, norm_scale, features[-1], *features[:-1], *projections))
+
+    @pytest.mark.parametrize("frozen", ["features", "projections", "both"])
+    def test_what_is_frozen_gets_no_gradient(self, frozen):
+        size = (4, 6, 4)
+        inputs = make_inputs(size, [(1, 1, 1), (2, 2, 2)])
+        for features, projection in inputs[2][:-1]:
+            features.requires_grad_(frozen == "projections")
+            projection.requires_grad_(frozen == "features")
+        assert_equals_reference(inputs, size)
+
+    def test_other_memory_layouts(self):
+        size = (4, 6, 4)
+        query, norm_scale, candidates = make_inputs(size, [(1, 1, 1), (2, 2, 2)], channels=1)
+        strided = [
+            Candidate(h.detach().to(memory_format=torch.channels_last_3d).requires_grad_(), projection)
+            for h, projection in candidates
+        ]
+        sliced = Candidate(torch.randn(2, 2, 4, 6, 4, dtype=torch.float64)[:, 1:].requires_grad_(), None)
+        assert_equals_reference((query, norm_scale, [*strided, sliced]), size)
+
+    def test_the_bits_do_not_depend_on_the_number_of_threads(self):
+        size = (40, 8, 8)
+        inputs = make_inputs(size, [(1, 1, 1), (2, 2, 2), (8, 8, 8)], dtype=torch.float32)
+        threads = torch.get_num_threads()
+        results = []
+        try:
+            for number in (1, 2, 3, 7):
+                torch.set_num_threads(number)
+                results.append(output_and_gradients(attend_native, inputs, size))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def test_own_threads_compute_the_same(self, monkeypatch):
+        size = (40, 8, 8)
+        inputs = make_inputs(size, [(1, 1, 1), (2, 2, 2), (8, 8, 8)], dtype=torch.float32)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        expected = output_and_gradients(attend_native, inputs, size)
+        monkeypatch.setattr(native_library, "parallel_runner", lambda: None)
+        for a, b in zip(output_and_gradients(attend_native, inputs, size), expected, strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e25])
+    @pytest.mark.parametrize("at", [(0, 0), (1, 2), (-1, -1)])
+    def test_values_are_finite_exactly_where_those_of_reference_are(self, value, at):
+        size = (8, 12)
+        query, norm_scale, candidates = make_inputs(size, [(1, 1), (2, 2), (4, 4)], channels=32, dtype=torch.float32)
+        for candidate in candidates:
+            features = candidate.features
+            damaged = features.detach().clone()
+            damaged[0, :, at[0], at[1]] = value
+            replaced = [Candidate(damaged if h is features else h, P) for h, P in candidates]
+            expected = attend_reference(query, norm_scale, replaced, size).isfinite()
+            assert torch.equal(attend_native(query, norm_scale, replaced, size).isfinite(), expected)
+
+    def test_concurrent_callers(self):
+        size = (24, 8, 8)
+        inputs = [make_inputs(size, [(1, 1, 1), (2, 2, 2)], batch=n, dtype=torch.float32) for n in (1, 2, 3, 4)]
+        expected = [output_and_gradients(attend_native, each, size) for each in inputs]
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda each: output_and_gradients(attend_native, each, size), inputs * 3))
+        for result, same in zip(results, expected * 3, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(result, same, strict=True))
+
+
+def _sum_in_child(queue, threads: int) -> None:
+    torch.set_num_threads(threads)
+    queue.put(attend_native(*_small_call()).sum().item())
+
+
+def _small_call() -> tuple[torch.Tensor, torch.Tensor, list[Candidate], tuple[int, ...]]:
+    query, norm_scale, candidates = make_inputs((8, 8), [(2, 2)])
+    detached = [Candidate(h.detach(), None if P is None else P.detach()) for h, P in candidates]
+    return query.detach(), norm_scale.detach(), detached, (8, 8)
+
+
+@needs_library
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_child_process_computes_the_same(method):
+    """As nnU-Net's workers do: they are forked after PyTorch has been used, and use one thread."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    expected = attend_native(*_small_call()).sum().item()
+    context = multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    child = context.Process(target=_sum_in_child, args=(queue, 1))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    assert queue.get() == expected
+
+
+@needs_library
+class TestOperator:
+    def test_it_is_registered_as_pytorch_wants_it(self):
+        query, norm_scale, candidates = make_inputs((4, 4), [(1, 1), (2, 2)])
+        features = [candidate.features for candidate in candidates]
+        projections = [candidate.projection for candidate in candidates[:-1]]
+        torch.library.opcheck(
+            attend_on_cpu, ((query * norm_scale).detach().requires_grad_(), features, projections, [4, 4], 1e-6)
+        )
+
+    def test_it_compiles_as_a_whole_for_all_shapes(self):
+        torch._dynamo.reset()
+        compiled = torch.compile(attend_native, fullgraph=True, dynamic=True, backend="aot_eager")
+        for size in ((8, 4, 12), (4, 8, 8)):
+            inputs = make_inputs(size, [(1, 1, 1), (2, 2, 4)])
+            expected = output_and_gradients(attend_native, inputs, size)
+            for a, b in zip(output_and_gradients(compiled, inputs, size), expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+    def test_it_computes_in_inference_mode(self):
+        inputs = make_inputs((4, 4), [(2, 2)])
+        expected = attend_native(*inputs, (4, 4))
+        with torch.inference_mode():
+            assert torch.equal(attend_native(*inputs, (4, 4)), expected)
+
+    def test_it_keeps_no_projected_candidates_for_the_backward_pass(self):
+        query, norm_scale, candidates = make_inputs((16, 16), [(1, 1), (2, 2)], channels=32)
+        given = [norm_scale, *(tensor for candidate in candidates for tensor in candidate if tensor is not None)]
+        kept = saved_bytes(lambda: attend_native(query, norm_scale, candidates, (16, 16)), given)
+        assert kept <= 3 * query.nbytes
+
+
+@needs_library
+class TestFallback:
+    @pytest.fixture(autouse=True)
+    def _fresh_log(self):
+        native_operator._log_fallback.cache_clear()
+        yield
+        native_operator._log_fallback.cache_clear()
+
+    @pytest.mark.parametrize("reason", ["dtype", "mixed", "field", "keys"])
+    def test_what_it_does_not_compute_is_streamed_and_logged_once(self, reason, caplog):
+        query, norm_scale, candidates = make_inputs((4, 4), [(2, 2)])
+        key_channels, scale = None, norm_scale
+        if reason == "dtype":
+            query, scale = query.bfloat16(), norm_scale.bfloat16()
+            candidates = [Candidate(h.bfloat16(), None if P is None else P.bfloat16()) for h, P in candidates]
+        elif reason == "mixed":
+            candidates = [Candidate(h.float(), P) for h, P in candidates]
+        elif reason == "field":
+            query, scale = torch.randn(2, 5, 4, 4, dtype=torch.float64), None
+        else:
+            query, key_channels, scale = query[:2], 2, norm_scale[:2]
+        with caplog.at_level(logging.WARNING):
+            outputs = [attend_native(query, scale, candidates, (4, 4), key_channels) for _ in range(2)]
+        exact = [Candidate(h.double(), None if P is None else P.double()) for h, P in candidates]
+        exact_scale = None if scale is None else scale.double()
+        expected = attend_reference(query.double(), exact_scale, exact, (4, 4), key_channels)
+        torch.testing.assert_close(outputs[0].double(), expected, atol=0.05, rtol=0.05)
+        assert [record.message.count("'streaming' computes instead") for record in caplog.records] == [1]
+
+    def test_an_exported_graph_runs_without_the_operator(self):
+        class Module(torch.nn.Module):
+            def forward(self, x, coarse):
+                return attend_native(torch.ones(2), None, [Candidate(coarse, None), Candidate(x, None)], (4, 4))
+
+        arguments = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 2, 2)
+        graph = torch.export.export(Module(), arguments)
+        assert "attend_on_cpu" not in str(graph)
+        torch.testing.assert_close(graph.module()(*arguments), Module()(*arguments))
+
+    def test_meta_tensors(self):
+        query, norm_scale, candidates = (
+            torch.empty(5, device="meta"),
+            torch.empty(5, device="meta"),
+            [Candidate(torch.empty(1, 5, 4, 4, device="meta"), None)],
+        )
+        assert attend_native(query, norm_scale, candidates, (4, 4)).shape == (1, 5, 4, 4)
+
+
+class TestLibrary:
+    @pytest.fixture(autouse=True)
+    def _loaded_anew(self):
+        native_library.library.cache_clear()
+        yield
+        native_library.library.cache_clear()
+        native_operator._log_fallback.cache_clear()
+
+    def test_without_it_auto_streams_and_the_backend_by_name_says_what_to_do(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(native_library, "FILE", tmp_path / "missing.so")
+        assert chosen_backend("auto", "cpu", is_stage_level=True) == "streaming"
+        inputs = make_inputs((4, 4), [(2, 2)])
+        expected = attend_reference(*inputs, (4, 4))
+        for name in ("auto", "native"):  # a trained network predicts here too
+            torch.testing.assert_close(attention_backend(name)(*inputs, (4, 4)), expected)
+        with pytest.raises(XAttnResError, match="install a C compiler, such as gcc, and install nnunet-xattnres again"):
+            check_backend("native", "cpu")
+
+    def test_a_file_that_is_no_library(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(native_library, "FILE", tmp_path / "native_attention.so")
+        native_library.FILE.write_text("no library")
+        with pytest.raises(XAttnResError, match="cannot be loaded: install nnunet-xattnres again"):
+            native_library.library()
+
+    @needs_library
+    def test_a_library_of_another_interface(self, monkeypatch):
+        monkeypatch.setattr(native_library, "ABI", -1)
+        with pytest.raises(XAttnResError, match="and this package needs -1: install"):
+            native_library.library()
+
+    @needs_library
+    def test_another_device(self):
+        with pytest.raises(XAttnResError, match="runs on a CPU, and the network is on cuda: use the backend 'auto'"):
+            check_backend("native", "cuda")
+
+    @needs_library
+    def test_too_little_memory(self, monkeypatch):
+        monkeypatch.setattr(native_library, "library", lambda: _Failing())
+        with pytest.raises(MemoryError):
+            attend_native(*make_inputs((4, 4), [(2, 2)]), (4, 4))
+
+    @needs_library
+    def test_auto_is_native_on_a_cpu(self):
+        assert chosen_backend("auto", "cpu", is_stage_level=True) == "native"
+        assert chosen_backend("auto", "cuda", is_stage_level=True) == "streaming"
+        assert chosen_backend("native", "cpu", is_stage_level=False) == "streaming"
+
+
+class _Failing:
+    def nnunet_xattnres_forward(self, call) -> int:
+        return 1
