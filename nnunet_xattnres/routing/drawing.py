@@ -262,6 +262,10 @@ def _draw_heat_map(page: _Page, heat_map: HeatMap, place: tuple[float, float, fl
     axis = page.axes(*place)
     axis.pcolormesh(np.ma.masked_invalid(numbers), cmap=colours, norm=scale, edgecolors="white", linewidth=0.5)
     decimals = 3 if heat_map.intervals else 2
+
+    def shown(number: float) -> str:
+        return f"{round(number, decimals) + 0.0:.{decimals}f}"  # no minus sign before zero
+
     for (row, column), number in np.ndenumerate(numbers):
         if np.isnan(number):
             continue
@@ -270,10 +274,9 @@ def _draw_heat_map(page: _Page, heat_map: HeatMap, place: tuple[float, float, fl
         low, high = heat_map.intervals.get((targets[row], sources[column]), (np.nan, np.nan))
         has_interval = not np.isnan(low)
         shift = 0.3 if has_interval else 0.5
-        number = round(number, decimals) + 0.0  # no minus sign before zero
-        axis.text(column + 0.5, row + shift, f"{number:.{decimals}f}", fontsize=SMALL_FONT_SIZE, **text)
+        axis.text(column + 0.5, row + shift, shown(number), fontsize=SMALL_FONT_SIZE, **text)
         if has_interval:
-            axis.text(column + 0.5, row + 0.75, f"{low:.3f}, {high:.3f}", fontsize=INTERVAL_FONT_SIZE, **text)
+            axis.text(column + 0.5, row + 0.75, f"{shown(low)}, {shown(high)}", fontsize=INTERVAL_FONT_SIZE, **text)
     axis.set_xticks(np.arange(len(sources)) + 0.5, sources, fontsize=FONT_SIZE)
     axis.set_yticks(np.arange(len(targets)) + 0.5, targets, fontsize=FONT_SIZE)
     axis.set(ylim=(len(targets), 0), facecolor=NOTHING_TO_READ)
