@@ -290,9 +290,24 @@ def _add_inspect(commands: Commands) -> None:
     inspect.add_argument("-o", dest="output", type=Path, required=True, metavar="OUT", help="where the folders go")
     inspect.add_argument(
         "--targets",
-        type=lambda names: [name.strip() for name in names.split(",")],
+        type=_names,
         metavar="D3,D4",
         help="which targets (default: all); maps of fewer take less memory and time",
+    )
+    inspect.add_argument(
+        "--knock-out",
+        action="store_true",
+        help="predict every case again without each source of each target: table and heat maps of what that changes",
+    )
+    inspect.add_argument(
+        "--sources", type=_names, metavar="E0,E1", help="which sources --knock-out leaves out (default: all)"
+    )
+    inspect.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FOLDER",
+        help="references for --knock-out, CASE.nii.gz, which then gives the change in Dice (default: the share of "
+        "labelled voxels that change)",
     )
     _add_device(inspect)
     inspect.add_argument("--pdf", action="store_true", help="pictures as PDF too, and that of the training")
@@ -398,6 +413,10 @@ def _add_compare(commands: Commands) -> None:
 
 def _add_trainer(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument("--trainer", default=default, metavar="NAME", help="trainer (default: %(default)s)")
+
+
+def _names(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:

@@ -19,8 +19,9 @@ import pandas
 from numpy.typing import NDArray
 
 from nnunet_xattnres.benchmark.costs import COSTS, cost_ratios
-from nnunet_xattnres.benchmark.statistics import DIGITS, NO_DIFFERENCE, direction, holm, sample, wilcoxon
+from nnunet_xattnres.benchmark.statistics import NO_DIFFERENCE, direction, holm, wilcoxon
 from nnunet_xattnres.benchmark.tables import CELL, SET, Tables
+from nnunet_xattnres.common.samples import DIGITS, sample
 
 SIGNIFICANCE = 0.05
 METRICS = ("dice", "nsd")

@@ -5,7 +5,7 @@ from typing import Any
 import pandas
 
 from nnunet_xattnres.benchmark.cells import FINISHED
-from nnunet_xattnres.benchmark.statistics import rounded
+from nnunet_xattnres.common.samples import rounded
 
 COSTS = ("seconds_per_epoch", "parameters", "peak_memory_gb")
 COSTS_OF_DEVICE = ("seconds_per_epoch", "peak_memory_gb")

@@ -9,9 +9,10 @@ from nnunet_xattnres.benchmark.cells import FINISHED
 from nnunet_xattnres.benchmark.comparisons import SIGNIFICANCE, lacking_cases, unrelated_datasets
 from nnunet_xattnres.benchmark.costs import COSTS
 from nnunet_xattnres.benchmark.results import UNKNOWN_DEVICE, Results, Rows, versions_of
-from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, RESAMPLES, WORSE
+from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
 from nnunet_xattnres.benchmark.summaries import MEAN_LABEL
 from nnunet_xattnres.benchmark.tables import SET, Tables
+from nnunet_xattnres.common.samples import RESAMPLES
 from nnunet_xattnres.nnunet.installation import TRAINER_PREFIX, short_name
 
 NOTHING = "-"

@@ -23,18 +23,12 @@ from nnunet_xattnres.benchmark.metrics import measure
 from nnunet_xattnres.benchmark.tables import make_table
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS
-from nnunet_xattnres.nnunet.datasets import reader_for
+from nnunet_xattnres.nnunet.datasets import labels_or_regions, reader_for
 
 # The packages that measure, and those that decide about the bytes of a report.
 RECORDED_PACKAGES = ("nnunet-xattnres", "monai", "SimpleITK", "numpy", "torch", "scipy", "pandas", "matplotlib")
 # Relative. File formats keep different numbers of digits.
 SPACING_TOLERANCE = 1e-3
-
-
-def labels_or_regions(labels: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The values of every label or region that nnU-Net predicts, by name. labels: as in dataset.json."""
-    values = {name: tuple(map(int, np.atleast_1d(value))) for name, value in labels.items() if name != "ignore"}
-    return {name: of_name for name, of_name in values.items() if set(of_name) != {0}}
 
 
 class References:

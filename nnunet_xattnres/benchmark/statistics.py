@@ -1,44 +1,14 @@
-"""Statistics of samples of cases: mean and interval, test, correction for multiple testing."""
+"""Statistics of samples of cases: test and correction for multiple testing. `common.samples` has the interval."""
 
 import gc
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from nnunet_xattnres.common.samples import DIGITS
+
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
-CONFIDENCE = 0.95
-RESAMPLES = 9999
-SEED = 0
-# Sums differ between machines in their last digits.
-DIGITS = 6
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The mean of a number of values, and its bootstrap interval. NaN if there are too few values."""
-
-    number: int
-    mean: float
-    low: float
-    high: float
-
-
-def sample(values: NDArray[np.floating]) -> Sample:
-    """The percentile bootstrap over cases, always with the same resamples. values: one per case."""
-    mean = rounded(values.mean()) if len(values) else np.nan
-    if len(values) < 2:
-        return Sample(len(values), mean, np.nan, np.nan)
-    interval = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(SEED),
-    ).confidence_interval
-    return Sample(len(values), mean, *map(rounded, interval))
 
 
 def wilcoxon(differences: NDArray[np.floating]) -> float:
@@ -71,7 +41,3 @@ def holm(p_values: list[float]) -> list[float]:
     finally:
         gc.unfreeze()
     return [float(f"{p:.6g}") for p in corrected]
-
-
-def rounded(value: float) -> float:
-    return round(float(value), DIGITS)

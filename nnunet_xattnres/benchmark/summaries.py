@@ -7,8 +7,8 @@ import pandas
 
 from nnunet_xattnres.benchmark.comparisons import case_values
 from nnunet_xattnres.benchmark.costs import costs
-from nnunet_xattnres.benchmark.statistics import rounded, sample
 from nnunet_xattnres.benchmark.tables import SET, Tables
+from nnunet_xattnres.common.samples import rounded, sample
 
 MEAN_LABEL = "mean"
 

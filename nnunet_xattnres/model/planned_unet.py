@@ -16,7 +16,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.model.collecting import Receiver, collected
+from nnunet_xattnres.model.collecting import Receiver, collected, left_out, left_out_now
 from nnunet_xattnres.model.config import Config
 
 
@@ -94,11 +94,35 @@ class PlannedUNet(AbstractDynamicNetworkArchitectures):
             raise XAttnResError(f"targets must be a list of names: routing([{targets!r}])")
         known = self.routing_sources
         for target in targets or ():
-            if target not in known:
-                raise XAttnResError(f"the network has no target {target}: choose from {', '.join(known) or 'none'}")
+            _check_target(target, known)
         weights: dict[str, list[Tensor]] = {target: [] for target in (known if targets is None else targets)}
         with collected({target: self.xattnres[target] for target in weights}, receive or _keep_in(weights)):
             yield weights
+
+    @contextmanager
+    def without(self, target: str, source: str) -> Iterator[None]:
+        """Leave a source out of a target inside the `with` block, as if its score were minus infinity.
+
+            with network.without("D2", "E0"):
+                network(image)
+
+        The weights of the other sources sum to one. With residual fusion, a target whose only source is left out puts
+        out its input. Several of these contexts leave several sources out. A block's newest output is among its sources
+        twice, by its number and as `current`: the other one stays.
+
+        Raises `XAttnResError` for a target or a source that the network does not have, and if nothing would be left to
+        read.
+        """
+        known = self.routing_sources
+        _check_target(target, known)
+        if source not in known[target]:
+            raise XAttnResError(f"{target} has no source {source}: choose from {', '.join(known[target])}")
+        attention, index = self.xattnres[target], known[target].index(source)
+        adds_to_input = getattr(attention, "gamma", None) is not None
+        if not adds_to_input and len(left_out_now(attention) | {index}) == len(known[target]):
+            raise XAttnResError(f"without {source} nothing is left that {target} can read: leave out fewer sources")
+        with left_out(attention, index):
+            yield
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """The number of elements that all convolutions put out for one image of `input_size`, as nnU-Net counts it.
@@ -141,6 +165,11 @@ def check_class(network_class: type, remedy: str, origin: str = "") -> None:
     # Subclasses are refused too, because their own forward would be lost.
     if network_class not in (PlainConvUNet, ResidualEncoderUNet):
         raise XAttnResError(f"XAttnRes cannot read in a {network_class.__name__}{origin}: {remedy}")
+
+
+def _check_target(target: str, known: Collection[str]) -> None:
+    if target not in known:
+        raise XAttnResError(f"the network has no target {target}: choose from {', '.join(known) or 'none'}")
 
 
 def _keep_in(weights: dict[str, list[Tensor]]) -> Receiver:

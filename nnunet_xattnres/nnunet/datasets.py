@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import nibabel
+import numpy as np
 from nnunetv2.experiment_planning.verify_dataset_integrity import (
     check_cases,
     verify_dataset_integrity,
@@ -342,3 +343,9 @@ def names_of_values(labels: dict[str, Any]) -> dict[int, str]:
     values = {int(value) for label in labels.values() for value in (label if isinstance(label, list) else [label])}
     names = {int(label): name for name, label in labels.items() if not isinstance(label, list)}
     return {value: names.get(value, f"label {value}") for value in sorted(values) if value != 0}
+
+
+def labels_or_regions(labels: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The values of every label or region that nnU-Net predicts, by name. labels: as in dataset.json."""
+    values = {name: tuple(map(int, np.atleast_1d(value))) for name, value in labels.items() if name != "ignore"}
+    return {name: of_name for name, of_name in values.items() if set(of_name) != {0}}

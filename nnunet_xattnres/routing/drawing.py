@@ -1,16 +1,17 @@
-"""Pictures of attention weights: of a training, and of a case."""
+"""Pictures of attention weights: of a training, and of a case. Heat maps of targets by sources."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -24,6 +25,7 @@ from nnunet_xattnres.routing.recording import CAVEAT, RoutingHistory, in_pool_or
 
 # Distinguishable with every kind of colour vision, and in print without colours.
 COLOURS = colormaps["viridis"]
+SIGNED_COLOURS = colormaps["RdBu"]
 # The colour of a line shows the resolution. The palette is Okabe and Ito's, with grey for a yellow too light for lines.
 LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "black", "0.6")
 LINE_STYLES = {"E": "-", "D": "--", "input": "--", "block": "-"}
@@ -38,6 +40,7 @@ TITLE_CHARACTER = 0.1
 POINTS_PER_LINE = 250  # enough for a line a few inches long
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 6.5
+INTERVAL_FONT_SIZE = 5
 
 
 def save_figure(draw: Callable[[], Figure], path: Path) -> None:
@@ -74,7 +77,15 @@ def draw_history(history: RoutingHistory) -> Figure:
     legend_height = 0.2 * (1 + -(-len(sources) // legend_columns))
     page = _Page(max(map_width + 2.6, 8.0), legend_top + legend_height + 0.1 + NOTE)
 
-    _draw_heat_map(page, history, sources, ((page.width - map_width) / 2, 0.75, map_width, map_height))
+    epoch = max(history.epochs)
+    _draw_title(page, f"Mean attention weight in the validation of epoch {epoch}")
+    weights = {
+        (target, source): np.nan if weight is None else weight
+        for target, of_target in history.sources.items()
+        for source, weight in zip(of_target, history.epochs[epoch][target], strict=True)
+    }
+    place = (page.width - map_width) / 2, 0.75, map_width, map_height
+    _draw_heat_map(page, HeatMap("", WEIGHT, weights), place)
     plot_width = (page.width - 0.6) / per_row
     for i, target in enumerate(targets):
         row, column = divmod(i, per_row)
@@ -98,6 +109,44 @@ def draw_history(history: RoutingHistory) -> Figure:
         handlelength=2.5,
     )
     page.text(page.width / 2, page.height - 0.1, CAVEAT, ha="center", va="bottom")
+    return page.figure
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Numbers by target and source.
+
+    unit: of the colour bar. numbers: NaN where there is none. intervals: a second line, where they are known.
+    signed: whether zero is in the middle of the colours.
+    """
+
+    title: str
+    unit: str
+    numbers: Mapping[tuple[str, str], float]
+    intervals: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    signed: bool = False
+
+    @property
+    def targets(self) -> list[str]:
+        return list(dict.fromkeys(target for target, _ in self.numbers))
+
+    @property
+    def sources(self) -> list[str]:
+        return in_pool_order(source for _, source in self.numbers)
+
+
+def draw_heat_maps(maps: Sequence[HeatMap], note: str) -> Figure:
+    """Heat maps of the same targets and sources, one below the other. note: below all of them."""
+    cell_width, cell_height, title_height, margin = 0.72, 0.4, 0.95, 0.8
+    width, height = cell_width * len(maps[0].sources), cell_height * len(maps[0].targets)
+    note_lines = [line for paragraph in note.splitlines() for line in wrap(paragraph, 90)]
+    page = _Page(max(width + 2 * margin, 6.5), len(maps) * (height + title_height) + 0.2 + NOTE * len(note_lines))
+    left = (page.width - width) / 2
+    for i, heat_map in enumerate(maps):
+        top = i * (height + title_height) + title_height
+        page.text(page.width / 2, top - 0.55, heat_map.title, ha="center", va="bottom")
+        _draw_heat_map(page, heat_map, (left, top, width, height))
+    page.text(page.width / 2, page.height - 0.1, "\n".join(note_lines), ha="center", va="bottom")
     return page.figure
 
 
@@ -202,36 +251,45 @@ def _draw_title(page: _Page, title: str) -> None:
     page.figure.suptitle(title, fontsize=10, y=1 - 0.1 / page.height, va="top")
 
 
-def _draw_heat_map(
-    page: _Page, history: RoutingHistory, sources: list[str], place: tuple[float, float, float, float]
-) -> None:
-    epoch = max(history.epochs)
-    weights = np.full((len(history.sources), len(sources)), np.nan)
-    for row, (target, of_target) in enumerate(history.sources.items()):
-        for source, weight in zip(of_target, history.epochs[epoch][target], strict=True):
-            weights[row, sources.index(source)] = np.nan if weight is None else weight
-    scale = Normalize(0, max(np.nanmax(weights, initial=0.0), 1e-6))
+def _draw_heat_map(page: _Page, heat_map: HeatMap, place: tuple[float, float, float, float]) -> None:
+    targets, sources = heat_map.targets, heat_map.sources
+    numbers = np.full((len(targets), len(sources)), np.nan)
+    for (target, source), number in heat_map.numbers.items():
+        numbers[targets.index(target), sources.index(source)] = number
+    largest = max(np.nanmax(np.abs(numbers), initial=0.0), 1e-6)
+    scale = Normalize(-largest if heat_map.signed else 0, largest)
+    colours = SIGNED_COLOURS if heat_map.signed else COLOURS
     axis = page.axes(*place)
-    axis.pcolormesh(np.ma.masked_invalid(weights), cmap=COLOURS, norm=scale, edgecolors="white", linewidth=0.5)
-    for (row, column), weight in np.ndenumerate(weights):
-        if not np.isnan(weight):
-            colour = "black" if scale(weight) > 0.6 else "white"
-            position = (column + 0.5, row + 0.5)
-            axis.text(*position, f"{weight:.2f}", ha="center", va="center", color=colour, fontsize=SMALL_FONT_SIZE)
+    axis.pcolormesh(np.ma.masked_invalid(numbers), cmap=colours, norm=scale, edgecolors="white", linewidth=0.5)
+    decimals = 3 if heat_map.intervals else 2
+
+    def shown(number: float) -> str:
+        return f"{round(number, decimals) + 0.0:.{decimals}f}"  # no minus sign before zero
+
+    for (row, column), number in np.ndenumerate(numbers):
+        if np.isnan(number):
+            continue
+        _, green, _, _ = colours(scale(number))  # the most of what the eye takes for lightness
+        text: dict[str, Any] = {"ha": "center", "va": "center", "color": "black" if green > 0.55 else "white"}
+        low, high = heat_map.intervals.get((targets[row], sources[column]), (np.nan, np.nan))
+        has_interval = not np.isnan(low)
+        shift = 0.3 if has_interval else 0.5
+        axis.text(column + 0.5, row + shift, shown(number), fontsize=SMALL_FONT_SIZE, **text)
+        if has_interval:
+            axis.text(column + 0.5, row + 0.75, f"{shown(low)}, {shown(high)}", fontsize=INTERVAL_FONT_SIZE, **text)
     axis.set_xticks(np.arange(len(sources)) + 0.5, sources, fontsize=FONT_SIZE)
-    axis.set_yticks(np.arange(len(history.sources)) + 0.5, history.sources, fontsize=FONT_SIZE)
-    axis.set(ylim=(len(history.sources), 0), facecolor=NOTHING_TO_READ)
+    axis.set_yticks(np.arange(len(targets)) + 0.5, targets, fontsize=FONT_SIZE)
+    axis.set(ylim=(len(targets), 0), facecolor=NOTHING_TO_READ)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_xlabel("source", fontsize=FONT_SIZE)
     axis.xaxis.set_label_position("top")
     axis.set_ylabel("target", fontsize=FONT_SIZE)
-    _draw_title(page, f"Mean attention weight in the validation of epoch {epoch}")
     left, top, width, height = place
     bar = page.axes(left + width + 0.12, top, 0.12, height)
-    _draw_colour_bar(bar, scale)
-    bar.set_ylabel(WEIGHT, fontsize=FONT_SIZE)
+    _draw_colour_bar(bar, scale, colours)
+    bar.set_ylabel(heat_map.unit, fontsize=FONT_SIZE)
 
 
 def _draw_course(axis: Axes, history: RoutingHistory, target: str, all_sources: list[str]) -> None:
@@ -262,7 +320,7 @@ def _line_style(source: str, sources: list[str]) -> dict[str, Any]:
     return {"color": LINE_COLOURS[colour], "linestyle": LINE_STYLES[kind], "linewidth": 0.6 if again else 1.2}
 
 
-def _draw_colour_bar(axis: Axes, scale: Normalize) -> None:
-    bar = axis.figure.colorbar(ScalarMappable(scale, COLOURS), cax=axis, ticks=MaxNLocator(3))
+def _draw_colour_bar(axis: Axes, scale: Normalize, colours: Colormap = COLOURS) -> None:
+    bar = axis.figure.colorbar(ScalarMappable(scale, colours), cax=axis, ticks=MaxNLocator(3))
     bar.outline.set_visible(False)
     axis.tick_params(labelsize=SMALL_FONT_SIZE, length=2, pad=2)

@@ -24,6 +24,7 @@ NUMPY_NUMBERS: list[Any] = [
     *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
 ]
 FINAL_CHECKPOINT = "checkpoint_final.pth"
+LATEST_CHECKPOINT = "checkpoint_latest.pth"
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 REQUIRED_KEYS = {"trainer_name": str, "init_args": dict, "network_weights": dict}
 

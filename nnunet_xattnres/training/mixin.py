@@ -25,7 +25,7 @@ from nnunet_xattnres.nnunet.planned_network import call_as_nnunet
 from nnunet_xattnres.ops.backends import check_backend, chosen_backend
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
 from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
-from nnunet_xattnres.training.checkpoint import check_content, read_checkpoint_as_nnunet
+from nnunet_xattnres.training.checkpoint import LATEST_CHECKPOINT, check_content, read_checkpoint_as_nnunet
 
 # Drawing may take this share of the training time. The time of one drawing is measured; this is the first estimate.
 DRAWING_SHARE = 0.003
@@ -36,6 +36,9 @@ KEYS_TO_CONTINUE = ("current_epoch", "logging", "_best_ema", "optimizer_state", 
 DELETE_IT = "delete it to continue from another one"
 # `nnUNetv2_train` itself looks whether the other checkpoints exist.
 LEAVE_IT_OUT = "leave out --val_best, or give a checkpoint that exists"
+
+# Set to anything but true, 1 or t, as nnU-Net reads nnUNet_compile: no attention weights are recorded.
+RECORD_VARIABLE = "nnUNet_xattnres_record"
 
 BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
@@ -50,15 +53,18 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         for inference from the class alone. Every checkpoint records what the network was built with, and it is checked
         when one is loaded.
     default_num_epochs: the number of epochs if the plans do not say it. None: that of the base trainer.
+    checkpoint_minutes: the longest time between two writings of `checkpoint_latest.pth`, as far as epochs are shorter.
 
     Every validation appends the mean attention weights to `xattnres_routing.json`, beside nnU-Net's `progress.png`, and
     sends them to the additional loggers of nnU-Net. `xattnres_routing.png` shows them. It is drawn in the first and in
-    the last epoch, and in between as often as drawing takes at most 0.3 % of the training time.
+    the last epoch, and in between as often as drawing takes at most 0.3 % of the training time. The environment
+    variable `nnUNet_xattnres_record=false` switches all of this off.
 
     A configuration in the plans may hold a budget: `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
     "num_val_iterations_per_epoch": ...}`. Each key is optional and overrides the trainer's value.
 
-    `checkpoint_latest.pth` is written after every twentieth of the epochs, at most 50 epochs apart as in nnU-Net.
+    `checkpoint_latest.pth` is written after every twentieth of the epochs, at most 50 epochs apart as in nnU-Net, and
+    in between before `checkpoint_minutes` have passed.
 
     Raises `XAttnResError` for the wrong order of bases, for an invalid budget, for plans or a base trainer without an
     encoder/decoder U-Net, for a backend that is not available on the device, and for a checkpoint that is damaged or
@@ -67,6 +73,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
     xattnres_config: ClassVar[Config] = XAttnResConfig()
     default_num_epochs: ClassVar[int | None] = None
+    checkpoint_minutes: ClassVar[float] = 30.0
 
     def __init__(
         self,
@@ -88,6 +95,10 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         for key, value in budget.items():
             setattr(self, key, value)
         self._drawn_at, self._drawing_seconds = monotonic(), DRAWING_SECONDS
+        self._records_routing = os.environ.get(RECORD_VARIABLE, "true").lower() in ("true", "1", "t")
+        self._recording_seconds = 0.0
+        self._cost_of_recording_is_told = False
+        self._saved_at = self._epoch_ended_at = monotonic()
         # nnU-Net writes it 20 times in its 1000 epochs.
         self.save_every: int = min(self.save_every, max(1, self.num_epochs // 20))
 
@@ -130,21 +141,47 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self.routing_recorder = ValidationRecorder(self.network, self.device, self.num_iterations_per_epoch)
+        if self._records_routing:
+            self.routing_recorder = ValidationRecorder(self.network, self.device, self.num_iterations_per_epoch)
+            self._recording_seconds = 0.0
 
     def validation_step(self, batch: dict) -> dict:
-        with self._logging_failure("recorded"):
-            self.routing_recorder.observe(batch["data"])
+        if self._records_routing:
+            start = monotonic()
+            with self._logging_failure("recorded"):
+                self.routing_recorder.observe(batch["data"])
+            self._recording_seconds += monotonic() - start
         return super().validation_step(batch)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
+        if not self._records_routing:
+            return
         means = self.routing_recorder.means()
         if means and self._is_first_process:
             with self._logging_failure("recorded"):
                 history = self._record_routing(means)
                 with self._logging_failure("drawn"):
                     self._draw_routing(history)
+            if not self._cost_of_recording_is_told:
+                self._cost_of_recording_is_told = True
+                self.print_to_log_file(
+                    f"recording the attention weights of this epoch took {self._recording_seconds:.1f} s; "
+                    f"{RECORD_VARIABLE}=false switches it off"
+                )
+
+    def on_epoch_end(self) -> None:
+        now = monotonic()
+        without_another = now + (now - self._epoch_ended_at) - self._saved_at
+        self._epoch_ended_at = now
+        save_every = self.save_every
+        if without_another > 60 * self.checkpoint_minutes:
+            # nnU-Net then writes it after this epoch, unless the training ends with it.
+            self.save_every = 1
+        try:
+            super().on_epoch_end()
+        finally:
+            self.save_every = save_every
 
     def save_checkpoint(self, filename: str) -> None:
         """Write the checkpoint as a whole or not at all: if the process is killed, the previous one remains.
@@ -159,6 +196,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         }
         with files_written_atomically(Path(filename)) as temporary:
             super().save_checkpoint(str(temporary))
+        if Path(filename).name == LATEST_CHECKPOINT:
+            self._saved_at = monotonic()
 
     def load_checkpoint(
         self,

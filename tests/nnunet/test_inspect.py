@@ -1,5 +1,6 @@
 """The command `nnunet-xattnres inspect` on models of nnU-Net's trainers."""
 
+import csv
 import errno
 import json
 import re
@@ -35,6 +36,7 @@ from nnunet_xattnres.ops.alignment import resize
 from nnunet_xattnres.routing.drawing import draw_case
 from nnunet_xattnres.routing.recording import RECORD
 from nnunet_xattnres.tools.inspection import case, command, trained_model
+from nnunet_xattnres.tools.inspection.knock_out import OFF_DISTRIBUTION, _cell, _sample, _share_changed
 from nnunet_xattnres.tools.inspection.regions import Regions
 from nnunet_xattnres.tools.inspection.trained_model import Model, NetworkWithWeights
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
@@ -279,6 +281,106 @@ class TestInspect:
             np.testing.assert_allclose(written, expected, atol=0.01)
             np.testing.assert_allclose(written[centre], expected[centre], atol=1e-3)
             assert expected[centre].std(dim=(1, 2, 3)).min() > 0.02
+
+
+class TestKnockOut:
+    @pytest.fixture
+    def model(self, nnunet_environment) -> Path:
+        return make_model(nnunet_environment, configuration="2d_small")
+
+    @pytest.fixture
+    def images(self, tmp_path) -> Path:
+        return write_oblique_phantom(tmp_path / "images", "a").parent
+
+    def knock_out(self, model: Path, images: Path, out: Path, *more: object) -> dict[str, dict[str, str]]:
+        """Rows of knock_out.csv by label, for one source of one target."""
+        arguments = ("-m", model, "-f", 0, "-i", images, "-o", out, "--knock-out", "--targets", "D2", "--sources", "E1")
+        assert inspect(*arguments, *more) == 0
+        assert (out / "knock_out.png").read_bytes().startswith(b"\x89PNG")
+        with (out / "knock_out.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert {(row["target"], row["source"]) for row in rows} == {("D2", "E1")}
+        return {row["label"]: row for row in rows}
+
+    def test_the_change_in_dice_is_that_of_a_prediction_without_the_source(self, model, images, tmp_path, capsys):
+        labels, out = tmp_path / "labels", tmp_path / "out"
+        labels.mkdir()
+        write_oblique_phantom(images, "b")
+        image = nibabel.load(images / "a_0000.nii.gz")
+        reference = np.digitize(image.get_fdata(), np.quantile(image.get_fdata(), (0.5, 0.8)))
+        for name in ("a", "b"):
+            nibabel.save(nibabel.Nifti1Image(reference.astype(np.uint8), image.affine), labels / f"{name}.nii.gz")
+        rows = self.knock_out(model, images, out, "--labels", labels)
+        printed = capsys.readouterr().out
+        assert "--knock-out: 1 pairs of target and source x 2 cases = 2 predictions" in printed
+        assert OFF_DISTRIBUTION in printed and "| D2 | E1 | " in printed
+        assert printed.endswith((out / "knock_out.md").read_text())
+        # The network is whole again for the second case, which is the same.
+        for file in (out / "a").glob("*.nii.gz"):
+            other = nibabel.load(out / "b" / file.name).get_fdata()
+            assert np.array_equal(nibabel.load(file).get_fdata(), other)
+
+        inspected = Model(model, "0", FINAL_CHECKPOINT, ["D2"], CPU)
+        data, properties = inspected.read([str(images / "a_0000.nii.gz")])
+        with inspected.predictor.network.network.without("D2", "E1"):
+            logits, _ = inspected.predict(data, properties)
+        after = inspected.segmentation(logits, properties).T
+        before = np.asarray(nibabel.load(out / "a" / "prediction.nii.gz").dataobj)
+        record = json.loads((out / "a" / "routing.json").read_text())["dice_change"]["D2"]["E1"]
+        values = {name: value for name, value in inspected.dataset_json["labels"].items() if value}
+        assert rows.keys() == values.keys()
+        for label, value in values.items():
+            dice = [
+                2 * ((seg == value) & (reference == value)).sum() / ((seg == value).sum() + (reference == value).sum())
+                for seg in (before, after)
+            ]
+            row = rows[label]
+            assert row["cases"] == "2" and 0 < float(row["mean_weight"]) < 1
+            assert float(row["dice_change"]) == pytest.approx(dice[1] - dice[0], abs=1e-5)
+            assert row["low"] == row["high"] == row["dice_change"]
+            assert record[label] == pytest.approx(dice[1] - dice[0], abs=1e-5)
+        assert any(record.values())
+
+    def test_without_references_it_is_the_share_of_labelled_voxels_that_change(self, model, images, tmp_path):
+        rows = self.knock_out(model, images, tmp_path / "out")
+        assert 0 < float(rows["changed"]["share_changed"]) <= 1
+        assert rows["changed"]["low"] == rows["changed"]["high"] == ""  # a single case has no interval
+        assert _share_changed(np.array([0, 1, 1, 2, 0]), np.array([0, 1, 2, 0, 0])) == pytest.approx(2 / 3)
+
+    def test_at_block_level(self, nnunet_environment, images, tmp_path):
+        model = make_model(nnunet_environment, "nnUNetTrainerXAttnResBlockInput", "2d_small")
+        arguments = ("-m", model, "-f", 0, "-i", images, "-o", tmp_path / "out", "--knock-out")
+        assert inspect(*arguments, "--targets", "D0_memory", "--sources", "block1") == 0
+        assert "| D0_memory | block1 | " in (tmp_path / "out" / "knock_out.md").read_text()
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (["--sources", "E0"], "--sources is for --knock-out: add that, or leave --sources out"),
+            (["--labels", "."], "--labels is for --knock-out"),
+            (["--knock-out", "--sources", "E9"], "no chosen target has a source E9: choose from E0, "),
+            (["--knock-out", "--labels", "nowhere"], "1 of 1 cases have no reference, such as nowhere/a.nii.gz"),
+        ],
+    )
+    def test_mistakes(self, model, images, tmp_path, capsys, options, message):
+        assert inspect("-m", model, "-f", 0, "-i", images, "-o", tmp_path / "out", *options) == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nnunet-xattnres: ")]
+        assert message in line
+        assert not (tmp_path / "out").exists()
+
+    def test_references_of_other_images(self, model, images, tmp_path, capsys):
+        (tmp_path / "labels").mkdir()
+        reference = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.uint8), np.eye(4))
+        nibabel.save(reference, tmp_path / "labels" / "a.nii.gz")
+        arguments = ("-m", model, "-f", 0, "-i", images, "-o", tmp_path / "out")
+        assert inspect(*arguments, "--knock-out", "--labels", tmp_path / "labels") == 1
+        assert "a.nii.gz has the shape (6, 5, 4), its image (" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_what_is_undefined_is_left_out(self):
+        assert _cell(_sample([np.nan]), signed=True) == "undefined"
+        assert _cell(_sample([np.nan, -0.25]), signed=True) == "-0.250"
+        assert _cell(_sample([-0.0001, -0.0002]), signed=True) == "+0.000 [+0.000, +0.000]"
 
 
 class TestMistakes:

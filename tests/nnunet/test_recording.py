@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from helpers.routing import make_initialized_trainer, validate
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.routing import recording
-from nnunet_xattnres.routing.recording import RoutingHistory, WeightMeans
+from nnunet_xattnres.routing.recording import RoutingHistory, ValidationRecorder, WeightMeans
 from nnunet_xattnres.training import mixin
 
 
@@ -160,6 +161,26 @@ def test_weights_that_are_no_numbers_are_null(trainer):
     content = json.loads(validate(trainer).read_text(), parse_constant=pytest.fail)
     assert set(content["epochs"]["0"]["D0"]) == {None}
     assert not any(key.startswith("routing/D0/") for key, _ in logger.logged)
+
+
+@pytest.mark.usefixtures("nothing_drawn")
+def test_the_log_says_once_what_recording_costs(trainer, capsys):
+    for epoch in range(2):
+        validate(trainer, epoch)
+    out = capsys.readouterr().out
+    assert re.search(r"recording the attention weights of this epoch took \d+\.\d s; nnUNet_xattnres_record=false", out)
+    assert out.count("nnUNet_xattnres_record") == 1
+
+
+@pytest.mark.parametrize("value, records", [("false", False), ("0", False), ("True", True), ("t", True)])
+def test_a_variable_switches_it_off(nnunet_environment, monkeypatch, value, records):
+    monkeypatch.setattr(mixin, "save_figure", lambda draw, path: None)
+    monkeypatch.setenv("nnUNet_xattnres_record", value)
+    passes = []
+    monkeypatch.setattr(ValidationRecorder, "observe", lambda self, data: passes.append(data))
+    trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
+    assert not validate(trainer).exists()
+    assert bool(passes) == records
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerPlanned", "nnUNetTrainerNoSkip"])

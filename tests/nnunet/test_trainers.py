@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -22,6 +24,7 @@ from nnunet_xattnres.model.planned_unet import PlannedUNet
 from nnunet_xattnres.nnunet.installation import list_trainers
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
 from nnunet_xattnres.ops import native_library
+from nnunet_xattnres.training import mixin
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, check_bases
 
 NAMES = [name for name, _ in list_trainers()]
@@ -127,6 +130,54 @@ class TestBudget:
         with pytest.raises(XAttnResError, match='"training" of the configuration 3d_small') as error:
             make_trainer(nnunet_environment, MyTrainer, **budget)
         assert next(iter(budget)) in str(error.value)
+
+
+class TestCheckpointsByTime:
+    @pytest.fixture
+    def latest(self, trainer, monkeypatch) -> Callable[[list[float]], list[int]]:
+        """A function: minutes that each epoch takes -> the epochs after which checkpoint_latest.pth is written."""
+        clock, written = [0.0], []
+
+        def save(self, filename: str) -> None:
+            if Path(filename).name == "checkpoint_latest.pth":
+                written.append(self.current_epoch)
+
+        monkeypatch.setattr(mixin, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(nnUNetTrainer, "save_checkpoint", save)
+        monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda *arguments: None)
+        Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
+        trainer._saved_at = trainer._epoch_ended_at = 0.0
+        trainer.num_epochs, trainer.save_every = 1000, 50
+
+        def run(minutes: list[float]) -> list[int]:
+            for of_epoch in minutes:
+                clock[0] += 60 * of_epoch
+                trainer.on_epoch_start()
+                for key in ("train_losses", "val_losses", "ema_fg_dice"):
+                    trainer.logger.log(key, 0.5, trainer.current_epoch)
+                trainer.logger.log("dice_per_class_or_region", [0.5], trainer.current_epoch)
+                trainer.on_epoch_end()
+                assert trainer.save_every == 50
+            return written
+
+        return run
+
+    def test_at_most_half_an_hour_is_lost(self, latest):
+        assert latest([12] * 7) == [1, 3, 5]
+
+    def test_it_is_written_after_every_epoch_that_is_longer(self, latest):
+        assert latest([1, 1, 45, 45, 1]) == [2, 3]
+
+    def test_short_epochs_are_as_in_nnunet(self, latest):
+        assert latest([0.1] * 101) == [49, 99]
+
+    def test_a_class_may_say_otherwise(self, latest, trainer, monkeypatch):
+        monkeypatch.setattr(type(trainer), "checkpoint_minutes", float("inf"))
+        assert latest([45] * 51) == [49]
+
+    def test_the_last_epoch_writes_the_final_one_alone(self, latest, trainer):
+        trainer.num_epochs = 2
+        assert latest([45, 45]) == [0]
 
 
 class OldSignature(nnUNetTrainer):

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from nnunet_xattnres.benchmark.measuring import labels_or_regions
 from nnunet_xattnres.benchmark.metrics import measure
+from nnunet_xattnres.nnunet.datasets import labels_or_regions
 
 
 def ball(radius: float, spacing: tuple[float, ...], shape: tuple[int, ...]) -> np.ndarray:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE, direction, holm, sample, wilcoxon
+from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE, direction, holm, wilcoxon
+from nnunet_xattnres.common.samples import sample
 
 P_VALUES = st.lists(st.floats(1e-9, 1).map(lambda p: float(f"{p:.6g}")), max_size=8)
 DIFFERENCES = st.lists(st.integers(-50, 50).map(lambda difference: difference / 100), min_size=1, max_size=30)

@@ -1,6 +1,7 @@
-"""The attention weights of the calls of a network, collected beside what it computes."""
+"""The attention weights of the calls of a network, collected beside what it computes, and sources left out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.build import add_xattnres
 from nnunet_xattnres.model.planned_unet import PlannedUNet
+from nnunet_xattnres.ops.alignment import align
+from nnunet_xattnres.ops.reference import EPS, attention_weights
 from nnunet_xattnres.routing.recording import WeightMeans
 
 CONFIGS = {
@@ -115,7 +118,7 @@ def test_a_name_without_a_list_is_an_error():
         pass
 
 
-def test_a_compiled_network_gives_its_weights_inside_the_context_only():
+def test_a_compiled_network_gives_its_weights_and_leaves_sources_out_inside_the_context_only():
     torch._dynamo.reset()
     # Two stages: tracing takes a second for every stage.
     network, image = with_random_queries(network_of("stage", ((1, 1), (2, 2)))), torch.randn(1, 1, 8, 8)
@@ -126,10 +129,97 @@ def test_a_compiled_network_gives_its_weights_inside_the_context_only():
             network(image)
         with network.routing() as weights:
             compiled(image)
-        compiled(image)
+        with network.without("D0", "E1"):
+            torch.testing.assert_close(compiled(image), network(image))
+        torch.testing.assert_close(compiled(image), network(image))
     torch.testing.assert_close(weights, expected)
 
 
 def test_the_planned_network_without_skips_has_no_targets():
     control = XAttnResConfig(skip_connections=False, read_in_encoder=False, read_in_decoder=False)
     assert add_xattnres(planned_network(), control).routing_sources == {}
+
+
+class TestWithout:
+    @pytest.mark.parametrize("backend", ["reference", "streaming", "auto"])
+    @pytest.mark.parametrize("config", ["stage", "decoder", "residual", "block-input"])
+    def test_it_equals_a_score_of_minus_infinity(self, config, backend, monkeypatch):
+        network = with_random_queries(add_xattnres(planned_network(), replace(CONFIGS[config], backend=backend)))
+        for attention in network.xattnres.values():
+            if getattr(attention, "gamma", None) is not None:
+                torch.nn.init.normal_(attention.gamma)
+        image = torch.randn(2, 1, 8, 8, 8)
+        for target, sources in network.routing_sources.items():
+            for index, source in enumerate(sources):
+                if len(sources) == 1:
+                    continue
+                with network.without(target, source):
+                    without = network(image)
+                with monkeypatch.context() as patch:
+                    silenced(patch, network.xattnres[target], index)
+                    expected = network(image)
+                torch.testing.assert_close(without, expected, atol=1e-4, rtol=1e-4)
+                assert not torch.allclose(without, network(image), atol=1e-4)
+
+    def test_a_residual_target_whose_only_source_goes_returns_its_input(self):
+        network = network_of("residual")
+        torch.nn.init.normal_(network.xattnres["E2"].gamma)
+        calls = []
+        network.xattnres["E2"].register_forward_hook(lambda module, read, out: calls.append((read[0], out)))
+        with network.without("E2", "E0"), network.routing(["E2"]) as weights:
+            network(torch.randn(1, 1, 8, 8, 8))
+        assert torch.equal(*calls[0])
+        assert weights == {"E2": []}
+
+    @pytest.mark.parametrize("sources", [("E0", "E1"), ("E1", "E0")])
+    def test_several_sources_in_any_order_and_with_weights(self, sources):
+        network, image = with_random_queries(network_of("stage")), torch.randn(1, 1, 8, 8, 8)
+        with network.routing(["D1"]) as of_all:
+            before = network(image)
+        first, second = sources
+        with network.routing(["D1"]) as outside, network.without("D1", first):
+            with network.without("D1", second), network.routing(["D1"]) as inside:
+                network(image)
+            with network.routing(["D1"]) as one_left_out:
+                network(image)
+        kept = of_all["D1"][0].clone()
+        kept[:2] = 0
+        for weights in (outside, inside):
+            torch.testing.assert_close(weights["D1"][0], kept / kept.sum(dim=0))
+        assert one_left_out["D1"][0][["E0", "E1"].index(second)].min() > 0
+        assert torch.equal(network(image), before)
+
+    def test_the_network_is_as_it_was_after_an_error(self):
+        network = network_of("stage")
+        backends = {name: attention.attend for name, attention in network.xattnres.items()}
+        with pytest.raises(KeyError), network.without("D0", "E0"), network.without("D0", "E1"):
+            raise KeyError
+        assert {name: attention.attend for name, attention in network.xattnres.items()} == backends
+
+    def test_what_cannot_be_left_out_is_named(self):
+        network = network_of("stage")
+        with pytest.raises(XAttnResError, match="no target D7: choose from E2, D0, D1"), network.without("D7", "E0"):
+            pass
+        complaint = "D0 has no source D1: choose from E0, E1, E2, current"
+        with pytest.raises(XAttnResError, match=complaint), network.without("D0", "D1"):
+            pass
+        complaint = "without current nothing is left that E2 can read"
+        with (
+            network.without("E2", "E0"),
+            pytest.raises(XAttnResError, match=complaint),
+            network.without("E2", "current"),
+        ):
+            pass
+
+
+def silenced(patch: pytest.MonkeyPatch, attention: torch.nn.Module, index: int) -> None:
+    """The formulas with the score of one candidate lowered to minus infinity."""
+
+    def attend(query, norm_scale, candidates, size, key_channels=None, eps=EPS):
+        aligned = torch.stack([align(candidate.features, candidate.projection, size) for candidate in candidates])
+        keys, values = (aligned, aligned) if key_channels is None else aligned.tensor_split([key_channels], dim=2)
+        weights = attention_weights(query, norm_scale, keys, eps).log()
+        weights[index] = -torch.inf
+        return (weights.softmax(dim=0).unsqueeze(2) * values).sum(dim=0)
+
+    patch.setattr(attention, "attend", attend)

@@ -14,7 +14,7 @@ from helpers.routing import assert_no_texts_overlap, force_to_read, history_of
 from nnunet_xattnres import XAttnResConfig
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.build import add_xattnres
-from nnunet_xattnres.routing.drawing import draw_history, save_figure
+from nnunet_xattnres.routing.drawing import HeatMap, draw_heat_maps, draw_history, save_figure
 from nnunet_xattnres.routing.recording import CAVEAT, RoutingHistory, ValidationRecorder, in_pool_order
 
 
@@ -123,3 +123,27 @@ class TestPictureOfATraining:
         with style.context("default"):
             seaborn.set_theme(font_scale=2.5)
             assert draw("after.png") == before
+
+
+class TestHeatMaps:
+    def maps(self, num_cases: int) -> list[HeatMap]:
+        sources = history_of(5, 1).sources
+        rng = np.random.default_rng(0)
+        weights = {(target, source): rng.uniform(0, 1) for target in sources for source in sources[target]}
+        changes = {pair: rng.uniform(-1, 0.01) for pair in weights}
+        changes["D0", "E0"] = -0.0001
+        spread = 0.1 if num_cases > 1 else np.nan
+        intervals = {pair: (change - spread, change + spread) for pair, change in changes.items()}
+        changes["D1", "E1"] = np.nan  # undefined in every case
+        return [HeatMap("weights", "weight", weights), HeatMap("change", "Dice", changes, intervals, signed=True)]
+
+    @pytest.mark.parametrize("num_cases", [1, 2])
+    def test_no_texts_overlap(self, num_cases):
+        assert_no_texts_overlap(draw_heat_maps(self.maps(num_cases), "a note " * 40))
+
+    def test_zero_is_in_the_middle_of_signed_colours_and_has_no_sign(self):
+        figure = draw_heat_maps(self.maps(2), "note")
+        scales = [axis.collections[0].norm for axis in figure.axes if axis.get_xlabel() == "source"]
+        assert [scale.vmin == -scale.vmax for scale in scales] == [False, True]
+        texts = [text.get_text() for axis in figure.axes for text in axis.texts]
+        assert "0.000" in texts and "-0.000" not in texts and "nan" not in texts

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 import nibabel
@@ -10,17 +11,26 @@ from tqdm import tqdm
 
 from nnunet_xattnres.common.errors import one_line
 from nnunet_xattnres.routing.drawing import CasePicture, draw_case, save_figure
-from nnunet_xattnres.routing.recording import CAVEAT
+from nnunet_xattnres.routing.recording import CAVEAT, DECIMALS
+from nnunet_xattnres.tools.inspection.knock_out import Effects, KnockOut
 from nnunet_xattnres.tools.inspection.nifti import as_nifti
 from nnunet_xattnres.tools.inspection.regions import LabelMap, Regions, Volume
 from nnunet_xattnres.tools.inspection.slices import Slice
 from nnunet_xattnres.tools.inspection.trained_model import Model
 
 
-def inspect_case(model: Model, case: str, files: Sequence[str], folder: Path, formats: Sequence[str]) -> None:
+def inspect_case(
+    model: Model,
+    case: str,
+    files: Sequence[str],
+    folder: Path,
+    formats: Sequence[str],
+    knock_out: KnockOut | None = None,
+) -> None:
     """Predict a case and write the segmentation, the weight maps, their means and pictures into `folder`.
 
     files: the images of the case, one per channel. formats: of the pictures, "png" or "pdf".
+    knock_out: the sources without which the case is predicted again.
 
     The maps are written one by one, because all of them together do not fit into memory.
 
@@ -31,6 +41,7 @@ def inspect_case(model: Model, case: str, files: Sequence[str], folder: Path, fo
     def as_image(volume: Volume | LabelMap) -> nibabel.Nifti1Image:
         return as_nifti(volume, properties, Path(files[0]))
 
+    reference = knock_out.reference(case, image.shape[1:]) if knock_out else None
     logits, weights = model.predict(image, properties)
     prediction = model.segmentation(logits, properties)
     try:
@@ -69,6 +80,24 @@ def inspect_case(model: Model, case: str, files: Sequence[str], folder: Path, fo
         "voxels": regions.voxels,
         "mean_weights": means,
     }
+    if knock_out:
+        foreground_means = {
+            target: {source: mean for source, (_, mean) in maps_of_target.items()}
+            for target, maps_of_target in picture.maps.items()
+        }
+        effects = knock_out.of_case(image, properties, prediction, reference, foreground_means)
+        record["dice_change" if reference is not None else "share_changed"] = _rounded(effects)
     (folder / "routing.json").write_text(json.dumps(record, indent=2, allow_nan=False))
     for file_format in formats:
         save_figure(lambda: draw_case(picture), folder / f"routing.{file_format}")
+
+
+def _rounded(effects: Effects) -> dict[str, dict[str, dict[str, float | None]]]:
+    """For JSON, which has no NaN."""
+    return {
+        target: {
+            source: {label: None if isnan(effect) else round(effect, DECIMALS) for label, effect in of_source.items()}
+            for source, of_source in of_target.items()
+        }
+        for target, of_target in effects.items()
+    }

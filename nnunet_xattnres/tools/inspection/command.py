@@ -19,6 +19,7 @@ from nnunet_xattnres.routing.drawing import draw_history, save_figure
 from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 from nnunet_xattnres.tools.inspection.case import inspect_case
 from nnunet_xattnres.tools.inspection.image_files import find_cases
+from nnunet_xattnres.tools.inspection.knock_out import KnockOut
 from nnunet_xattnres.tools.inspection.trained_model import Model
 
 OWN_FILES = re.compile(r"routing\.(json|png|pdf)|prediction\..+|[^.]+_from_[^.]+\.nii\.gz")
@@ -34,6 +35,9 @@ class Options:
     images: folders, or files named as nnU-Net expects them.
     output: the parent of the folders that are written, one for every case.
     targets: their names. None: all.
+    knock_out: predict every case again without each source of each target.
+    sources: the names of the sources that are left out. None: all.
+    labels: a folder of references for `knock_out`. None: predictions are compared with those of the whole network.
     device: see `choose_device`.
     pdf: draw pictures as PDF too.
     trust_checkpoint: see `read_checkpoint`.
@@ -45,17 +49,24 @@ class Options:
     images: list[Path]
     output: Path
     targets: list[str] | None
+    knock_out: bool
+    sources: list[str] | None
+    labels: Path | None
     device: str | None
     pdf: bool
     trust_checkpoint: bool
 
 
 def run_inspect(options: Options) -> None:
-    """Write the attention weights of the model in every case.
+    """Write the attention weights of the model in every case and, if asked for, what the loss of a source costs.
 
-    Raises `XAttnResError` for a folder without an XAttnRes model, a target that the model does not have, images that
-    cannot be read or do not fit the model, an output that cannot be written, and too little memory.
+    Raises `XAttnResError` for a folder without an XAttnRes model, a target or source that the model does not have,
+    images and references that cannot be read or do not fit the model, an output that cannot be written, and too little
+    memory.
     """
+    for option, value in (("--sources", options.sources), ("--labels", options.labels)):
+        if value is not None and not options.knock_out:
+            raise XAttnResError(f"{option} is for --knock-out: add that, or leave {option} out")
     device = torch.device(choose_device(options.device))
     if device.type == "cpu":
         limit_memory(free_memory())
@@ -66,6 +77,12 @@ def run_inspect(options: Options) -> None:
     check_writable(options.output, "-o")
     with _errors_explained("the images", device):
         check_nifti_files(Path(file) for files in cases.values() for file in files)
+    knock_out = None
+    if options.knock_out:
+        knock_out = KnockOut(model, options.sources, options.labels, list(cases))
+        with _errors_explained("the references", device):
+            check_nifti_files(knock_out.references.values())
+        print(knock_out.cost, flush=True)
     history = _history_of(model) if options.pdf else None
     formats = ["png", "pdf"] if options.pdf else ["png"]
     # Two progress bars would overwrite each other. With several cases there is one bar over the cases. With a single
@@ -82,8 +99,11 @@ def run_inspect(options: Options) -> None:
             folder = temporary / case
             folder.mkdir()
             with _errors_explained(case, device):
-                inspect_case(model, case, files, folder, formats)
+                inspect_case(model, case, files, folder, formats, knock_out)
                 _move(folder, options.output / case)
+        if knock_out is not None:
+            with _errors_explained("the table", device):
+                print(f"\n{knock_out.write(options.output, formats)}", end="")
         if history is not None:
             with _errors_explained("the training", device):
                 save_figure(lambda: draw_history(history), options.output / "training.pdf")

@@ -1,7 +1,7 @@
 """A trained model that puts out its attention weights, run with nnU-Net's own preprocessing and inference."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from math import prod
 from pathlib import Path
@@ -169,19 +169,50 @@ class Model:
         Raises `XAttnResError` if the network puts out NaN or infinity, and `MemoryError` before the first tile if what
         comes after the last one would not fit into memory.
         """
+        data = self._preprocessed(image, properties)
+        self._check_memory(data.shape[1:], image.shape[1:])
+        channels = self._slide(data)
+        logits, *weights = channels.split([self.num_heads, *map(len, self.sources.values())])
+        return logits, dict(zip(self.sources, weights, strict=True))
+
+    def segmentations_without(
+        self, image: Volume, properties: dict[str, Any], pairs: Iterable[tuple[str, str]]
+    ) -> Iterator[tuple[tuple[str, str], LabelMap]]:
+        """Label maps [z, y, x] of an image that `predict` has predicted, each without one source of one target.
+
+        pairs: targets and sources.
+        """
+        data = self._preprocessed(image, properties)
+        with_weights, progress = self.predictor.network, self.predictor.allow_tqdm
+        assert isinstance(with_weights, NetworkWithWeights)
+        heads_and_maps = self.predictor.label_manager
+        self.predictor.allow_tqdm = False
+        self.predictor.network, self.predictor.label_manager = with_weights.network, self.label_manager
+        try:
+            for target, source in pairs:
+                with with_weights.network.without(target, source):
+                    logits = self._slide(data)
+                yield (target, source), self.segmentation(logits, properties)
+        finally:
+            self.predictor.network, self.predictor.label_manager = with_weights, heads_and_maps
+            self.predictor.allow_tqdm = progress
+
+    def _preprocessed(self, image: Volume, properties: dict[str, Any]) -> Tensor:
         data, _, _ = self.preprocessor.run_case_npy(
             image, None, properties, self.plans, self.configuration, self.dataset_json
         )
-        self._check_memory(data.shape[1:], image.shape[1:])
-        channels = self.predictor.predict_sliding_window_return_logits(torch.from_numpy(data)).cpu()
+        return torch.from_numpy(data)
+
+    def _slide(self, data: Tensor) -> Tensor:
+        """What the predictor's network puts out for a preprocessed image, all channels in half precision."""
+        channels = self.predictor.predict_sliding_window_return_logits(data).cpu()
         # One after the other, because a copy of all channels may not fit into memory.
         if not all(channel.isfinite().all() for channel in channels):
             raise XAttnResError(
                 f"the network of {self.folder} answers with values that are no numbers: choose the checkpoint of a "
                 "training that has not diverged"
             )
-        logits, *weights = channels.split([self.num_heads, *map(len, self.sources.values())])
-        return logits, dict(zip(self.sources, weights, strict=True))
+        return channels
 
     def _check_memory(self, preprocessed: Sequence[int], original: Sequence[int]) -> None:
         """Raise `MemoryError` for images of these sizes if there is too little memory. Choose where tiles are blended.
