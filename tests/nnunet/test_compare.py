@@ -21,7 +21,8 @@ from helpers.result_folders import (
     write_references,
     write_result,
 )
-from nnunet_xattnres.benchmark import measuring, report, statistics
+from nnunet_xattnres.benchmark import measuring, report
+from nnunet_xattnres.common import samples
 from nnunet_xattnres.benchmark.cells import Cell, write_cells
 from nnunet_xattnres.benchmark.result_folders import _number_of_parameters
 from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, write_spec
@@ -34,7 +35,7 @@ FIRST, SECOND, THIRD = "nnUNetTrainer", "nnUNetTrainerDA5", "MyTrainer"
 @pytest.fixture(autouse=True)
 def quick_reports(monkeypatch):
     monkeypatch.setattr(report, "write_figures", lambda *given: [])
-    monkeypatch.setattr(statistics, "RESAMPLES", 99)
+    monkeypatch.setattr(samples, "RESAMPLES", 99)
 
 
 @pytest.fixture(scope="module")
