@@ -19,7 +19,8 @@ def attend_auto(
     key_channels: int | None = None,
     eps: float = EPS,
 ) -> Tensor:
-    """The fastest backend for a call: `native` for what it computes, `streaming` for the others."""
+    """The fastest backend for a call, as far as is known without measuring: `native` for what it computes, else
+    `streaming`."""
     attend = attend_native if is_served(query, candidates, key_channels) else attend_streaming
     return attend(query, norm_scale, candidates, size, key_channels, eps)
 

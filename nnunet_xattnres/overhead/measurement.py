@@ -178,6 +178,8 @@ class Measurement:
         memory = PeakMemory(trainer.device)
         _place_dataset(Path(trainer.preprocessed_dataset_folder))
         trainer.initialize()
+        if isinstance(trainer, XAttnResTrainerMixin):
+            trainer.choose_backend()  # as a training does when it starts
         batch = self._batch()
         trainer.network.train()
         for _ in range(WARM_UP_STEPS[trainer.device.type]):

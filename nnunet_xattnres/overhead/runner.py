@@ -219,24 +219,25 @@ def _plans_of(planned: PlannedNetwork, row: Row) -> dict[str, Any]:
     return planned.plans
 
 
-def measure_in_new_process(request: Request, compile: bool | None = None) -> Answer:
+def measure_in_new_process(request: Request, compile: bool | None = None, timeout: float | None = None) -> Answer:
     """The answer of a new Python process. If this process is interrupted, the new one and its workers are ended.
 
     compile: whether nnU-Net compiles the network. None for its default.
+    timeout: in seconds. Raises `subprocess.TimeoutExpired` after them.
     """
     with termination_as_exception(), TemporaryDirectory(prefix="nnunet_xattnres_") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(asdict(request)))
-        environment = os.environ | NnUNet(folder, request.device).folders() | {"nnUNet_wandb_enabled": "0"}
+        variables = os.environ | NnUNet(folder, request.device).folders() | {"nnUNet_wandb_enabled": "0"}
         if compile is not None:
-            environment["nnUNet_compile"] = str(int(compile))
+            variables["nnUNet_compile"] = str(int(compile))
         if request.device == "cpu":
             # Without this, the timer starts CUDA, which takes some hundred megabytes, to wait for an idle GPU.
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+            variables["CUDA_VISIBLE_DEVICES"] = ""
         log = folder / "log.txt"
         command = [sys.executable, "-m", MEASUREMENT, str(folder)]
-        with log.open("wb") as output, child_process(command, environment, output) as process:
-            return_code = process.wait()
+        with log.open("wb") as output, child_process(command, variables, output) as process:
+            return_code = process.wait(timeout)
         answer_file = folder / "answer.json"
         answer = Answer(**json.loads(answer_file.read_text())) if answer_file.is_file() else Answer(FAILED)
         return answer if return_code == 0 else _of_dead_process(answer, return_code, log.read_text(errors="replace"))
@@ -254,7 +255,7 @@ def _write(comparisons: list[Comparison], options: Options, device: str) -> None
     choices = {"device": device} | {name: getattr(options, name) for name in chosen}
     content = {
         "command": shell_command("nnunet-xattnres", *sys.argv[1:]),
-        "environment": _environment(),
+        "environment": environment(),
         "options": choices,
         "plans": [comparison.record() for comparison in comparisons],
     }
@@ -264,7 +265,8 @@ def _write(comparisons: list[Comparison], options: Options, device: str) -> None
     write_figure(draw_ratios(comparisons), options.chart)
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What the times depend on beside the network: the machine and the versions."""
     return {
         "cpu": cpu_name(),
         "cores": psutil.cpu_count(logical=False),
@@ -301,7 +303,7 @@ def _footnote(comparisons: list[Comparison], options: Options, device: str) -> s
             "Kept: from the forward to the backward pass, without parameters. MB, GB: 10^6, 10^9 bytes.",
         ]
     if device == "cpu" and not options.inference:
-        settings = " ".join(f"{name}={value}" for name, value in _environment()["allocator"].items())
+        settings = " ".join(f"{name}={value}" for name, value in environment()["allocator"].items())
         lines.append(
             "Memory: how far the process grows, which depends on the C library's allocator too "
             f"({settings or 'no MALLOC_* variable is set'})."

@@ -20,11 +20,13 @@ from nnunet_xattnres.model.block_level import IntraStageAttention
 from nnunet_xattnres.model.build import add_xattnres
 from nnunet_xattnres.model.config import BlockXAttnResConfig, Config, XAttnResConfig
 from nnunet_xattnres.model.plan_classes import check_architecture
-from nnunet_xattnres.model.planned_unet import PlannedUNet, check_class
+from nnunet_xattnres.model.planned_unet import PlannedUNet, check_class, uncompiled
+from nnunet_xattnres.model.stage_level import XAttnResUNet
 from nnunet_xattnres.nnunet.planned_network import call_as_nnunet
 from nnunet_xattnres.ops.backends import check_backend, chosen_backend
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
 from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
+from nnunet_xattnres.training.backend_choice import choose_backend
 from nnunet_xattnres.training.checkpoint import LATEST_CHECKPOINT, check_content, read_checkpoint_as_nnunet
 
 # Drawing may take this share of the training time. The time of one drawing is measured; this is the first estimate.
@@ -62,6 +64,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
     A configuration in the plans may hold a budget: `"training": {"num_epochs": ..., "num_iterations_per_epoch": ...,
     "num_val_iterations_per_epoch": ...}`. Each key is optional and overrides the trainer's value.
+
+    On a GPU, a training whose config has the backend "auto" measures the backends when it starts: see `choose_backend`.
 
     `checkpoint_latest.pth` is written after every twentieth of the epochs, at most 50 epochs apart as in nnU-Net, and
     in between before `checkpoint_minutes` have passed.
@@ -136,8 +140,23 @@ class XAttnResTrainerMixin(nnUNetTrainer):
             remove_leftovers(Path(self.output_folder))
         super().on_train_start()
         _check_temperature(self.network)
+        backend, reason = self.choose_backend()
         if self._is_first_process:
-            self.print_to_log_file(f"XAttnRes: {_description(self.network)}")
+            self.print_to_log_file(f"XAttnRes: {_description(self.network, backend)}")
+            if reason:
+                self.print_to_log_file(f"XAttnRes is computed by {backend}; {reason}")
+
+    def choose_backend(self) -> tuple[str, str]:
+        """Choose the backend that computes. On a GPU, "auto" at stage level is measured, except in several processes.
+
+        Returns its name, and why it was chosen if it was measured. The network must be initialised.
+        """
+        network, config = uncompiled(self.network), config_of(self.network)
+        is_measured = config.backend == "auto" and self.device.type == "cuda" and not self.is_ddp
+        if is_measured and isinstance(network, XAttnResUNet) and network.xattnres:
+            patch_size = self.configuration_manager.patch_size
+            return choose_backend(network, (self.batch_size, self.num_input_channels, *patch_size), self.device)
+        return chosen_backend(config.backend, self.device.type, isinstance(config, XAttnResConfig)), ""
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -338,14 +357,12 @@ def _check_temperature(network: nn.Module) -> None:
                 )
 
 
-def _description(network: nn.Module) -> str:
-    """One line: the preset, the backend, and the parameters beside those of the planned network."""
+def _description(network: nn.Module, backend: str) -> str:
+    """One line: the preset, the backend that computes it, and the parameters beside those of the planned network."""
     parameters = sum(parameter.numel() for parameter in network.parameters())
     ours = next(_our_networks(network), None)
     if ours is None:
         return f"the planned network, nothing added; {parameters:,} parameters"
-    is_stage_level = isinstance(ours.config, XAttnResConfig)
-    backend = chosen_backend(ours.config.backend, next(network.parameters()).device.type, is_stage_level)
     return (
         f"{ours.config}, computed by {backend}; {parameters:,} parameters, "
         f"{parameters / ours.planned_parameters:.3f}x the {ours.planned_parameters:,} of the planned network"

@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import subprocess
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.overhead import NO_SKIP, PLANNED, made_up_answers, output_options, write_small_plans
+from helpers.overhead import NO_SKIP, PLANNED, made_up_answers, output_options, small_request, write_small_plans
 from nnunet_xattnres import plans_with_xattnres
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
@@ -47,6 +48,11 @@ def outputs(tmp_path):
 def test_how_a_process_can_end(return_code, log, status, reason):
     answer = runner._of_dead_process(Answer(FAILED, parameters=7), return_code, log)
     assert answer == Answer(status, reason, parameters=7)
+
+
+def test_a_process_that_takes_too_long_is_ended():
+    with pytest.raises(subprocess.TimeoutExpired):
+        runner.measure_in_new_process(small_request(), timeout=1e-3)
 
 
 def run_with(answer_of, monkeypatch, *arguments):

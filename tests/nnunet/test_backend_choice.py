@@ -1,0 +1,130 @@
+"""The backend that a training on a GPU chooses, with made-up measurements and with a process on a CPU."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from helpers.networks import ANISOTROPIC_2D, ISOTROPIC_3D, planned_network
+from helpers.routing import make_initialized_trainer
+from nnunet_xattnres.model.config import XAttnResConfig
+from nnunet_xattnres.model.planned_unet import uncompiled
+from nnunet_xattnres.model.stage_level import XAttnResUNet
+from nnunet_xattnres.ops.backends import attend_auto
+from nnunet_xattnres.ops.reference import Upsampled
+from nnunet_xattnres.ops.streaming import attend_streaming
+from nnunet_xattnres.training import backend_choice, mixin
+
+CPU = torch.device("cpu")
+PATCH = (2, 1, 16, 16, 16)
+
+
+@pytest.fixture
+def network():
+    return XAttnResUNet(planned_network(ISOTROPIC_3D), XAttnResConfig())
+
+
+def backends_of(network):
+    return {attention.attend for attention in network.xattnres.values()}
+
+
+def test_the_largest_call_is_that_of_the_last_decoder_stage(network):
+    call = backend_choice.largest_call(network, PATCH)
+    assert call.size == PATCH[2:]
+    stages = len(ISOTROPIC_3D)
+    assert len(call.candidates) == stages + (stages - 2) + 1
+    assert isinstance(call.candidates[-1], Upsampled)
+    assert {each.features.device.type for each in call.candidates} == {"meta"}
+    assert {len(each.features) for each in call.candidates} == {2}
+    residual = XAttnResUNet(planned_network(ANISOTROPIC_2D), XAttnResConfig(fusion="residual"))
+    call = backend_choice.largest_call(residual, (3, 1, 16, 16))
+    assert not any(isinstance(each, Upsampled) for each in call.candidates)
+
+
+@pytest.mark.parametrize(
+    "findings, problem, chosen, why",
+    [
+        ({"streaming": 0.02, "triton": 0.01}, "", "triton", "streaming 20 ms, triton 10 ms"),
+        ({"streaming": 0.01, "triton": "it differs"}, "", "streaming", "streaming 10 ms, not triton (it differs)"),
+        ({"streaming": "it fails", "triton": "it fails"}, "", "streaming", "not streaming (it fails)"),
+        ({}, "not measured within 60 s", "streaming", "not measured within 60 s"),
+    ],
+)
+def test_the_network_computes_with_the_fastest_backend(network, monkeypatch, findings, problem, chosen, why):
+    monkeypatch.setattr(backend_choice, "_measured", lambda call, device: (findings, problem))
+    monkeypatch.setattr(backend_choice, "attention_backend", lambda name: f"computed by {name}")
+    backend, reason = backend_choice.choose_backend(network, PATCH, CPU)
+    assert backend == chosen and why in reason and "\n" not in reason
+    assert backends_of(network) == {f"computed by {chosen}"}
+
+
+def test_choosing_changes_nothing_else_of_a_training(network):
+    network(torch.randn(PATCH)).sum().backward()
+    parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad.clone() for parameter in parameters]
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    random_state = torch.get_rng_state()
+    backend, reason = backend_choice.choose_backend(network, PATCH, CPU)
+    assert backend == "streaming" and "ms, not triton" in reason
+    assert backends_of(network) == {attend_streaming}
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert network.training and not any(parameter.is_meta for parameter in network.parameters())
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_a_process_that_ends_badly_or_too_late_decides_nothing(network, monkeypatch):
+    call = backend_choice.largest_call(network, PATCH)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend_choice, "MAX_SECONDS", 1e-3)
+        assert backend_choice._measured(call, CPU) == ({}, "not measured within 0.001 s")
+    monkeypatch.setattr(backend_choice, "TIMING", "no_such_module")
+    findings, problem = backend_choice._measured(call, CPU)
+    assert findings == {}
+    assert problem.startswith("not measured (exit status 1: ") and "no_such_module" in problem
+
+
+class TestTraining:
+    @pytest.fixture
+    def trainer(self, nnunet_environment, monkeypatch):
+        monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+        monkeypatch.setattr(mixin, "choose_backend", self.choose)
+        self.calls = []
+        return make_initialized_trainer(nnunet_environment)
+
+    def choose(self, network, image_shape, device):
+        self.calls.append((network, image_shape, device.type))
+        return "triton", "triton was fast"
+
+    def test_on_a_gpu_it_is_chosen_and_logged(self, trainer):
+        trainer.device = torch.device("cuda")
+        trainer.on_train_start()
+        patch_size = trainer.configuration_manager.patch_size
+        shape = (trainer.batch_size, trainer.num_input_channels, *patch_size)
+        assert self.calls == [(uncompiled(trainer.network), shape, "cuda")]
+        log = Path(trainer.log_file).read_text()
+        assert "computed by triton; " in log
+        assert "XAttnRes is computed by triton; triton was fast" in log
+
+    def test_on_a_cpu_and_in_several_processes_nothing_is_measured(self, trainer):
+        trainer.on_train_start()
+        trainer.device, trainer.is_ddp = torch.device("cuda"), True
+        assert trainer.choose_backend() == ("streaming", "")
+        assert self.calls == []
+        assert backends_of(trainer.network) == {attend_auto}
+
+    def test_a_backend_that_the_config_names_is_obeyed(self, trainer):
+        trainer.device = torch.device("cuda")
+        trainer.network.config = replace(trainer.network.config, backend="reference")
+        assert trainer.choose_backend() == ("reference", "")
+        assert self.calls == []
+
+    @pytest.mark.parametrize("name", ["Planned", "XAttnResBlock"])
+    def test_without_attention_at_stage_level_nothing_is_measured(self, trainer, nnunet_environment, name):
+        other = make_initialized_trainer(nnunet_environment, f"nnUNetTrainer{name}")
+        other.device = torch.device("cuda")
+        assert other.choose_backend() == ("streaming", "")
+        assert self.calls == []
