@@ -22,12 +22,12 @@ from helpers.result_folders import (
     write_result,
 )
 from nnunet_xattnres.benchmark import measuring, report
-from nnunet_xattnres.common import samples
 from nnunet_xattnres.benchmark.cells import Cell, write_cells
 from nnunet_xattnres.benchmark.result_folders import _number_of_parameters
 from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, write_spec
 from nnunet_xattnres.benchmark.tables import read_tables
 from nnunet_xattnres.cli import main
+from nnunet_xattnres.common import samples
 
 FIRST, SECOND, THIRD = "nnUNetTrainer", "nnUNetTrainerDA5", "MyTrainer"
 
