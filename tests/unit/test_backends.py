@@ -35,7 +35,8 @@ def test_a_backend_that_is_not_available_here_says_which_are():
 @pytest.mark.usefixtures("without_triton")
 def test_triton_is_imported_on_request_only():
     for file in Path(backends.__file__).parent.glob("*.py"):
-        if not file.name.startswith("triton"):
+        # A module that is run a second time takes its registered operator away when it ends.
+        if not file.name.startswith("triton") and "custom_op(" not in file.read_text():
             runpy.run_path(str(file))
 
 
