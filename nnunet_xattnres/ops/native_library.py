@@ -118,12 +118,23 @@ def mix_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradients of `mix` with respect to the query and to the values, in their layout, where `wanted`.
 
+    Values that are channels last and at the target's resolution are overwritten by their gradient: the kernels read a
+    row of them only for the row of the target that they compute. Fresh memory would cost time.
+
     gradient: of the mixture, contiguous.
     """
-    gradients = [torch.empty_like(each.tensor) if want else None for each, want in zip(values, wanted, strict=True)]
+    size = tuple(gradient.shape[2:])
+    gradients = [
+        None if not want else each.tensor if _is_overwritten(each, size) else torch.empty_like(each.tensor)
+        for each, want in zip(values, wanted, strict=True)
+    ]
     query_gradient = torch.empty_like(query)
     _run("backward", query, values, gradients, gradient.shape[2:], eps, gradient, query_gradient)
     return query_gradient, gradients
+
+
+def _is_overwritten(values: Values, size: tuple[int, ...]) -> bool:
+    return not values.channels_first and tuple(values.source_size) == size
 
 
 def _run(

@@ -101,7 +101,8 @@ class Attention(Protocol):
         are the key and the others are the value.
     eps: of the norm.
 
-    Returns out, (B, C_value, *size), in the dtype of the aligned candidates.
+    Returns out, (B, C_value, *size), in the dtype of the last candidate. It is computed in float32 or float64, so that
+    in half precision it is finite wherever the mixture is within that precision's range.
     """
 
     def __call__(
@@ -124,13 +125,16 @@ def attend_reference(
     eps: float = EPS,
 ) -> Tensor:
     """The formulas, line by line. For the arguments see `Attention`."""
-    aligned = torch.stack([align(features, projection, size) for features, projection in computed(candidates)])  # v_k
-    keys, values = (aligned, aligned) if key_channels is None else aligned.tensor_split([key_channels], dim=2)
-    # Squares overflow float16 above 255, so norms, scores and softmax are in float32.
-    with without_autocast(values):
+    candidates = computed(candidates)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # Under autocast too. Squares overflow float16 above 255, and a v_k may exceed it where the mixture does not.
+    with without_autocast(query):
+        given = [(h.to(dtype), None if projection is None else projection.to(dtype)) for h, projection in candidates]
+        aligned = torch.stack([align(h, projection, size) for h, projection in given])  # v_k
+        keys, values = (aligned, aligned) if key_channels is None else aligned.tensor_split([key_channels], dim=2)
         weights = attention_weights(query, norm_scale, keys, eps)  # a_k
-        mixture = (weights.unsqueeze(2) * values.to(weights.dtype)).sum(dim=0)
-    return mixture.to(values.dtype)
+        mixture = (weights.unsqueeze(2) * values).sum(dim=0)
+    return mixture.to(candidates[-1].features.dtype)
 
 
 def attention_weights(query: Tensor, norm_scale: Tensor | None, keys: Tensor, eps: float = EPS) -> Tensor:

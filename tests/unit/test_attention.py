@@ -309,6 +309,26 @@ def test_the_largest_half_precision_values_stay_finite(attend, source_size, size
 
 
 @pytest.mark.parametrize("attend", ATTENTIONS)
+def test_in_half_precision_the_mixture_is_finite_wherever_it_fits(attend):
+    """Aligned candidates may exceed 65504 where their mixture does not."""
+    torch.manual_seed(0)
+    query, norm_scale = 3 * torch.randn(CHANNELS), torch.ones(CHANNELS)
+    candidates = [
+        Candidate(1e4 * torch.randn(2, 4, *size).half(), 4 * torch.randn(CHANNELS, 4)) for size in ((8, 8), (4, 4))
+    ]
+    candidates.append(Candidate(torch.randn(2, CHANNELS, 8, 8).half(), None))
+    exact = [Candidate(h.double(), None if P is None else P.double()) for h, P in candidates]
+    assert max(align(h, P, (8, 8)).abs().max() for h, P in exact) > 65504
+    expected = attend_reference(query.double(), norm_scale.double(), exact, (8, 8))
+    with torch.autocast("cpu", torch.float16):
+        out = attend(query, norm_scale, candidates, (8, 8))
+    fits = expected.abs() < 65000
+    assert 0 < (~fits).sum() < fits.sum()
+    assert out[fits].isfinite().all()
+    torch.testing.assert_close(out[fits].double(), expected[fits], atol=100, rtol=2e-3)
+
+
+@pytest.mark.parametrize("attend", ATTENTIONS)
 def test_the_result_has_the_precision_of_the_aligned_candidates(attend):
     image, projection = torch.randn(1, 3, 4, 4), torch.randn(CHANNELS, 3)
     x = torch.randn(1, CHANNELS, 4, 4).half()

@@ -18,7 +18,8 @@
    Channels last: (B, z, y, x, C). channels_first: (B, C, z, y, x), only at the target's resolution.
    cells: the steps of a transposed convolution along z and y, (1, 1) otherwise. With cells, the values are at the
    target's resolution, (cells z, cells y, B, z / cells z, y / cells y, x, C), as its matrix products compute them.
-   gradient: in the layout of the values. NULL if it is not wanted. */
+   gradient: in the layout of the values. NULL if it is not wanted. It may be where the values are if these are channels
+   last and at the target's resolution. */
 typedef struct {
     const void *values;
     void *gradient;

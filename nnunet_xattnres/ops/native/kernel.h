@@ -409,8 +409,8 @@ static void NAME(add_gradients)(const NAME(job) * job, NAME(scratch) * scratch, 
         if (in_place && from->gradient)
             gradient = NAME(gradient_row)(job, k, tile->item, block, tile->z, tile->y) + offset;
         for (int64_t i = 0; i < count; i++) {
-            const REAL *restrict u = scratch->rows[k] + i * channels;
-            const REAL *restrict before = i ? u - channels : u, *restrict after = i + 1 < count ? u + channels : u;
+            const REAL *u = scratch->rows[k] + i * channels;
+            const REAL *before = i ? u - channels : u, *after = i + 1 < count ? u + channels : u;
             const REAL to_query = of_query[i], to_self = of_self[i], to_before = i ? of_next[i - 1] : 0, to_after = of_next[i];
             for (int64_t c = 0; c < channels; c++) query_gradient[c] += to_query * u[c];
             if (!from->gradient) continue;
@@ -421,7 +421,7 @@ static void NAME(add_gradients)(const NAME(job) * job, NAME(scratch) * scratch, 
             const int64_t begin_x = factor == 1 ? i : begin - tile->first, end_x = factor == 1 ? i + 1 : end - tile->first;
             const int64_t middle_x = factor == 1 ? i : middle - tile->first;
             const int is_last = absolute == extent - 1;
-            REAL *restrict to = gradient + i * channels;
+            REAL *to = gradient + i * channels; /* may be u itself */
             for (int64_t c = 0; c < panels; c += PANEL) {
                 VECTOR sum[VECTORS];
                 for (int v = 0; v < VECTORS; v++) sum[v] = to_query * AT(query + c, v) - to_self * AT(u + c, v);
