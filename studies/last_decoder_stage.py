@@ -2,14 +2,15 @@
 
     python studies/last_decoder_stage.py msd04 msd03 msd06
 
-It is measured in the planned 3d_fullres network of each preset, with batch size 1, on the CPU, with the streaming
-backend. The limit is the time that the machine takes to copy all sources and the output: once for the forward pass,
+It is measured in the planned 3d_fullres network of each preset, with batch size 1, on the CPU, with the backends
+`streaming` and `native`. The input of the attention is computed beforehand. The limit is the time that the machine takes to copy all sources and the output: once for the forward pass,
 twice for the backward pass.
 """
 
 import statistics
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -19,6 +20,7 @@ from torch.utils.benchmark import Timer
 
 from nnunet_xattnres import XAttnResConfig, build_network_from_plans
 from nnunet_xattnres.nnunet.presets import build_preset
+from nnunet_xattnres.ops.reference import upsample
 
 REPEATS = 5
 MATRIX_PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
@@ -27,8 +29,8 @@ ELEMENTS_TO_COPY = 2**26
 GB = 1e9
 
 
-def measure(preset: str) -> str:
-    attention, x, pool = _last_attention(preset)
+def measure(preset: str, backend: str) -> str:
+    attention, x, pool = _last_attention(preset, backend)
     sources = [*pool, x]
     gradient = torch.ones_like(x)
 
@@ -44,7 +46,7 @@ def measure(preset: str) -> str:
     read, written = sum(source.nbytes for source in sources), x.nbytes
     limit = 3 * (read + written) / pace
     return (
-        f"{preset}: {' x '.join(map(str, x.shape[2:]))}, "
+        f"{preset}, {backend}: {' x '.join(map(str, x.shape[2:]))}, "
         f"{len(sources)} sources of {read / GB:.3f} GB, output {written / GB:.3f} GB\n"
         f"  forward {_with_spread(forward)}, with backward {_with_spread(both)}, "
         f"{_share_of_matrix_products(forward_and_backward):.0%} of it matrix products\n"
@@ -52,20 +54,21 @@ def measure(preset: str) -> str:
     )
 
 
-def _last_attention(preset: str) -> tuple[nn.Module, Tensor, list[Tensor]]:
+def _last_attention(preset: str, backend: str) -> tuple[nn.Module, Tensor, list[Tensor]]:
     """The attention of the last decoder stage, its input and its pool. Input and pool are leaves with gradients."""
     plans, dataset_json = build_preset(preset, "3d_fullres")
     configuration = PlansManager(plans).get_configuration("3d_fullres")
     channels, classes = len(dataset_json["channel_names"]), len(dataset_json["labels"])
-    network = build_network_from_plans(configuration, channels, classes, XAttnResConfig(backend="streaming"))
+    network = build_network_from_plans(configuration, channels, classes, XAttnResConfig(backend=backend))
     *_, attention = network.xattnres.values()
-    given: list[Tensor] = []
-    hook = attention.register_forward_pre_hook(lambda _, arguments: given.extend([arguments[0], *arguments[1]]))
+    given: list[Any] = []
+    hook = attention.register_forward_pre_hook(lambda _, arguments: given.extend(arguments))
     with torch.no_grad():
         network(torch.randn(1, channels, *configuration.patch_size))
+        described, pool = given
+        x = upsample(described)
     hook.remove()
-    x, *pool = (tensor.requires_grad_() for tensor in given)
-    return attention, x, pool
+    return attention, x.requires_grad_(), [h.requires_grad_() for h in pool]
 
 
 def _seconds(statement: str, **names: object) -> list[float]:
@@ -87,4 +90,5 @@ def _share_of_matrix_products(step: Callable[[], None]) -> float:
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or ["msd04"]:
-        print(measure(name), flush=True)
+        for backend in ("streaming", "native"):
+            print(measure(name, backend), flush=True)
