@@ -3,8 +3,8 @@
     python studies/last_decoder_stage.py msd04 msd03 msd06
 
 It is measured in the planned 3d_fullres network of each preset, with batch size 1, on the CPU, with the backends
-`streaming` and `native`. The input of the attention is computed beforehand. The limit is the time that the machine takes
-to copy all sources and the output: once for the forward pass, twice for the backward pass.
+`streaming` and `native`. The input of the attention is computed beforehand. The limit is the time that the machine
+takes to copy all sources and the output: once for the forward pass, twice for the backward pass.
 """
 
 import statistics

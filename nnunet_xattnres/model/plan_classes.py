@@ -107,6 +107,8 @@ def architecture_with(configuration: ConfigurationManager, config: Config) -> di
     if planned is None:
         name = configuration.network_arch_class_name
         raise XAttnResError(f"nnU-Net finds no network class {name}: correct the plans, or install what it belongs to")
+    if carried_config(configuration) is None and ARGUMENT in configuration.network_arch_init_kwargs:
+        raise XAttnResError(f"{planned.__name__} takes no argument {ARGUMENT}: remove it from the plans")
     classes = {planned_and_kind: network_class for network_class, planned_and_kind in PLAN_CLASSES.items()}
     fields = config.architecture()
     if config.backend != "auto":

@@ -51,6 +51,8 @@ def plans_with_xattnres(
     Raises `XAttnResError` for a configuration that is not there, one whose architecture is not an encoder/decoder
     U-Net or that carries XAttnRes already, and for a config that changes nothing.
     """
+    if isinstance(configurations, str):
+        raise XAttnResError(f"configurations must be a list of names: [{configurations!r}]")
     config = config or XAttnResConfig()
     if config.is_planned_network:
         raise XAttnResError("this config adds nothing to the planned network: train it with the plans as they are")
@@ -68,6 +70,8 @@ def with_what_they_need(plans: dict[str, Any], configurations: Iterable[str]) ->
     waiting, needed = list(configurations), set[str]()
     while waiting:
         name = waiting.pop()
+        if not isinstance(name, str):
+            raise XAttnResError(f"the plans name the configuration {name!r}, which is no name: correct the plans")
         if name not in there:
             near = suggestion(name, there) or f"choose from {', '.join(there)}"
             raise XAttnResError(f"no configuration {name} in the plans: {near}")

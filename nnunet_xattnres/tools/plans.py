@@ -52,7 +52,7 @@ def run_plans(options: Options) -> None:
     not fit together, and if the name belongs to another file.
     """
     config = _config(options)
-    name = options.output or _default_name(options, config)
+    name = (options.output or _default_name(options, config)).removesuffix(".json")
     if not NAME.fullmatch(name) or name in NAMES_OF_NNUNET:
         raise XAttnResError(f"-o {name} is no name for plans: {NAME_RULE}, and no name of nnU-Net's own files")
     source = plans_of_dataset(options.dataset, options.plans_name)

@@ -368,13 +368,26 @@ class TestKnockOut:
         assert message in line
         assert not (tmp_path / "out").exists()
 
-    def test_references_of_other_images(self, model, images, tmp_path, capsys):
+    @pytest.mark.parametrize(
+        "damage, message",
+        [
+            (lambda labels, affine: (labels[:-1], affine), "b.nii.gz has the shape ("),
+            (lambda labels, affine: (labels, affine @ np.diag([3, 3, 3, 1])), "b.nii.gz has the spacing ("),
+            (lambda labels, affine: (50 * labels, affine), "b.nii.gz holds the values 50, which are no labels"),
+        ],
+    )
+    def test_references_of_other_images_are_told_before_the_first_prediction(
+        self, model, images, tmp_path, capsys, damage, message
+    ):
+        write_oblique_phantom(images, "b")
         (tmp_path / "labels").mkdir()
-        reference = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.uint8), np.eye(4))
-        nibabel.save(reference, tmp_path / "labels" / "a.nii.gz")
+        image = nibabel.load(images / "a_0000.nii.gz")
+        labels = (image.get_fdata() > np.median(image.get_fdata())).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(labels, image.affine), tmp_path / "labels" / "a.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(*damage(labels, image.affine)), tmp_path / "labels" / "b.nii.gz")
         arguments = ("-m", model, "-f", 0, "-i", images, "-o", tmp_path / "out")
         assert inspect(*arguments, "--knock-out", "--labels", tmp_path / "labels") == 1
-        assert "a.nii.gz has the shape (6, 5, 4), its image (" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
     def test_what_is_undefined_is_left_out(self):

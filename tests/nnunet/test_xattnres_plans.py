@@ -362,3 +362,19 @@ class TestRefusals:
         plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
         with pytest.raises(XAttnResError, match="no configuration 3d_lowres in the plans"):
             plans_with_xattnres(plans, "carrying", configurations=["3d_fullres"])
+
+    def test_a_parent_that_is_no_name(self, nnunet):
+        plans = deepcopy(read_plans(nnunet))
+        plans["configurations"]["2d"]["inherits_from"] = ["3d_fullres"]
+        with pytest.raises(XAttnResError, match=r"name the configuration \['3d_fullres'\], which is no name"):
+            plans_with_xattnres(plans, "carrying", configurations=["2d"])
+
+    def test_one_name_instead_of_a_list(self, nnunet):
+        with pytest.raises(XAttnResError, match=r"must be a list of names: \['2d'\]"):
+            plans_with_xattnres(read_plans(nnunet), "carrying", configurations="2d")
+
+    def test_the_argument_on_a_class_that_does_not_take_it(self, nnunet):
+        plans = deepcopy(read_plans(nnunet))
+        plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["xattnres"] = {}
+        with pytest.raises(XAttnResError, match="PlainConvUNet takes no argument xattnres: remove it from the plans"):
+            plans_with_xattnres(plans, "carrying", configurations=["2d"])

@@ -41,7 +41,7 @@ def inspect_case(
     def as_image(volume: Volume | LabelMap) -> nibabel.Nifti1Image:
         return as_nifti(volume, properties, Path(files[0]))
 
-    reference = knock_out.reference(case, image.shape[1:]) if knock_out else None
+    reference = knock_out.reference(case, image, properties) if knock_out else None
     logits, weights = model.predict(image, properties)
     prediction = model.segmentation(logits, properties)
     try:

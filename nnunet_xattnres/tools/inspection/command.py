@@ -82,6 +82,7 @@ def run_inspect(options: Options) -> None:
         knock_out = KnockOut(model, options.sources, options.labels, list(cases))
         with _errors_explained("the references", device):
             check_nifti_files(knock_out.references.values())
+            knock_out.check_references(cases)
         print(knock_out.cost, flush=True)
     history = _history_of(model) if options.pdf else None
     formats = ["png", "pdf"] if options.pdf else ["png"]

@@ -73,24 +73,42 @@ class KnockOut:
             f"{number * self._num_cases} predictions beside those of the maps; --targets and --sources cut them"
         )
 
-    def reference(self, case: str, shape: Sequence[int]) -> LabelMap | None:
-        """The reference of a case [z, y, x], or None without references. shape: of its image.
+    def check_references(self, cases: Mapping[str, Sequence[str]]) -> None:
+        """Raise `XAttnResError` for a reference that `reference` would refuse, before hours of predictions.
 
-        Raises `XAttnResError` if it cannot be read or does not fit.
+        cases: the files of every case, one per channel.
+        """
+        for case in self.references:
+            self.reference(case, *self.model.read(cases[case]))
+
+    def reference(self, case: str, image: Volume, properties: Mapping[str, Any]) -> LabelMap | None:
+        """The reference of a case [z, y, x], or None without references. image, properties: from `Model.read`.
+
+        Raises `XAttnResError` if it cannot be read, does not fit the image, or holds values that the model's
+        dataset.json does not name.
         """
         if not self.references:
             return None
         path = self.references[case]
         try:
-            reference = self.model.reader.read_seg(str(path))[0][0]
+            (reference,), read = self.model.reader.read_seg(str(path))
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             raise XAttnResError(f"cannot read {path} ({one_line(str(error))}): get the file again") from None
-        if reference.shape != tuple(shape):
+        remedy = "--labels takes the references of these images"
+        if reference.shape != image.shape[1:]:
+            raise XAttnResError(f"{path} has the shape {reference.shape}, its image {image.shape[1:]}: {remedy}")
+        if not np.allclose(read["spacing"], properties["spacing"], rtol=1e-3):
             raise XAttnResError(
-                f"{path} has the shape {reference.shape}, its image {tuple(shape)}: --labels takes the references of "
-                "these images"
+                f"{path} has the spacing {tuple(read['spacing'])}, its image {tuple(properties['spacing'])}: {remedy}"
+            )
+        ignore = self.model.label_manager.ignore_label
+        known = {0, ignore or 0, *(value for values in self.labels.values() for value in values)}
+        unknown = [f"{value:g}" for value in np.unique(reference) if value not in known]
+        if unknown:
+            raise XAttnResError(
+                f"{path} holds the values {', '.join(unknown)}, which are no labels of the model: {remedy}"
             )
         return reference
 
