@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops import native_library
-from nnunet_xattnres.ops.native_operator import attend_native, check_native, is_served
+from nnunet_xattnres.ops.native_operator import attend_native, attend_served, check_native, is_served
 from nnunet_xattnres.ops.reference import EPS, Attention, Candidate, Upsampled, attend_reference
 from nnunet_xattnres.ops.streaming import attend_streaming
 
@@ -21,8 +21,9 @@ def attend_auto(
 ) -> Tensor:
     """The fastest backend for a call, as far as is known without measuring: `native` for what it computes, else
     `streaming`."""
-    attend = attend_native if is_served(query, candidates, key_channels) else attend_streaming
-    return attend(query, norm_scale, candidates, size, key_channels, eps)
+    if is_served(query, candidates, key_channels):
+        return attend_served(query, norm_scale, candidates, size, eps)
+    return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
 
 
 def attention_backend(name: str) -> Attention:

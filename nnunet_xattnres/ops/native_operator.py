@@ -50,6 +50,17 @@ def attend_native(
         if not is_exporting() and not torch.compiler.is_compiling():
             _log_fallback()
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
+    return attend_served(query, norm_scale, candidates, size, eps)
+
+
+def attend_served(
+    query: Tensor,
+    norm_scale: Tensor | None,
+    candidates: Sequence[Candidate | Upsampled],
+    size: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """`attend_native` for a call that `is_served`."""
     for candidate in candidates:
         upsampling_factors(candidate.features.shape[2:], size)
     *others, last = candidates
