@@ -23,7 +23,7 @@ from nnunet_xattnres.benchmark.metrics import measure
 from nnunet_xattnres.benchmark.tables import make_table
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS
-from nnunet_xattnres.nnunet.datasets import labels_or_regions, reader_for
+from nnunet_xattnres.nnunet.datasets import labels_or_regions, reader_for, unknown_values
 
 # The packages that measure, and those that decide about the bytes of a report.
 RECORDED_PACKAGES = ("nnunet-xattnres", "monai", "SimpleITK", "numpy", "torch", "scipy", "pandas", "matplotlib")
@@ -63,9 +63,7 @@ class References:
             label_map, properties = self.reader.read_seg(str(path))
         except Exception as error:
             raise XAttnResError(f"cannot read {path} ({one_line(str(error))}): {remedy}") from None
-        known = {0, self.ignored or 0, *(value for values in self.labels.values() for value in values)}
-        if not np.isin(label_map, list(known)).all():
-            unknown = ", ".join(f"{value:g}" for value in np.unique(label_map) if value not in known)
+        if unknown := unknown_values(label_map, self.labels, self.ignored):
             raise XAttnResError(f"{path} holds the values {unknown}, which dataset.json does not name: {remedy}")
         spacing = tuple(map(float, properties["spacing"]))
         return (label_map[0, 0], spacing[1:]) if label_map.shape[1] == 1 else (label_map[0], spacing)

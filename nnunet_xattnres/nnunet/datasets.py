@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from nnunetv2.utilities.utils import (
     get_filenames_of_train_images_and_targets,
     get_identifiers_from_splitted_dataset_folder,
 )
+from numpy.typing import NDArray
 
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.common.files import link_or_copy, read_json, temporary_folder
@@ -343,6 +344,17 @@ def names_of_values(labels: dict[str, Any]) -> dict[int, str]:
     values = {int(value) for label in labels.values() for value in (label if isinstance(label, list) else [label])}
     names = {int(label): name for name, label in labels.items() if not isinstance(label, list)}
     return {value: names.get(value, f"label {value}") for value in sorted(values) if value != 0}
+
+
+def unknown_values(label_map: NDArray[Any], labels: Mapping[str, Sequence[int]], ignored: int | None) -> str:
+    """The values of a label map that are neither background, nor ignored, nor of a label. Empty if there are none.
+
+    labels: from `labels_or_regions`.
+    """
+    known = {0, ignored or 0, *(value for values in labels.values() for value in values)}
+    if np.isin(label_map, list(known)).all():
+        return ""
+    return ", ".join(f"{value:g}" for value in np.unique(label_map) if value not in known)
 
 
 def labels_or_regions(labels: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from nnunet_xattnres.common.device import is_out_of_memory
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.common.files import write_text_atomically
 from nnunet_xattnres.common.samples import Sample, sample
-from nnunet_xattnres.nnunet.datasets import labels_or_regions
+from nnunet_xattnres.nnunet.datasets import labels_or_regions, unknown_values
 from nnunet_xattnres.routing.drawing import HeatMap, draw_heat_maps, save_figure
 from nnunet_xattnres.tools.inspection.regions import LabelMap, Volume
 from nnunet_xattnres.tools.inspection.trained_model import Model
@@ -103,13 +103,8 @@ class KnockOut:
             raise XAttnResError(
                 f"{path} has the spacing {tuple(read['spacing'])}, its image {tuple(properties['spacing'])}: {remedy}"
             )
-        ignore = self.model.label_manager.ignore_label
-        known = {0, ignore or 0, *(value for values in self.labels.values() for value in values)}
-        unknown = [f"{value:g}" for value in np.unique(reference) if value not in known]
-        if unknown:
-            raise XAttnResError(
-                f"{path} holds the values {', '.join(unknown)}, which are no labels of the model: {remedy}"
-            )
+        if unknown := unknown_values(reference, self.labels, self.model.label_manager.ignore_label):
+            raise XAttnResError(f"{path} holds the values {unknown}, which are no labels of the model: {remedy}")
         return reference
 
     def of_case(
