@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from math import isclose
 from pathlib import Path
 from time import monotonic
@@ -14,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_xattnres import __version__
-from nnunet_xattnres.common.errors import XAttnResError, differences, one_line
+from nnunet_xattnres.common.errors import XAttnResError, differences
 from nnunet_xattnres.common.files import files_written_atomically, remove_leftovers, temporary_folder
 from nnunet_xattnres.model.block_level import IntraStageAttention
 from nnunet_xattnres.model.build import add_xattnres
@@ -24,23 +23,16 @@ from nnunet_xattnres.model.planned_unet import PlannedUNet, check_class, uncompi
 from nnunet_xattnres.model.stage_level import XAttnResUNet
 from nnunet_xattnres.nnunet.planned_network import call_as_nnunet
 from nnunet_xattnres.ops.backends import check_backend, chosen_backend
-from nnunet_xattnres.routing.drawing import draw_history, save_figure
-from nnunet_xattnres.routing.recording import PICTURE, RECORD, RoutingHistory, ValidationRecorder
 from nnunet_xattnres.training.backend_choice import choose_backend
 from nnunet_xattnres.training.checkpoint import LATEST_CHECKPOINT, check_content, read_checkpoint_as_nnunet
-
-# Drawing may take this share of the training time. The time of one drawing is measured; this is the first estimate.
-DRAWING_SHARE = 0.003
-DRAWING_SECONDS = 1.0
+from nnunet_xattnres.training.routing_record import RoutingRecord
+from nnunet_xattnres.training.variables import checkpoint_minutes, records_weights
 
 # nnU-Net's `load_checkpoint` reads these keys, and the keys that every checkpoint has.
 KEYS_TO_CONTINUE = ("current_epoch", "logging", "_best_ema", "optimizer_state", "grad_scaler_state")
 DELETE_IT = "delete it to continue from another one"
 # `nnUNetv2_train` itself looks whether the other checkpoints exist.
 LEAVE_IT_OUT = "leave out --val_best, or give a checkpoint that exists"
-
-# Set to anything but true, 1 or t, as nnU-Net reads nnUNet_compile: no attention weights are recorded.
-RECORD_VARIABLE = "nnUNet_xattnres_record"
 
 BUDGET_KEYS = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
@@ -56,6 +48,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         when one is loaded.
     default_num_epochs: the number of epochs if the plans do not say it. None: that of the base trainer.
     checkpoint_minutes: the longest time between two writings of `checkpoint_latest.pth`, as far as epochs are shorter.
+        The environment variable `nnUNet_xattnres_checkpoint_minutes` overrides it.
 
     Every validation appends the mean attention weights to `xattnres_routing.json`, beside nnU-Net's `progress.png`, and
     sends them to the additional loggers of nnU-Net. `xattnres_routing.png` shows them. It is drawn in the first and in
@@ -70,9 +63,9 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     `checkpoint_latest.pth` is written after every twentieth of the epochs, at most 50 epochs apart as in nnU-Net, and
     in between before `checkpoint_minutes` have passed.
 
-    Raises `XAttnResError` for the wrong order of bases, for an invalid budget, for plans or a base trainer without an
-    encoder/decoder U-Net, for a backend that is not available on the device, and for a checkpoint that is damaged or
-    that another trainer or preset has written.
+    Raises `XAttnResError` for the wrong order of bases, for an invalid budget or environment variable, for plans or a
+    base trainer without an encoder/decoder U-Net, for a backend that is not available on the device, and for a
+    checkpoint that is damaged or that another trainer or preset has written.
     """
 
     xattnres_config: ClassVar[Config] = XAttnResConfig()
@@ -98,10 +91,8 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         _check_budget(budget, configuration)
         for key, value in budget.items():
             setattr(self, key, value)
-        self._drawn_at, self._drawing_seconds = monotonic(), DRAWING_SECONDS
-        self._records_routing = os.environ.get(RECORD_VARIABLE, "true").lower() in ("true", "1", "t")
-        self._recording_seconds = 0.0
-        self._cost_of_recording_is_told = False
+        self._checkpoint_seconds = 60 * checkpoint_minutes(self.checkpoint_minutes)
+        self._routing_record = RoutingRecord(self, self._is_first_process) if records_weights() else None
         self._saved_at = self._epoch_ended_at = monotonic()
         # nnU-Net writes it 20 times in its 1000 epochs.
         self.save_every: int = min(self.save_every, max(1, self.num_epochs // 20))
@@ -160,41 +151,25 @@ class XAttnResTrainerMixin(nnUNetTrainer):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        if self._records_routing:
-            self.routing_recorder = ValidationRecorder(self.network, self.device, self.num_iterations_per_epoch)
-            self._recording_seconds = 0.0
+        if self._routing_record:
+            self._routing_record.start_validation()
 
     def validation_step(self, batch: dict) -> dict:
-        if self._records_routing:
-            start = monotonic()
-            with self._logging_failure("recorded"):
-                self.routing_recorder.observe(batch["data"])
-            self._recording_seconds += monotonic() - start
+        if self._routing_record:
+            self._routing_record.observe(batch["data"])
         return super().validation_step(batch)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
-        if not self._records_routing:
-            return
-        means = self.routing_recorder.means()
-        if means and self._is_first_process:
-            with self._logging_failure("recorded"):
-                history = self._record_routing(means)
-                with self._logging_failure("drawn"):
-                    self._draw_routing(history)
-            if not self._cost_of_recording_is_told:
-                self._cost_of_recording_is_told = True
-                self.print_to_log_file(
-                    f"recording the attention weights of this epoch took {self._recording_seconds:.1f} s; "
-                    f"{RECORD_VARIABLE}=false switches it off"
-                )
+        if self._routing_record:
+            self._routing_record.end_validation()
 
     def on_epoch_end(self) -> None:
         now = monotonic()
         without_another = now + (now - self._epoch_ended_at) - self._saved_at
         self._epoch_ended_at = now
         save_every = self.save_every
-        if without_another > 60 * self.checkpoint_minutes:
+        if without_another > self._checkpoint_seconds:
             # nnU-Net then writes it after this epoch, unless the training ends with it.
             self.save_every = 1
         try:
@@ -248,56 +223,6 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     def _is_first_process(self) -> bool:
         """Of all processes of a distributed training. nnU-Net that trains on several nodes has a global rank."""
         return getattr(self, "global_rank", self.local_rank) == 0
-
-    @contextmanager
-    def _logging_failure(self, what: str) -> Iterator[None]:
-        """Write an error to the training log instead of raising it: a failed record must not end the training.
-
-        what: what the attention weights were not, "recorded" or "drawn".
-        """
-        try:
-            yield
-        except Exception as error:
-            reason = one_line(f"{type(error).__name__}: {error}")
-            self.print_to_log_file(f"the attention weights of epoch {self.current_epoch} are not {what} ({reason})")
-
-    def _record_routing(self, means: dict[str, list[float | None]]) -> RoutingHistory:
-        history = self._routing_history()
-        history.record(self.current_epoch, means)
-        history.write(Path(self.output_folder, RECORD))
-        for target, sources in history.sources.items():
-            for source, weight in zip(sources, means[target], strict=True):
-                if weight is not None:
-                    for logger in self.logger.loggers:
-                        logger.log(f"routing/{target}/{source}", weight, self.current_epoch)
-        return history
-
-    def _draw_routing(self, history: RoutingHistory) -> None:
-        """Draw in the first and the last epoch, and otherwise if it takes little of the time since the last drawing."""
-        start = monotonic()
-        picture = Path(self.output_folder, PICTURE)
-        is_due = self.current_epoch + 1 >= self.num_epochs or not picture.exists()
-        if is_due or self._drawing_seconds < DRAWING_SHARE * (start - self._drawn_at):
-            save_figure(lambda: draw_history(history), picture)
-            self._drawn_at = monotonic()
-            self._drawing_seconds = self._drawn_at - start
-
-    def _routing_history(self) -> RoutingHistory:
-        """The history in the output folder, or a new one. An unusable file is renamed."""
-        path = Path(self.output_folder, RECORD)
-        new = RoutingHistory(self.routing_recorder.sources)
-        if not path.exists():
-            return new
-        try:
-            history = RoutingHistory.read(path)
-            if history.sources != new.sources:
-                raise XAttnResError(f"{path} is of another network")
-        except XAttnResError as error:
-            kept = os.fspath(path.with_suffix(".old.json"))
-            os.replace(path, kept)
-            self.print_to_log_file(f"{error}; it is kept as {kept}, and the record starts anew")
-            return new
-        return history
 
     def _check_checkpoint(self, name: str, checkpoint: dict[str, Any], remedy: str) -> None:
         """Raise `XAttnResError` unless training can go on from the checkpoint with the network that is built here."""

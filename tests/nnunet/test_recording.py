@@ -11,10 +11,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers.routing import make_initialized_trainer, validate
+from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.routing import recording
 from nnunet_xattnres.routing.recording import RoutingHistory, ValidationRecorder, WeightMeans
-from nnunet_xattnres.training import mixin
+from nnunet_xattnres.training import routing_record
 
 
 class Logger:
@@ -35,7 +36,7 @@ def trainer(nnunet_environment: NnUNet) -> Any:
 @pytest.fixture
 def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these trainings."""
-    monkeypatch.setattr(mixin, "save_figure", lambda draw, path: None)
+    monkeypatch.setattr(routing_record, "save_figure", lambda draw, path: None)
 
 
 def test_every_validation_is_recorded_and_drawn(trainer):
@@ -71,10 +72,10 @@ def test_drawing_takes_little_of_the_time(trainer, monkeypatch):
         clock[0] += 2
         Path(trainer.output_folder, recording.PICTURE).touch()
 
-    monkeypatch.setattr(mixin, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(mixin, "save_figure", draw)
+    monkeypatch.setattr(routing_record, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(routing_record, "save_figure", draw)
     trainer.num_epochs = 6
-    monkeypatch.setattr(mixin, "DRAWING_SHARE", 0.01)
+    monkeypatch.setattr(routing_record, "DRAWING_SHARE", 0.01)
     # At once, for there is no picture yet, and then 200 s after it has taken two.
     for epoch, clock[0] in enumerate((90, 110, 280, 300, 320, 330)):
         file = validate(trainer, epoch)
@@ -138,7 +139,7 @@ def test_a_pass_that_fails_does_not_end_a_training(trainer, monkeypatch, capsys)
 
 def test_a_picture_that_fails_leaves_the_record(trainer, monkeypatch, capsys):
     trainer.logger.loggers.append(logger := Logger())
-    monkeypatch.setattr(mixin, "draw_history", lambda history: 1 / 0)
+    monkeypatch.setattr(routing_record, "draw_history", lambda history: 1 / 0)
     assert list(RoutingHistory.read(validate(trainer)).epochs) == [0]
     assert logger.logged
     assert "of epoch 0 are not drawn (ZeroDivisionError" in capsys.readouterr().out
@@ -163,24 +164,51 @@ def test_weights_that_are_no_numbers_are_null(trainer):
     assert not any(key.startswith("routing/D0/") for key, _ in logger.logged)
 
 
-@pytest.mark.usefixtures("nothing_drawn")
-def test_the_log_says_once_what_recording_costs(trainer, capsys):
-    for epoch in range(2):
+def test_the_log_says_what_all_of_recording_has_cost(trainer, monkeypatch, capsys):
+    """After the first epoch and after the last one."""
+    clock = [0.0]
+
+    def takes(seconds: float, result: Any = None) -> Any:
+        def work(*arguments: object) -> Any:
+            clock[0] += seconds
+            return result
+
+        return work
+
+    means = {target: [0.5] * len(names) for target, names in trainer.network.routing_sources.items()}
+    monkeypatch.setattr(routing_record, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ValidationRecorder, "observe", takes(1.0))
+    monkeypatch.setattr(ValidationRecorder, "means", takes(10.0, means))
+    monkeypatch.setattr(RoutingHistory, "write", takes(100.0))
+    monkeypatch.setattr(routing_record, "save_figure", takes(1000.0))
+    trainer._routing_record = routing_record.RoutingRecord(trainer, writes=True)
+    trainer.num_epochs = 3
+    for epoch in range(3):
         validate(trainer, epoch)
-    out = capsys.readouterr().out
-    assert re.search(r"recording the attention weights of this epoch took \d+\.\d s; nnUNet_xattnres_record=false", out)
-    assert out.count("nnUNet_xattnres_record") == 1
+    told = re.findall(r"weights has taken (\S+) s of (\S+) s so far; (\S+) switches", capsys.readouterr().out)
+    # There is no picture, so it is drawn in every epoch.
+    each, switch = 3 * 1.0 + 10 + 100 + 1000, "nnUNet_xattnres_record=false"
+    assert told == [(str(each), str(each), switch), (str(3 * each), str(3 * each), switch)]
 
 
-@pytest.mark.parametrize("value, records", [("false", False), ("0", False), ("True", True), ("t", True)])
+@pytest.mark.parametrize(
+    "value, records", [("false", False), ("0", False), ("F", False), ("True", True), ("1", True), ("t", True)]
+)
 def test_a_variable_switches_it_off(nnunet_environment, monkeypatch, value, records):
-    monkeypatch.setattr(mixin, "save_figure", lambda draw, path: None)
+    monkeypatch.setattr(routing_record, "save_figure", lambda draw, path: None)
     monkeypatch.setenv("nnUNet_xattnres_record", value)
     passes = []
     monkeypatch.setattr(ValidationRecorder, "observe", lambda self, data: passes.append(data))
     trainer = make_initialized_trainer(nnunet_environment, configuration="2d_small")
     assert not validate(trainer).exists()
     assert bool(passes) == records
+
+
+@pytest.mark.parametrize("value", ["yes", "on", "", "false "])
+def test_another_word_is_refused_when_the_trainer_is_made(nnunet_environment, monkeypatch, value):
+    monkeypatch.setenv("nnUNet_xattnres_record", value)
+    with pytest.raises(XAttnResError, match=f"^nnUNet_xattnres_record={value} is neither true, 1, t nor false, 0, f: "):
+        make_initialized_trainer(nnunet_environment, configuration="2d_small")
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerPlanned", "nnUNetTrainerNoSkip"])
@@ -200,7 +228,7 @@ def test_a_compiled_network_is_recorded_as_it_is_uncompiled(trainer):
     for network in (trainer.network, torch.compile(trainer.network, backend=counter)):
         trainer.network = network
         trainer.on_validation_epoch_start()
-        trainer.routing_recorder.observe(image)
-        recorded.append(trainer.routing_recorder.means())
+        trainer._routing_record.recorder.observe(image)
+        recorded.append(trainer._routing_record.recorder.means())
     assert counter.frame_count == 0
     assert recorded[0] == recorded[1]

@@ -24,7 +24,7 @@ from nnunet_xattnres.model.planned_unet import PlannedUNet
 from nnunet_xattnres.nnunet.installation import list_trainers
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
 from nnunet_xattnres.ops import native_library
-from nnunet_xattnres.training import mixin
+from nnunet_xattnres.training import mixin, variables
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, check_bases
 
 NAMES = [name for name, _ in list_trainers()]
@@ -171,9 +171,23 @@ class TestCheckpointsByTime:
     def test_short_epochs_are_as_in_nnunet(self, latest):
         assert latest([0.1] * 101) == [49, 99]
 
-    def test_a_class_may_say_otherwise(self, latest, trainer, monkeypatch):
-        monkeypatch.setattr(type(trainer), "checkpoint_minutes", float("inf"))
-        assert latest([45] * 51) == [49]
+    def test_class_and_variable_may_say_otherwise(self, nnunet_environment, monkeypatch):
+        rare = type("Rare", (MyTrainer,), {"checkpoint_minutes": float("inf")})
+        assert make_trainer(nnunet_environment, rare, CONFIGURATION)._checkpoint_seconds == float("inf")
+        monkeypatch.setenv("nnUNet_xattnres_checkpoint_minutes", "90")
+        assert make_trainer(nnunet_environment, rare, CONFIGURATION)._checkpoint_seconds == 90 * 60
+
+    @pytest.mark.parametrize("value", ["inf", "120"])
+    def test_a_user_may_say_otherwise(self, latest, trainer, monkeypatch, value):
+        monkeypatch.setenv("nnUNet_xattnres_checkpoint_minutes", value)
+        trainer._checkpoint_seconds = 60 * variables.checkpoint_minutes(trainer.checkpoint_minutes)
+        assert latest([45] * 5) == {"inf": [], "120": [1, 3]}[value]
+
+    @pytest.mark.parametrize("value", ["half an hour", "0", "-5", "nan", ""])
+    def test_a_time_that_is_none_is_refused_when_the_trainer_is_made(self, nnunet_environment, monkeypatch, value):
+        monkeypatch.setenv("nnUNet_xattnres_checkpoint_minutes", value)
+        with pytest.raises(XAttnResError, match=f"^nnUNet_xattnres_checkpoint_minutes={value} is no positive number: "):
+            make_trainer(nnunet_environment, MyTrainer, CONFIGURATION)
 
     def test_the_last_epoch_writes_the_final_one_alone(self, latest, trainer):
         trainer.num_epochs = 2
