@@ -16,6 +16,7 @@ from nnunet_xattnres.benchmark.report import check_output, write_report
 from nnunet_xattnres.benchmark.result_folders import MISSING, Result, read_result
 from nnunet_xattnres.benchmark.tables import Tables, make_table
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.text import counted
 from nnunet_xattnres.nnunet.datasets import check_nifti_files
 
 REMEDY = "get the prediction again, or remove it, and its case is left out"
@@ -88,7 +89,9 @@ def _check(options: Options) -> None:
     if len(places) == 1:
         raise XAttnResError("there is only one result: give two or more")
     if options.group and len(options.group) != len(places):
-        raise XAttnResError(f"--group has {len(options.group)} names for {len(places)} results: give one for each")
+        raise XAttnResError(
+            f"--group has {counted(len(options.group), 'name')} for {len(places)} results: give one for each"
+        )
     if not 0 < options.nsd_tolerance_mm < math.inf:
         raise XAttnResError("--nsd-tolerance-mm must be a number above 0")
 

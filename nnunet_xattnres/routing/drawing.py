@@ -156,7 +156,8 @@ class CasePicture:
 
     title: names the case and the slice.
     image, prediction: [row, column]. spacing: of rows and columns in mm. labels: the names of the prediction's values.
-    maps: by target and source, a slice of the map and its mean over the predicted foreground of the whole case.
+    maps: by target and source, a slice of the map and its mean over the predicted foreground of the whole case. The
+        mean is NaN where nothing is predicted as foreground.
     """
 
     title: str
@@ -213,10 +214,13 @@ def draw_case(picture: CasePicture) -> Figure:
     page.text(page.width - 0.1, rows_centre, WEIGHT, rotation=90, ha="right", va="center")
     for column, source in enumerate(sources):
         page.text(left_margin + column * (width + gap) + width / 2, rows_top - 0.06, source, ha="center", va="bottom")
+    has_means = not any(np.isnan(mean) for maps in picture.maps.values() for _, mean in maps.values())
+    numbers = "numbers: mean over the predicted foreground of the whole case"
+    no_numbers = "no numbers: nothing is predicted as foreground in the whole case"
     page.text(
         0.1,
         page.height - 0.1,
-        "rows: targets; columns: sources\nnumbers: mean over the predicted foreground of the whole case\n" + CAVEAT,
+        f"rows: targets; columns: sources\n{numbers if has_means else no_numbers}\n{CAVEAT}",
         ha="left",
         va="bottom",
     )
@@ -239,7 +243,7 @@ def _draw_weights(
     axis.text(
         0.04,
         0.04,
-        f"{mean:.2f}",
+        "" if np.isnan(mean) else f"{mean:.2f}",
         transform=axis.transAxes,
         color="white",
         fontsize=SMALL_FONT_SIZE,

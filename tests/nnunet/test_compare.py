@@ -328,7 +328,7 @@ class TestBadInput:
             (["{first}"], "there is only one result"),
             (["{first}", "{first}/"], "is given twice"),
             (["{first}", "nowhere"], "nowhere is no folder: give an nnU-Net result folder"),
-            (["{first}", "{second}", "--group", "one"], "--group has 1 names for 2 results"),
+            (["{first}", "{second}", "--group", "one"], "--group has 1 name for 2 results"),
             (["{first}", "{second}", "--nsd-tolerance-mm", "0"], "--nsd-tolerance-mm must be a number above 0"),
             (["{first}", "{second}", "--nsd-tolerance-mm", "nan"], "--nsd-tolerance-mm must be a number above 0"),
             (["{first}", "{second}", "--folds", "7"], "has no predictions of a finished validation in these folds"),

@@ -36,7 +36,8 @@ from nnunet_xattnres.ops.alignment import resize
 from nnunet_xattnres.routing.drawing import draw_case
 from nnunet_xattnres.routing.recording import RECORD
 from nnunet_xattnres.tools.inspection import case, command, trained_model
-from nnunet_xattnres.tools.inspection.knock_out import OFF_DISTRIBUTION, _cell, _sample, _share_changed
+from nnunet_xattnres.tools.inspection.knock_out import _sample, share_changed
+from nnunet_xattnres.tools.inspection.knock_out_report import OFF_DISTRIBUTION, effect_cell
 from nnunet_xattnres.tools.inspection.regions import Regions
 from nnunet_xattnres.tools.inspection.trained_model import Model, NetworkWithWeights
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
@@ -312,7 +313,7 @@ class TestKnockOut:
             nibabel.save(nibabel.Nifti1Image(reference.astype(np.uint8), image.affine), labels / f"{name}.nii.gz")
         rows = self.knock_out(model, images, out, "--labels", labels)
         printed = capsys.readouterr().out
-        assert "--knock-out: 1 pairs of target and source x 2 cases = 2 predictions" in printed
+        assert "--knock-out: 1 pair of target and source x 2 cases = 2 predictions" in printed
         assert OFF_DISTRIBUTION in printed and "| D2 | E1 | " in printed
         assert printed.endswith((out / "knock_out.md").read_text())
         # The network is whole again for the second case, which is the same.
@@ -345,7 +346,7 @@ class TestKnockOut:
         rows = self.knock_out(model, images, tmp_path / "out")
         assert 0 < float(rows["changed"]["share_changed"]) <= 1
         assert rows["changed"]["low"] == rows["changed"]["high"] == ""  # a single case has no interval
-        assert _share_changed(np.array([0, 1, 1, 2, 0]), np.array([0, 1, 2, 0, 0])) == pytest.approx(2 / 3)
+        assert share_changed(np.array([0, 1, 1, 2, 0]), np.array([0, 1, 2, 0, 0])) == pytest.approx(2 / 3)
 
     def test_at_block_level(self, nnunet_environment, images, tmp_path):
         model = make_model(nnunet_environment, "nnUNetTrainerXAttnResBlockInput", "2d_small")
@@ -359,7 +360,10 @@ class TestKnockOut:
             (["--sources", "E0"], "--sources is for --knock-out: add that, or leave --sources out"),
             (["--labels", "."], "--labels is for --knock-out"),
             (["--knock-out", "--sources", "E9"], "no chosen target has a source E9: choose from E0, "),
-            (["--knock-out", "--labels", "nowhere"], "1 of 1 cases have no reference, such as nowhere/a.nii.gz"),
+            (
+                ["--knock-out", "--labels", "nowhere"],
+                "nowhere/a.nii.gz does not exist (1 of 1 reference missing): --labels takes ",
+            ),
         ],
     )
     def test_mistakes(self, model, images, tmp_path, capsys, options, message):
@@ -391,9 +395,43 @@ class TestKnockOut:
         assert not (tmp_path / "out").exists()
 
     def test_what_is_undefined_is_left_out(self):
-        assert _cell(_sample([np.nan]), signed=True) == "undefined"
-        assert _cell(_sample([np.nan, -0.25]), signed=True) == "-0.250"
-        assert _cell(_sample([-0.0001, -0.0002]), signed=True) == "+0.000 [+0.000, +0.000]"
+        assert effect_cell(_sample([np.nan]), is_signed=True) == "undefined"
+        assert effect_cell(_sample([np.nan, -0.25]), is_signed=True) == "-0.250"
+        assert effect_cell(_sample([-0.0001, -0.0002]), is_signed=True) == "+0.000 [+0.000, +0.000]"
+
+    def test_where_nothing_is_predicted_it_is_said(self, model, images, tmp_path, monkeypatch, capsys):
+        """There is no mean over the foreground, and no voxel of it that could change."""
+        segmentation = Model.segmentation
+        monkeypatch.setattr(Model, "segmentation", lambda *arguments: np.zeros_like(segmentation(*arguments)))
+        pictures = []
+        monkeypatch.setattr(case, "draw_case", lambda picture: pictures.append(draw_case(picture)) or pictures[0])
+        (row,) = self.knock_out(model, images, tmp_path / "out").values()
+        assert row["mean_weight"] == row["share_changed"] == "" and row["cases"] == "0"
+        printed = capsys.readouterr().out
+        assert "Nothing is predicted as foreground in 1 case: no mean weight." in printed
+        assert "| D2 | E1 | undefined | undefined |" in printed
+        texts = [text.get_text() for axis in pictures[0].axes for text in axis.texts]
+        notes = " ".join(text.get_text() for text in pictures[0].texts)
+        assert not any(texts) and "no numbers: nothing is predicted as foreground" in notes
+
+    def test_an_earlier_report_is_replaced_as_a_whole(self, model, images, tmp_path):
+        out = tmp_path / "out"
+        for name in ("a/routing.json", "knock_out.csv", "knock_out.pdf"):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("of an earlier inspection")
+        self.knock_out(model, images, out)
+        assert sorted(file.name for file in out.iterdir()) == ["a", "knock_out.csv", "knock_out.md", "knock_out.png"]
+
+    @pytest.mark.parametrize("name", ["knock_out.md", "knock_out.pdf", "training.pdf"])
+    def test_a_file_that_is_not_from_inspect_is_not_replaced(self, model, images, tmp_path, capsys, name):
+        history_of(4, 2).write(model / "fold_0" / RECORD)
+        mine = tmp_path / "out" / name
+        mine.parent.mkdir()
+        mine.write_text("two years of work")
+        assert inspect("-m", model, "-f", 0, "-i", images, "-o", mine.parent, "--knock-out", "--pdf") == 1
+        assert f"{mine} is not from inspect, which would replace it: choose another -o" in capsys.readouterr().err
+        assert mine.read_text() == "two years of work"
+        assert list(mine.parent.iterdir()) == [mine]
 
 
 class TestMistakes:
@@ -532,7 +570,7 @@ class TestMistakes:
     def test_a_missing_channel(self, nnunet_environment, model, image):
         model = Model(model, "0", FINAL_CHECKPOINT, ["D0"], CPU)
         model.channel_names = ["T1", "T2"]
-        with pytest.raises(XAttnResError, match=r"comes with 1 channels, but the model reads 2: add _0001 T2$"):
+        with pytest.raises(XAttnResError, match=r"comes with 1 channel, but the model reads 2: add _0001 T2$"):
             model.read([str(image)])
 
     def test_channels_that_do_not_fit_each_other(self, model, image, tmp_path, capsys):

@@ -151,6 +151,11 @@ def test_means_are_taken_by_label_and_place_inside_only():
     assert regions.foreground_mean(weights) == pytest.approx((0.5 + 8 * 0.25) / 9)
 
 
+def test_without_foreground_it_has_no_mean():
+    regions = Regions(np.zeros((1, 3, 3), np.uint8), np.ones((1, 3, 3), bool), {0: "background"})
+    assert np.isnan(regions.foreground_mean(np.ones((1, 3, 3))))
+
+
 class TestCases:
     def test_channels_of_a_case_belong_together(self, tmp_path):
         foreign = ("notes.txt", "b.nii.gz", "._b_0000.nii.gz", "b_000.nii.gz", "b_0000.nrrd")

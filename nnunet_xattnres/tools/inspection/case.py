@@ -1,9 +1,10 @@
 """What `inspect` writes for one case."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from nnunet_xattnres.common.errors import one_line
 from nnunet_xattnres.routing.drawing import CasePicture, draw_case, save_figure
 from nnunet_xattnres.routing.recording import CAVEAT, DECIMALS
-from nnunet_xattnres.tools.inspection.knock_out import Effects, KnockOut
+from nnunet_xattnres.tools.inspection.knock_out import KnockOut
 from nnunet_xattnres.tools.inspection.nifti import as_nifti
 from nnunet_xattnres.tools.inspection.regions import LabelMap, Regions, Volume
 from nnunet_xattnres.tools.inspection.slices import Slice
@@ -37,17 +38,15 @@ def inspect_case(
     Raises `XAttnResError` for images that do not fit the model, and `OSError` if a file cannot be written.
     """
     image, properties = model.read(files)
+    references = knock_out.references if knock_out else None
+    reference = references.read(case, image, properties) if references else None
 
     def as_image(volume: Volume | LabelMap) -> nibabel.Nifti1Image:
         return as_nifti(volume, properties, Path(files[0]))
 
-    reference = knock_out.reference(case, image, properties) if knock_out else None
     logits, weights = model.predict(image, properties)
     prediction = model.segmentation(logits, properties)
-    try:
-        model.reader.write_seg(prediction, str(folder / f"prediction{model.dataset_json['file_ending']}"), properties)
-    except RuntimeError as error:  # SimpleITK raises it for a full disk
-        raise OSError(one_line(str(error))) from None
+    _write_segmentation(model, prediction, properties, folder)
     inside = model.in_image_geometry(np.ones(logits.shape[1:], np.float32), properties) > 0.5
     regions = Regions(prediction, inside, model.labels)
     shown = Slice(as_image(prediction))
@@ -60,16 +59,16 @@ def inspect_case(
     )
     # By target, label, place and source.
     means: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    with tqdm(
-        model.maps(weights, properties), total=model.num_maps, unit="map", disable=not model.predictor.allow_tqdm
-    ) as maps:
-        for target, source, weight_map in maps:
-            volume = as_image(weight_map)
-            nibabel.save(volume, folder / f"{target}_from_{source}.nii.gz")
-            picture.maps.setdefault(target, {})[source] = shown.of(volume), regions.foreground_mean(weight_map)
-            for label, places in regions.means(weight_map).items():
-                for place, mean in places.items():
-                    means.setdefault(target, {}).setdefault(label, {}).setdefault(place, {})[source] = mean
+    maps = model.maps(weights, properties)
+    for target, source, weight_map in tqdm(
+        maps, total=model.num_maps, unit="map", disable=not model.predictor.allow_tqdm
+    ):
+        volume = as_image(weight_map)
+        nibabel.save(volume, folder / f"{target}_from_{source}.nii.gz")
+        picture.maps.setdefault(target, {})[source] = shown.of(volume), regions.foreground_mean(weight_map)
+        for label, places in regions.means(weight_map).items():
+            for place, mean in places.items():
+                means.setdefault(target, {}).setdefault(label, {}).setdefault(place, {})[source] = mean
     record = {
         "model": str(model.folder.parent),
         "trainer": model.trainer,
@@ -82,22 +81,29 @@ def inspect_case(
     }
     if knock_out:
         foreground_means = {
-            target: {source: mean for source, (_, mean) in maps_of_target.items()}
-            for target, maps_of_target in picture.maps.items()
+            (target, source): mean
+            for target, of_target in picture.maps.items()
+            for source, (_, mean) in of_target.items()
         }
         effects = knock_out.of_case(image, properties, prediction, reference, foreground_means)
-        record["dice_change" if reference is not None else "share_changed"] = _rounded(effects)
+        record["share_changed" if reference is None else "dice_change"] = _by_target(effects)
     (folder / "routing.json").write_text(json.dumps(record, indent=2, allow_nan=False))
     for file_format in formats:
         save_figure(lambda: draw_case(picture), folder / f"routing.{file_format}")
 
 
-def _rounded(effects: Effects) -> dict[str, dict[str, dict[str, float | None]]]:
-    """For JSON, which has no NaN."""
-    return {
-        target: {
-            source: {label: None if isnan(effect) else round(effect, DECIMALS) for label, effect in of_source.items()}
-            for source, of_source in of_target.items()
+def _write_segmentation(model: Model, prediction: LabelMap, properties: dict[str, Any], folder: Path) -> None:
+    try:
+        model.reader.write_seg(prediction, str(folder / f"prediction{model.dataset_json['file_ending']}"), properties)
+    except RuntimeError as error:  # SimpleITK raises it for a full disk
+        raise OSError(one_line(str(error))) from None
+
+
+def _by_target(effects: Mapping[tuple[str, str], Mapping[str, float]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """By target, source and label. None stands for NaN, which JSON does not have."""
+    nested: dict[str, dict[str, dict[str, float | None]]] = {}
+    for (target, source), of_pair in effects.items():
+        nested.setdefault(target, {})[source] = {
+            label: None if isnan(effect) else round(effect, DECIMALS) for label, effect in of_pair.items()
         }
-        for target, of_target in effects.items()
-    }
+    return nested

@@ -1,7 +1,7 @@
 """The command `nnunet-xattnres inspect`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
@@ -20,9 +20,12 @@ from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 from nnunet_xattnres.tools.inspection.case import inspect_case
 from nnunet_xattnres.tools.inspection.image_files import find_cases
 from nnunet_xattnres.tools.inspection.knock_out import KnockOut
+from nnunet_xattnres.tools.inspection.knock_out_report import FILES as REPORT_FILES
+from nnunet_xattnres.tools.inspection.references import References
 from nnunet_xattnres.tools.inspection.trained_model import Model
 
 OWN_FILES = re.compile(r"routing\.(json|png|pdf)|prediction\..+|[^.]+_from_[^.]+\.nii\.gz")
+TRAINING_PICTURE = "training.pdf"
 DISK_FULL = (ENOSPC, EDQUOT, None)  # SimpleITK gives no number
 
 
@@ -61,8 +64,8 @@ def run_inspect(options: Options) -> None:
     """Write the attention weights of the model in every case and, if asked for, what the loss of a source costs.
 
     Raises `XAttnResError` for a folder without an XAttnRes model, a target or source that the model does not have,
-    images and references that cannot be read or do not fit the model, an output that cannot be written, and too little
-    memory.
+    images and references that cannot be read or do not fit the model, an output that cannot be written or that would
+    replace files of others, and too little memory.
     """
     for option, value in (("--sources", options.sources), ("--labels", options.labels)):
         if value is not None and not options.knock_out:
@@ -72,19 +75,13 @@ def run_inspect(options: Options) -> None:
         limit_memory(free_memory())
     model = Model(options.model, options.fold, options.checkpoint, options.targets, device, options.trust_checkpoint)
     cases = find_cases(options.images, model.dataset_json["file_ending"])
-    for case in cases:
-        _check_replaceable(options.output / case)
+    history = _history_of(model) if options.pdf else None
+    beside_the_cases = [*(REPORT_FILES if options.knock_out else ()), *([TRAINING_PICTURE] if history else ())]
+    _check_replaceable(options.output, list(cases), beside_the_cases)
     check_writable(options.output, "-o")
     with _errors_explained("the images", device):
         check_nifti_files(Path(file) for files in cases.values() for file in files)
-    knock_out = None
-    if options.knock_out:
-        knock_out = KnockOut(model, options.sources, options.labels, list(cases))
-        with _errors_explained("the references", device):
-            check_nifti_files(knock_out.references.values())
-            knock_out.check_references(cases)
-        print(knock_out.cost, flush=True)
-    history = _history_of(model) if options.pdf else None
+    knock_out = _prepared_knock_out(model, cases, options, device) if options.knock_out else None
     formats = ["png", "pdf"] if options.pdf else ["png"]
     # Two progress bars would overwrite each other. With several cases there is one bar over the cases. With a single
     # case there is one over its tiles, and then one over its maps.
@@ -104,10 +101,28 @@ def run_inspect(options: Options) -> None:
                 _move(folder, options.output / case)
         if knock_out is not None:
             with _errors_explained("the table", device):
-                print(f"\n{knock_out.write(options.output, formats)}", end="")
+                report = knock_out.report()
+                report.write(temporary, formats)
+                for name in REPORT_FILES:
+                    _replace(temporary / name, options.output / name)
+            print(f"\n{report.markdown()}", end="")
         if history is not None:
             with _errors_explained("the training", device):
-                save_figure(lambda: draw_history(history), options.output / "training.pdf")
+                save_figure(lambda: draw_history(history), options.output / TRAINING_PICTURE)
+
+
+def _prepared_knock_out(
+    model: Model, cases: Mapping[str, Sequence[str]], options: Options, device: torch.device
+) -> KnockOut:
+    """Check the sources and every reference, and print what the predictions cost, before the first of them."""
+    references = References(model, options.labels, list(cases)) if options.labels else None
+    knock_out = KnockOut(model, options.sources, references, len(cases))
+    if references is not None:
+        with _errors_explained("the references", device):
+            check_nifti_files(references.files.values())
+            references.check(cases)
+    print(knock_out.cost, flush=True)
+    return knock_out
 
 
 def _history_of(model: Model) -> RoutingHistory | None:
@@ -141,11 +156,25 @@ def _errors_explained(what: str, device: torch.device) -> Iterator[None]:
         raise XAttnResError(f"too little memory for {what}{detail}: {remedy}") from None
 
 
-def _check_replaceable(place: Path) -> None:
-    """Raise `XAttnResError` if `place`, which will be replaced, holds anything that inspect has not written."""
-    foreign = [place] if place.is_file() else [file for file in place.glob("*") if not OWN_FILES.fullmatch(file.name)]
+def _check_replaceable(output: Path, cases: Sequence[str], beside_the_cases: Sequence[str]) -> None:
+    """Raise `XAttnResError` if what will be replaced is not from inspect.
+
+    A case's folder may hold files with the names that inspect gives. A file beside the cases may be replaced if the
+    folder of a case shows that inspect has written there.
+
+    beside_the_cases: names of files.
+    """
+    foreign: list[Path] = []
+    for place in (output / case for case in cases):
+        foreign += (
+            [place] if place.is_file() else [file for file in place.glob("*") if not OWN_FILES.fullmatch(file.name)]
+        )
+    is_of_inspect = any(output.glob("*/routing.json"))
+    for file in (output / name for name in beside_the_cases):
+        if file.is_dir() or (file.exists() and not is_of_inspect):
+            foreign.append(file)
     if foreign:
-        raise XAttnResError(f"{foreign[0]} is not from inspect, which would replace {place}: choose another -o")
+        raise XAttnResError(f"{foreign[0]} is not from inspect, which would replace it: choose another -o")
 
 
 def _move(finished: Path, place: Path) -> None:
@@ -153,3 +182,11 @@ def _move(finished: Path, place: Path) -> None:
     if place.exists():
         place.rename(finished.with_name(f"{finished.name}.old"))
     finished.rename(place)
+
+
+def _replace(finished: Path, place: Path) -> None:
+    """Move a finished file to its place. If there is none, an earlier one there is removed: it is of other numbers."""
+    if finished.exists():
+        finished.replace(place)
+    else:
+        place.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Mean weights of the voxels of every predicted label, separately for its interior and its boundary."""
 
 from collections.abc import Iterator, Mapping
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from nnunet_xattnres.routing.recording import DECIMALS
 
 PLACES = ("interior", "boundary")
+FOREGROUND = slice(2, None)  # two places of the background come first
 
 Volume = NDArray[np.floating]
 LabelMap = NDArray[np.integer]
@@ -42,9 +44,9 @@ class Regions:
         return means
 
     def foreground_mean(self, weight_map: Volume) -> float:
-        """The mean weight over all predicted labels except the background, or over all voxels if there are none."""
-        start = 2 if self._counts[2:].any() else 0
-        return float(self._sums(weight_map)[start:].sum() / self._counts[start:].sum())
+        """The mean weight over all predicted labels except the background. NaN where nothing else is predicted."""
+        number = self._counts[FOREGROUND].sum()
+        return float(self._sums(weight_map)[FOREGROUND].sum() / number) if number else nan
 
     def _sums(self, weight_map: Volume) -> NDArray[Any]:
         return np.bincount(self._index, weights=weight_map[self._inside], minlength=2)
