@@ -260,7 +260,7 @@ def _draw_heat_map(page: _Page, heat_map: HeatMap, place: tuple[float, float, fl
     numbers = np.full((len(targets), len(sources)), np.nan)
     for (target, source), number in heat_map.numbers.items():
         numbers[targets.index(target), sources.index(source)] = number
-    largest = max(np.nanmax(np.abs(numbers), initial=0.0), 1e-6)
+    largest = np.nanmax(np.abs(numbers), initial=0.0) or 1.0
     scale = Normalize(-largest if heat_map.signed else 0, largest)
     colours = SIGNED_COLOURS if heat_map.signed else COLOURS
     axis = page.axes(*place)
@@ -290,6 +290,9 @@ def _draw_heat_map(page: _Page, heat_map: HeatMap, place: tuple[float, float, fl
     axis.set_xlabel("source", fontsize=FONT_SIZE)
     axis.xaxis.set_label_position("top")
     axis.set_ylabel("target", fontsize=FONT_SIZE)
+    if np.isnan(numbers).all():
+        axis.text(0.5, 0.5, "undefined", transform=axis.transAxes, ha="center", va="center", fontsize=FONT_SIZE)
+        return
     left, top, width, height = place
     bar = page.axes(left + width + 0.12, top, 0.12, height)
     _draw_colour_bar(bar, scale, colours)

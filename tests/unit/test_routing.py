@@ -141,6 +141,11 @@ class TestHeatMaps:
     def test_no_texts_overlap(self, num_cases):
         assert_no_texts_overlap(draw_heat_maps(self.maps(num_cases), "a note " * 40))
 
+    def test_where_every_number_is_undefined_it_is_said_in_place_of_a_scale(self):
+        nothing = HeatMap("change", "Dice", dict.fromkeys(self.maps(2)[0].numbers, np.nan))
+        (axis,) = draw_heat_maps([nothing], "note").axes
+        assert [text.get_text() for text in axis.texts] == ["undefined"]
+
     def test_zero_is_in_the_middle_of_signed_colours_and_has_no_sign(self):
         figure = draw_heat_maps(self.maps(2), "note")
         scales = [axis.collections[0].norm for axis in figure.axes if axis.get_xlabel() == "source"]
