@@ -1,1 +1,1 @@
-"""The trainer mixin and checkpoints."""
+"""The trainer mixin, checkpoints, and records of attention weights."""

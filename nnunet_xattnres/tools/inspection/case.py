@@ -59,16 +59,15 @@ def inspect_case(
     )
     # By target, label, place and source.
     means: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    maps = model.maps(weights, properties)
-    for target, source, weight_map in tqdm(
-        maps, total=model.num_maps, unit="map", disable=not model.predictor.allow_tqdm
-    ):
-        volume = as_image(weight_map)
-        nibabel.save(volume, folder / f"{target}_from_{source}.nii.gz")
-        picture.maps.setdefault(target, {})[source] = shown.of(volume), regions.foreground_mean(weight_map)
-        for label, places in regions.means(weight_map).items():
-            for place, mean in places.items():
-                means.setdefault(target, {}).setdefault(label, {}).setdefault(place, {})[source] = mean
+    maps, is_single = model.maps(weights, properties), model.predictor.allow_tqdm
+    with tqdm(maps, total=model.num_maps, unit="map", disable=not is_single) as progress:
+        for target, source, weight_map in progress:
+            volume = as_image(weight_map)
+            nibabel.save(volume, folder / f"{target}_from_{source}.nii.gz")
+            picture.maps.setdefault(target, {})[source] = shown.of(volume), regions.foreground_mean(weight_map)
+            for label, places in regions.means(weight_map).items():
+                for place, mean in places.items():
+                    means.setdefault(target, {}).setdefault(label, {}).setdefault(place, {})[source] = mean
     record = {
         "model": str(model.folder.parent),
         "trainer": model.trainer,

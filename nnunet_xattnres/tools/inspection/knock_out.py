@@ -73,14 +73,15 @@ class KnockOut:
         dice_before = self._dice(prediction, reference)
         without = self.model.segmentations_without(image, properties, self.pairs)
         is_single = self.model.predictor.allow_tqdm
-        for pair, other in tqdm(without, total=len(self.pairs), unit="prediction", disable=not is_single):
-            if reference is None:
-                effects[pair] = {CHANGED: share_changed(prediction, other)}
-            else:
-                dice_after = self._dice(other, reference)
-                effects[pair] = {label: dice_after[label] - dice_before[label] for label in dice_before}
-            self._effects[pair].append(effects[pair])
-            self._mean_weights[pair].append(mean_weights[pair])
+        with tqdm(without, total=len(self.pairs), unit="prediction", disable=not is_single) as progress:
+            for pair, other in progress:
+                if reference is None:
+                    effects[pair] = {CHANGED: share_changed(prediction, other)}
+                else:
+                    dice_after = self._dice(other, reference)
+                    effects[pair] = {label: dice_after[label] - dice_before[label] for label in dice_before}
+                self._effects[pair].append(effects[pair])
+                self._mean_weights[pair].append(mean_weights[pair])
         return effects
 
     def report(self) -> KnockOutReport:

@@ -115,14 +115,14 @@ class Model:
         self.labels = {0: "background"} | names_of_values(self.dataset_json["labels"])
         self.reader = self.plans.image_reader_writer_class()
         self.preprocessor = self.configuration.preprocessor_class(verbose=False)
-        network = self._network(planned, checkpoint)
-        with network.routing(targets) as weights:  # raises for a target that the network does not have
-            self.sources = {target: network.routing_sources[target] for target in weights}
+        self.network = self._trained_network(planned, checkpoint)
+        with self.network.routing(targets) as weights:  # raises for a target that the network does not have
+            self.sources = {target: self.network.routing_sources[target] for target in weights}
         # The predictor prints a message on a CPU.
         with redirect_stdout(io.StringIO()):
             self.predictor = nnUNetPredictor(device=device, allow_tqdm=False)
             self.predictor.manual_initialization(
-                network,
+                self.network,
                 self.plans,
                 self.configuration,
                 None,
@@ -132,7 +132,7 @@ class Model:
             )
         # This replaces a network that nnU-Net may have compiled. The sliding window asks the label manager for the
         # number of channels.
-        self.predictor.network = NetworkWithWeights(network, list(self.sources))
+        self.predictor.network = NetworkWithWeights(self.network, list(self.sources))
         self.num_heads = self.label_manager.num_segmentation_heads
         self.num_maps = sum(map(len, self.sources.values()))
         self.predictor.label_manager = SimpleNamespace(num_segmentation_heads=self.num_heads + self.num_maps)
@@ -185,19 +185,16 @@ class Model:
         pairs: targets and sources.
         """
         data = self._preprocessed(image, properties)
-        with_weights, progress = self.predictor.network, self.predictor.allow_tqdm
-        assert isinstance(with_weights, NetworkWithWeights)
-        heads_and_maps = self.predictor.label_manager
-        self.predictor.allow_tqdm = False
-        self.predictor.network, self.predictor.label_manager = with_weights.network, self.label_manager
+        predictor = self.predictor
+        before = predictor.network, predictor.label_manager, predictor.allow_tqdm
+        predictor.network, predictor.label_manager, predictor.allow_tqdm = self.network, self.label_manager, False
         try:
             for target, source in pairs:
-                with with_weights.network.without(target, source):
+                with self.network.without(target, source):
                     logits = self._slide(data)
                 yield (target, source), self.segmentation(logits, properties)
         finally:
-            self.predictor.network, self.predictor.label_manager = with_weights, heads_and_maps
-            self.predictor.allow_tqdm = progress
+            predictor.network, predictor.label_manager, predictor.allow_tqdm = before
 
     def _preprocessed(self, image: Volume, properties: dict[str, Any]) -> Tensor:
         data, _, _ = self.preprocessor.run_case_npy(
@@ -269,7 +266,7 @@ class Model:
         insert_crop_into_image(whole, np.asarray(resampled)[0], properties["bbox_used_for_cropping"])
         return whole.transpose(self.plans.transpose_backward)
 
-    def _network(self, planned: PlannedNetwork, checkpoint: dict[str, Any]) -> PlannedUNet:
+    def _trained_network(self, planned: PlannedNetwork, checkpoint: dict[str, Any]) -> PlannedUNet:
         trainer = find_trainer(self.trainer)
         network = planned.build(trainer, deep_supervision=False)
         if not isinstance(network, PlannedUNet) or not network.routing_sources:
