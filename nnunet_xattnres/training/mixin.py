@@ -92,7 +92,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         for key, value in budget.items():
             setattr(self, key, value)
         self._checkpoint_seconds = 60 * checkpoint_minutes(self.checkpoint_minutes)
-        self._routing_record = RoutingRecord(self, self._is_first_process) if records_weights() else None
+        self._routing_record = RoutingRecord(self) if records_weights() else None
         self._saved_at = self._epoch_ended_at = monotonic()
         # nnU-Net writes it 20 times in its 1000 epochs.
         self.save_every: int = min(self.save_every, max(1, self.num_epochs // 20))
@@ -162,7 +162,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
         if self._routing_record:
-            self._routing_record.end_validation()
+            self._routing_record.end_validation(writes=self._is_first_process)
 
     def on_epoch_end(self) -> None:
         now = monotonic()

@@ -22,15 +22,12 @@ DRAWING_SECONDS = 1.0
 class RoutingRecord:
     """Records the mean attention weights in the trainer's output folder, and sends them to its further loggers.
 
-    writes: whether this is the process that writes. All processes of a distributed training take part.
-
     An error while recording or drawing is a line in the training's log. It does not end the training. The log also says
     what recording costs, after the first epoch and after the last one.
     """
 
-    def __init__(self, trainer: nnUNetTrainer, writes: bool) -> None:
+    def __init__(self, trainer: nnUNetTrainer) -> None:
         self.trainer = trainer
-        self._writes = writes
         self._started_at = self._drawn_at = monotonic()
         self._drawing_seconds = DRAWING_SECONDS
         self._seconds = 0.0
@@ -45,11 +42,12 @@ class RoutingRecord:
         with self._timed(), self._logging_failure("recorded"):
             self.recorder.observe(data)
 
-    def end_validation(self) -> None:
+    def end_validation(self, writes: bool) -> None:
+        """All processes of a distributed training take part. writes: whether this is the one that writes."""
         is_last = self.trainer.current_epoch + 1 >= self.trainer.num_epochs
         with self._timed():
             means = self.recorder.means()
-            if not means or not self._writes:
+            if not means or not writes:
                 return
             with self._logging_failure("recorded"):
                 history = self._record(means)

@@ -181,7 +181,7 @@ def test_the_log_says_what_all_of_recording_has_cost(trainer, monkeypatch, capsy
     monkeypatch.setattr(ValidationRecorder, "means", takes(10.0, means))
     monkeypatch.setattr(RoutingHistory, "write", takes(100.0))
     monkeypatch.setattr(routing_record, "save_figure", takes(1000.0))
-    trainer._routing_record = routing_record.RoutingRecord(trainer, writes=True)
+    trainer._routing_record = routing_record.RoutingRecord(trainer)
     trainer.num_epochs = 3
     for epoch in range(3):
         validate(trainer, epoch)
