@@ -20,7 +20,7 @@ from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, REMEDY, Tables, read
 from nnunet_xattnres.common.errors import XAttnResError, differences
 from nnunet_xattnres.common.files import folder_written_atomically
 
-BY_CELL = ("cells", "cases", "curves")
+BY_CELL = ("cells", "cases", "curves", "label_curves")
 GIVE_ANOTHER = "give a report on the same spec"
 
 
