@@ -63,8 +63,8 @@ def check_names(theirs: Tables, spec: Spec) -> None:
         for dataset in spec.datasets
         for configuration in spec.configurations_of(dataset)
         for arm in spec.arms_of(dataset)
-        for fold in spec.folds
-        for seed in spec.seeds
+        for fold in spec.folds_of(dataset)
+        for seed in spec.seeds_of(dataset)
     )
     if theirs.finished.keys().isdisjoint(names):
         raise XAttnResError(f"--continue-from: the report has no training of this spec's: {GIVE_ANOTHER}")

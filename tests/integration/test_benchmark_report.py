@@ -240,7 +240,7 @@ class TestFigures:
             more = {"configuration": dataset.configurations[0], "family": dataset.family or name}
             rows += [
                 case_row(name, arm.name, fold, 0, f"{fold}{case}", rng.uniform(0.5, 0.9), **more)
-                for fold in spec.folds
+                for fold in spec.folds_of(dataset)
                 for arm in spec.arms_of(dataset)
                 for case in range(2)
             ]
