@@ -5,11 +5,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from nnunet_xattnres.benchmark.cells import FINISHED, RECORD, SPEC, Cell, read_cells, read_planned
 from nnunet_xattnres.benchmark.measuring import (
     Prediction,
     References,
     curve_rows,
+    label_curve_rows,
     measured_cases,
     measuring_versions,
     planned_columns,
@@ -36,7 +39,7 @@ def measured_tables(root: Path, finished: list[Cell]) -> Tables:
     return replace(
         planned,
         cases=measured_cases(predictions),
-        curves=make_table("curves", (row for cell in finished for row in _curve_rows(root, cell))),
+        **_curves(root, finished, references),
         versions=measuring_versions(),
     )
 
@@ -127,6 +130,15 @@ def _arm_row(arm: Arm) -> dict[str, Any]:
     }
 
 
-def _curve_rows(root: Path, cell: Cell) -> list[dict[str, Any]]:
-    checkpoint = read_checkpoint(cell.folder(root) / FINAL_CHECKPOINT, f"delete {cell.folder(root)}, run again")
-    return list(curve_rows(cell_key(cell), checkpoint["logging"]))
+def _curves(
+    root: Path, cells: list[Cell], references: dict[str, _ReferencesOfBenchmark]
+) -> dict[str, pandas.DataFrame]:
+    """The tables "curves" and "label_curves"."""
+    of_means: list[dict[str, Any]] = []
+    of_labels: list[dict[str, Any]] = []
+    for cell in cells:
+        checkpoint = read_checkpoint(cell.folder(root) / FINAL_CHECKPOINT, f"delete {cell.folder(root)}, run again")
+        logged = checkpoint["logging"]
+        of_means += curve_rows(cell_key(cell), logged)
+        of_labels += label_curve_rows(cell_key(cell), logged, references[cell.dataset].labels)
+    return {"curves": make_table("curves", of_means), "label_curves": make_table("label_curves", of_labels)}

@@ -20,7 +20,7 @@ from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, REMEDY, Tables, read
 from nnunet_xattnres.common.errors import XAttnResError, differences
 from nnunet_xattnres.common.files import folder_written_atomically
 
-BY_CELL = ("cells", "cases", "curves")
+BY_CELL = ("cells", "cases", "curves", "label_curves")
 GIVE_ANOTHER = "give a report on the same spec"
 
 
@@ -63,8 +63,8 @@ def check_names(theirs: Tables, spec: Spec) -> None:
         for dataset in spec.datasets
         for configuration in spec.configurations_of(dataset)
         for arm in spec.arms_of(dataset)
-        for fold in spec.folds
-        for seed in spec.seeds
+        for fold in spec.folds_of(dataset)
+        for seed in spec.seeds_of(dataset)
     )
     if theirs.finished.keys().isdisjoint(names):
         raise XAttnResError(f"--continue-from: the report has no training of this spec's: {GIVE_ANOTHER}")

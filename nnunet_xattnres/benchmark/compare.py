@@ -156,13 +156,14 @@ def _check_labels(of_dataset: list[_Run]) -> None:
 def _planned(runs: list[_Run], folds: list[int] | None) -> tuple[Tables, list[Prediction]]:
     """The tables without cases, and the predictions to be measured. folds: as the user has chosen them."""
     cells: list[dict[str, Any]] = []
-    curves: list[dict[str, Any]] = []
+    curves: dict[str, list[dict[str, Any]]] = {"curves": [], "label_curves": []}
     predictions: list[Prediction] = []
     for run, cell, state in _cells(runs, folds):
         costs: dict[str, Any] = {}
         if state == FINISHED:
-            costs, of_cell = run.result.costs(cell)
-            curves += of_cell
+            costs, of_cell = run.result.costs(cell, run.references.labels)
+            for name, rows in of_cell.items():
+                curves[name] += rows
             predictions += run.predictions(cell)
         else:
             title = "{dataset} {trainer} fold {fold} seed {seed}".format(**cell)
@@ -173,7 +174,6 @@ def _planned(runs: list[_Run], folds: list[int] | None) -> tuple[Tables, list[Pr
     tables = Tables(
         cases=make_table("cases", ()),
         cells=make_table("cells", cells),
-        curves=make_table("curves", curves),
         datasets=make_table("datasets", {run.result.dataset: run.references.row() for run in runs}.values()),
         trainers=make_table(
             "trainers",
@@ -188,6 +188,7 @@ def _planned(runs: list[_Run], folds: list[int] | None) -> tuple[Tables, list[Pr
             ),
         ),
         versions=measuring_versions(),
+        **{name: make_table(name, rows) for name, rows in curves.items()},
     )
     return tables, predictions
 

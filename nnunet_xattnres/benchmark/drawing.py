@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from nnunet_xattnres.benchmark.comparisons import case_values
+from nnunet_xattnres.benchmark.learning_curves import learning_curves
 from nnunet_xattnres.benchmark.results import Results
 from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
 from nnunet_xattnres.benchmark.tables import SET, Tables
@@ -32,6 +33,7 @@ FORMATS = ("png", "pdf")
 FONT_SIZE = 8
 SMALL_FONT_SIZE = 7
 PANELS_PER_ROW = 3
+INCHES_OF_A_NAME = 1.9
 
 
 def write_figures(tables: Tables, results: Results, output: Path) -> list[str]:
@@ -46,6 +48,10 @@ def write_figures(tables: Tables, results: Results, output: Path) -> list[str]:
         figures["_".join(["dice", *key])] = partial(draw_cases, of_set, trainers)
     for key, of_curves in tables.curves.groupby(SET[:2], sort=False):
         figures["_".join(["curves", *key])] = partial(draw_curves, of_curves, trainers)
+    if results.learning:
+        for key, of_curves in learning_curves(tables).groupby(SET[:2], sort=False):
+            finals = [row for row in results.learning["flatness"] if (row["dataset"], row["configuration"]) == key]
+            figures["_".join(["learning", *key])] = partial(draw_learning, of_curves, finals, trainers)
     with figure_style():
         for name, draw in figures.items():
             figure = draw()
@@ -167,11 +173,44 @@ def draw_curves(curves: pandas.DataFrame, trainers: list[str]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     first = curves.iloc[0]
     figure.suptitle(f"{first.dataset}, {first.configuration}: a line per fold and seed", fontsize=FONT_SIZE + 1)
-    handles = [Line2D([], [], label=short_name(trainer), **_line(i)) for i, trainer in enumerate(present)]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=FONT_SIZE, frameon=False
-    )
+    _legend_of_lines(figure, present)
     return figure
+
+
+def draw_learning(curves: pandas.DataFrame, finals: list[dict[str, Any]], trainers: list[str]) -> Figure:
+    """A panel per label, a line per trainer: the median smoothed pseudo-Dice over trainings, and the range around it.
+
+    curves: of `learning_curves`, of one dataset and configuration. finals: its rows of `flatness`.
+    """
+    present = [trainer for trainer in trainers if (curves.trainer == trainer).any()]
+    labels = list(curves.label.unique())
+    has_steps = curves.iterations.nunique(dropna=False) == 1 and curves.iterations.notna().all()
+    figure = Figure(figsize=(max(6.4, 3.2 * len(labels)), 3.4), layout="constrained")
+    for axis, label in zip(figure.subplots(1, len(labels), squeeze=False).flat, labels, strict=True):
+        for final in (row["final"] for row in finals if row["label"] == label):
+            axis.axhline(POINTS * final, color="0.6", linewidth=0.8, zorder=0)
+        for position, trainer in enumerate(present):
+            own = curves[(curves.label == label) & (curves.trainer == trainer)].dropna(subset="smoothed")
+            values = POINTS * own.groupby("epoch").smoothed.agg(["min", "median", "max"])
+            x = values.index * (int(curves.iterations.iloc[0]) if has_steps else 1)
+            line = _line(position)
+            axis.plot(x, values["median"], marker="." if len(values) == 1 else "", **line)
+            axis.fill_between(x, values["min"], values["max"], color=line["color"], alpha=0.1, linewidth=0)
+        axis.set_title(label, fontsize=FONT_SIZE)
+        axis.set_xlabel("steps" if has_steps else "epochs", fontsize=FONT_SIZE)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.tick_params(labelsize=SMALL_FONT_SIZE, length=2)
+        axis.spines[["top", "right"]].set_visible(False)
+    first = curves.iloc[0]
+    figure.suptitle(f"{first.dataset}, {first.configuration}: pseudo-Dice, %", fontsize=FONT_SIZE + 1)
+    _legend_of_lines(figure, present)
+    return figure
+
+
+def _legend_of_lines(figure: Figure, trainers: list[str]) -> None:
+    handles = [Line2D([], [], label=short_name(trainer), **_line(i)) for i, trainer in enumerate(trainers)]
+    ncols = min(len(handles), int(figure.get_figwidth() // INCHES_OF_A_NAME))
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, fontsize=FONT_SIZE, frameon=False)
 
 
 def _line(position: int) -> dict[str, Any]:

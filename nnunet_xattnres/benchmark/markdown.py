@@ -8,6 +8,7 @@ import pandas
 from nnunet_xattnres.benchmark.cells import FINISHED
 from nnunet_xattnres.benchmark.comparisons import SIGNIFICANCE, lacking_cases, unrelated_datasets
 from nnunet_xattnres.benchmark.costs import COSTS
+from nnunet_xattnres.benchmark.learning_curves import FLAT, LEARNED, WINDOW
 from nnunet_xattnres.benchmark.results import UNKNOWN_DEVICE, Results, Rows, versions_of
 from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
 from nnunet_xattnres.benchmark.summaries import MEAN_LABEL
@@ -41,6 +42,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         "back: it says what a training needs, and does not rank networks.",
         *_trainers(tables, results.summary, figures),
         *_empty_references(results.summary),
+        *_learning(results, figures),
         "## Which datasets can tell trainers apart",
         "Standard deviation of the trainers' mean Dice, beside that of the folds and seeds of one trainer (pooled), in "
         "percentage points. Where the ratio is low, differences between trainers drown in those between trainings. "
@@ -255,6 +257,77 @@ def _spreads(rows: Rows) -> str:
         for row in rows
     ]
     return _table(header, lines)
+
+
+def _learning(results: Results, figures: list[str]) -> list[str]:
+    if not results.learning:
+        return []
+    first = short_name(results.learning["flatness"][0]["trainer"])
+    text = (
+        f"Curves are nnU-Net's pseudo-Dice on patches of the validation cases, each value the mean of {WINDOW} epochs. "
+        f"The target is the final pseudo-Dice of {first} in the same fold and seed: the mean of its curve over the "
+        "last quarter of its epochs. Steps and minutes: when the curve first reaches it, the median over trainings, a "
+        "training that does not reach it being later than all others. Beside them the ratio to "
+        f"{first} over trainings: geometric mean and 95 % t interval, in which every fold and seed counts by itself. "
+        "'>': a training has not reached the target and counts with its whole budget, so that the ratio is higher. "
+        f"A training counts if {first} has learned the label (pseudo-Dice of {_points(LEARNED)} or more). Figures: "
+        "median and range over trainings; the grey line is the mean target."
+    )
+    flat = (
+        f"Flat: the curve of {first} gains less than {_points(FLAT)} points in its last quarter, by the least-squares "
+        "line, as the mean over trainings (brackets: the lowest and the highest). Its learning rate falls to 0, so "
+        "that a curve can be flat at the end of a budget that a longer one would beat."
+    )
+    flat_lines = [
+        [
+            _configuration_name(row),
+            row["label"],
+            str(row["trainings"]),
+            _points(row["final"]),
+            f"{_points(row['gain'], '+')} {_interval(row['gain_low'], row['gain_high'], '+')}".strip(),
+            {None: "too short to say", True: "yes", False: "no"}[row["flat"]],
+        ]
+        for row in results.learning["flatness"]
+    ]
+    header = ["dataset", "label", "trainer", "trainings", "reached in", "steps", "minutes", "steps, ratio"]
+    lines = [
+        [
+            _configuration_name(row),
+            row["label"],
+            short_name(row["trainer"]),
+            str(row["trainings"]),
+            str(row["reached"]),
+            _until_target(row["steps"]),
+            _until_target(row["minutes"]),
+            *_learning_ratios(row, first),
+        ]
+        for row in results.learning["steps_to_target"]
+    ]
+    return [
+        "## How fast every trainer learns",
+        text,
+        _table([*header, "minutes, ratio"], lines) if lines else f"{first} has learned no label.",
+        flat,
+        _table(["dataset", "label", "trainings", "final pseudo-Dice", "gain, points", "flat"], flat_lines),
+        *(f"![{name}]({name}.png)" for name in figures if name.startswith("learning")),
+    ]
+
+
+def _until_target(value: float | None) -> str:
+    return "not reached" if value == math.inf else _number(value, ".3g")
+
+
+def _learning_ratios(row: dict[str, Any], first: str) -> list[str]:
+    if short_name(row["trainer"]) == first:
+        return [NOTHING, NOTHING]
+    bound = "> " if row["is_bound"] else ""
+    interval = "" if row["is_bound"] or math.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    minutes = _number(row["minutes_ratio"], ".2f", "x")
+    return [f"{bound}{row['ratio']:.2f}x{interval}", minutes if minutes == NOTHING else bound + minutes]
+
+
+def _configuration_name(row: dict[str, Any]) -> str:
+    return f"{row['dataset']}, {row['configuration']}"
 
 
 def _set_name(row: dict[str, Any]) -> str:

@@ -128,6 +128,19 @@ def planned_columns(plans: dict[str, Any], configuration: str) -> dict[str, Any]
     }
 
 
+def label_curve_rows(
+    cell: dict[str, Any], logged: dict[str, Any], labels: dict[str, tuple[int, ...]]
+) -> Iterator[dict[str, Any]]:
+    """The rows of the table "label_curves", of a trainer that logs a pseudo-Dice per label. labels: those compared."""
+    # nnU-Net sorts labels by their values, and keeps the order of regions.
+    has_regions = any(len(values) > 1 for values in labels.values())
+    names = list(labels) if has_regions else sorted(labels, key=lambda name: labels[name])
+    for epoch, of_epoch in enumerate(logged.get("dice_per_class_or_region", ())):
+        if len(of_epoch) == len(names):
+            for name, dice in zip(names, of_epoch, strict=True):
+                yield cell | {"epoch": epoch, "label": name, "pseudo_dice": float(dice)}
+
+
 def curve_rows(cell: dict[str, Any], logged: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of the table "curves". cell: the columns of `CELL`. logged: what a checkpoint holds of nnU-Net's log."""
     series = zip(logged["train_losses"], logged["val_losses"], logged["mean_fg_dice"], strict=True)

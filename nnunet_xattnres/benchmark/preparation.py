@@ -73,6 +73,7 @@ def prepare(root: Path, spec: Spec, inputs: list[InputDataset]) -> list[Cell]:
             for seed in spec.seeds
             for fold in spec.folds
             for dataset, variants_of_dataset in variants
+            if fold in spec.folds_of(dataset) and seed in spec.seeds_of(dataset)
             for variant in variants_of_dataset
         ]
         write_cells(root, cells)
@@ -93,7 +94,7 @@ class DatasetPreparation:
         self.dataset = dataset
         self.configurations = spec.configurations_of(dataset)
         self.arms = spec.arms_of(dataset)
-        self.folds = spec.folds
+        self.folds = spec.folds_of(dataset)
         self.number = str(int(dataset.name[7:10]))
         self.folder = nnunet.preprocessed / dataset.name
         self.plans: dict[str, dict[str, Any]] = {}
@@ -241,7 +242,7 @@ class DatasetPreparation:
             complete.touch()
 
 
-def _read_splits(path: Path, cases: list[str], folds: tuple[int, ...]) -> list[dict[str, list[str]]]:
+def _read_splits(path: Path, cases: list[str], folds: list[int]) -> list[dict[str, list[str]]]:
     """Read a split. Raises `XAttnResError` if nnU-Net could not train with it, or would replace it by a random one."""
     splits = read_splits(path, "mend or remove it")
     unknown = {case for fold in splits for part in fold.values() for case in part}.difference(cases)

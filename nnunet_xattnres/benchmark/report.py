@@ -13,7 +13,7 @@ from nnunet_xattnres.benchmark.cells import FINISHED, MATRIX
 from nnunet_xattnres.benchmark.drawing import write_figures
 from nnunet_xattnres.benchmark.markdown import markdown
 from nnunet_xattnres.benchmark.results import Results, results_of, versions_of
-from nnunet_xattnres.benchmark.tables import COLUMNS, Tables, has_tables, read_tables, write_csv, write_tables
+from nnunet_xattnres.benchmark.tables import COLUMNS, OPTIONAL, Tables, has_tables, read_tables, write_csv, write_tables
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import check_writable, make_writable_folder, write_text_atomically
 from nnunet_xattnres.nnunet.installation import check_installed
@@ -38,6 +38,8 @@ def write_report(tables: Tables, output: Path) -> None:
     results = results_of(tables)
     for name in ("summary", "comparisons", "spreads"):
         write_csv(pandas.DataFrame(getattr(results, name)), output / f"{name}.csv")
+    for name, rows in results.learning.items():
+        write_csv(pandas.DataFrame(rows), output / f"{name}.csv")
     write_text_atomically(json.dumps(_without_nan(_record(tables, results)), indent=1) + "\n", output / "report.json")
     figures = write_figures(tables, results, output)
     write_text_atomically(markdown(tables, results, figures), output / "report.md")
@@ -67,7 +69,7 @@ def check_output(output: Path, tables: Tables) -> None:
     if (output / MATRIX).exists():
         raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
     check_writable(output, "-o")
-    if not all((output / f"{name}.csv").is_file() for name in COLUMNS):
+    if not all((output / f"{name}.csv").is_file() for name in COLUMNS if name not in OPTIONAL):
         # No report, or one that was interrupted.
         return
     try:
@@ -89,6 +91,7 @@ def _record(tables: Tables, results: Results) -> dict[str, Any]:
         "summary": results.summary,
         "comparisons": results.comparisons,
         "spreads": results.spreads,
+        **results.learning,
         "unfinished_cells": json.loads(unfinished.to_json(orient="records")),
         "versions": versions_of(tables),
     }

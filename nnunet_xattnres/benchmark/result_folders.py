@@ -11,7 +11,7 @@ from nnunetv2.utilities.file_path_utilities import convert_identifier_to_trainer
 
 from nnunet_xattnres.benchmark.cells import FINISHED, MATRIX
 from nnunet_xattnres.benchmark.cost_recording import logged_times, recorded_costs
-from nnunet_xattnres.benchmark.measuring import References, curve_rows, planned_columns
+from nnunet_xattnres.benchmark.measuring import References, curve_rows, label_curve_rows, planned_columns
 from nnunet_xattnres.common.errors import XAttnResError, reason
 from nnunet_xattnres.common.files import read_json
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
@@ -69,13 +69,15 @@ class Result:
         is_complete = not self.planned or (self.predictions[fold] / "summary.json").is_file()
         return FINISHED if is_complete else UNFINISHED
 
-    def costs(self, cell: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Columns of the table "cells" and rows of the table "curves" of a finished fold, as far as logs tell.
+    def costs(
+        self, cell: dict[str, Any], labels: dict[str, tuple[int, ...]]
+    ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+        """Columns of the table "cells" and rows of the tables of curves of a finished fold, as far as logs tell.
 
-        cell: the columns of `CELL`.
+        cell: the columns of `CELL`. labels: those that are compared.
         """
         if not self.planned:
-            return {}, []
+            return {}, {}
         folder = self.predictions[cell["fold"]].parent
         debug = _debug_information(folder)
         gpu = str(debug.get("gpu_name")) if str(debug.get("device")).startswith("cuda") else ""
@@ -86,10 +88,11 @@ class Result:
             checkpoint = read_checkpoint(folder / FINAL_CHECKPOINT, "its times and parameters are unknown")
             logged = checkpoint["logging"]
             known |= {**logged_times(logged), "parameters": _number_of_parameters(checkpoint["network_weights"])}
-            return known, list(curve_rows(cell, logged))
+            curves = {"curves": curve_rows(cell, logged), "label_curves": label_curve_rows(cell, logged, labels)}
+            return known, {name: list(rows) for name, rows in curves.items()}
         except (XAttnResError, KeyError, ValueError, TypeError) as error:
             print(f"{folder}: no costs ({reason(error)})")
-            return known, []
+            return known, {}
 
 
 def read_result(folder: Path, references: Path | None) -> Result:

@@ -5,6 +5,7 @@ from typing import Any
 
 from nnunet_xattnres.benchmark.cells import FINISHED
 from nnunet_xattnres.benchmark.comparisons import compare
+from nnunet_xattnres.benchmark.learning_curves import flatness, steps_to_target
 from nnunet_xattnres.benchmark.summaries import spreads, summarise
 from nnunet_xattnres.benchmark.tables import Tables
 
@@ -15,11 +16,12 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of `summarise`, `compare` and `spreads`."""
+    """The rows of `summarise`, `compare` and `spreads`, and those of learning curves by name, if there are curves."""
 
     summary: Rows
     comparisons: Rows
     spreads: Rows
+    learning: dict[str, Rows]
 
     @property
     def first(self) -> str | None:
@@ -36,7 +38,9 @@ class Results:
 
 
 def results_of(tables: Tables) -> Results:
-    return Results(summarise(tables), compare(tables), spreads(tables))
+    has_curves = not tables.label_curves.empty
+    learning = {"flatness": flatness(tables), "steps_to_target": steps_to_target(tables)} if has_curves else {}
+    return Results(summarise(tables), compare(tables), spreads(tables), learning)
 
 
 def versions_of(tables: Tables) -> list[str]:

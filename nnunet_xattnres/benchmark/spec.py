@@ -64,6 +64,8 @@ T = TypeVar("T")
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, AfterValidator(_is_name)]
 Count = Annotated[int, Field(ge=1)]
+Fold = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 List = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
 AtLeastOne = AfterValidator(_at_least_one)
 AllDifferent = AfterValidator(_all_different)
@@ -104,7 +106,7 @@ class Dataset(_Entry):
     nsd_tolerance_mm: of the normalised surface Dice; in pixels where images have no spacing.
     family: datasets of the same patients share a family, which counts as one in corrections for multiple testing.
     test: predict imagesTs, labelled in labelsTs; by default where a dataset in nnU-Net's raw format has such images.
-    configurations, trainers: which of the spec's; by default all.
+    configurations, trainers, folds, seeds: which of the spec's; by default all.
     """
 
     shorthands = {int: "id", str: "path"}
@@ -117,6 +119,8 @@ class Dataset(_Entry):
     test: bool | None = None
     configurations: Annotated[List[Text], AllDifferent] = ()
     trainers: Annotated[List[Text], AllDifferent] = ()
+    folds: Annotated[List[Fold], AllDifferent] = ()
+    seeds: Annotated[List[Seed], AllDifferent] = ()
 
     @field_validator("path")
     @classmethod
@@ -237,8 +241,8 @@ class Spec(_Entry):
     datasets: Annotated[List[Dataset], AtLeastOne]
     configurations: Annotated[List[Configuration], AtLeastOne, AllDifferent]
     trainers: Annotated[List[Arm], AtLeastOne, AllDifferent]
-    folds: Annotated[List[Annotated[int, Field(ge=0)]], AtLeastOne, AllDifferent]
-    seeds: Annotated[List[Annotated[int, Field(ge=0, lt=2**31)]], AtLeastOne, AllDifferent]
+    folds: Annotated[List[Fold], AtLeastOne, AllDifferent]
+    seeds: Annotated[List[Seed], AtLeastOne, AllDifferent]
     executor: Executor = Executor()
 
     def configurations_of(self, dataset: Dataset) -> list[Configuration]:
@@ -246,6 +250,12 @@ class Spec(_Entry):
 
     def arms_of(self, dataset: Dataset) -> list[Arm]:
         return [arm for arm in self.trainers if arm.name in (dataset.trainers or (arm.name,))]
+
+    def folds_of(self, dataset: Dataset) -> list[int]:
+        return [fold for fold in self.folds if fold in (dataset.folds or (fold,))]
+
+    def seeds_of(self, dataset: Dataset) -> list[int]:
+        return [seed for seed in self.seeds if seed in (dataset.seeds or (seed,))]
 
     @field_validator("configurations", mode="before")
     @classmethod
@@ -263,9 +273,9 @@ class Spec(_Entry):
     @model_validator(mode="after")
     def _check(self) -> "Spec":
         for dataset in self.datasets:
-            for kind in ("configurations", "trainers"):
-                known = [entry.name for entry in getattr(self, kind)]
-                for name in getattr(dataset, kind):
+            for kind in ("configurations", "trainers", "folds", "seeds"):
+                known = [str(getattr(entry, "name", entry)) for entry in getattr(self, kind)]
+                for name in map(str, getattr(dataset, kind)):
                     if name not in known:
                         near = suggestion(name, known) or f"there are {', '.join(known)}"
                         raise XAttnResError(f"{kind} of dataset {dataset.path or dataset.id} has {name}: {near}")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,16 @@ COLUMNS = {
         "val_loss": "float64",
         "pseudo_dice": "float64",
     },
+    "label_curves": {
+        "dataset": "str",
+        "configuration": "str",
+        "trainer": "str",
+        "fold": "int64",
+        "seed": "int64",
+        "epoch": "int64",
+        "label": "str",
+        "pseudo_dice": "float64",
+    },
     "datasets": {"dataset": "str", "family": "str", "nsd_tolerance_mm": "float64", "labels": "str"},
     "trainers": {
         "trainer": "str",
@@ -72,6 +82,8 @@ COLUMNS = {
     },
     "versions": {"package": "str", "version": "str"},
 }
+# Reports of earlier versions lack these. A table without rows has no file.
+OPTIONAL = ("label_curves",)
 # Two trainings with equal settings, dataset, trainer and cases count as the same.
 SETTINGS = ["plans", "patch_size", "batch_size", "features", "iterations", "epochs", "parameters"]
 FLOAT_FORMAT = "%.6g"
@@ -85,7 +97,7 @@ class Tables:
     cases: a row per prediction and label. An undefined metric is NaN. set: "validation" or "test".
     cells: a row per training of the matrix, in whatever state. patch_size: "56x40". features: the channels of every
         stage, "16 32 64". iterations: per epoch, missing for the trainer's default. versions: "package version; ...".
-    curves: a row per epoch.
+    curves: a row per epoch. label_curves: a row per epoch and label; an undefined pseudo-Dice is NaN.
     datasets: labels is "value:name;...", with the values of a region joined by "+".
     trainers: in the order of the spec. All others are compared with the first one.
     versions: of the packages that have measured.
@@ -97,6 +109,7 @@ class Tables:
     datasets: pandas.DataFrame
     trainers: pandas.DataFrame
     versions: pandas.DataFrame
+    label_curves: pandas.DataFrame = field(default_factory=lambda: make_table("label_curves", ()))
 
     @property
     def finished(self) -> dict[tuple[str | int, ...], dict[str, Any]]:
@@ -120,8 +133,12 @@ def make_table(name: str, rows: Iterable[dict[str, Any]]) -> pandas.DataFrame:
 
 def write_tables(tables: Tables, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for field in fields(Tables):
-        write_csv(getattr(tables, field.name), folder / f"{field.name}.csv")
+    for name in (entry.name for entry in fields(Tables)):
+        table, path = getattr(tables, name), folder / f"{name}.csv"
+        if name in OPTIONAL and table.empty:
+            path.unlink(missing_ok=True)
+        else:
+            write_csv(table, path)
 
 
 def write_csv(table: pandas.DataFrame, path: Path) -> None:
@@ -138,7 +155,9 @@ def as_written(table: pandas.DataFrame) -> pandas.DataFrame:
 
 def read_tables(folder: Path) -> Tables:
     """Read the tables of a report. Raises `XAttnResError` if files are missing, damaged or of different reports."""
-    tables = Tables(**{name: _read(folder / f"{name}.csv", columns) for name, columns in COLUMNS.items()})
+    paths = {name: folder / f"{name}.csv" for name in COLUMNS}
+    there = [name for name, path in paths.items() if name not in OPTIONAL or path.exists()]
+    tables = Tables(**{name: _read(paths[name], COLUMNS[name]) for name in there})
     _check_consistency(tables, folder)
     return tables
 

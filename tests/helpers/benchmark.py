@@ -134,7 +134,7 @@ def tables_of(case_rows: list[dict], unfinished: tuple = (), trainers: tuple = (
         {
             **key,
             "state": "finished",
-            "epochs": 2,
+            "epochs": 4,
             "seconds_per_epoch": 10.0 if key["trainer"] == PLANNED else 15.0,
             "parameters": 1_234_567 if key["trainer"] == PLANNED else 2_469_134,
             "peak_memory_gb": math.nan,
@@ -149,9 +149,9 @@ def tables_of(case_rows: list[dict], unfinished: tuple = (), trainers: tuple = (
         for key in keys.to_dict("records")
     ]
     curves = [
-        {**key, "epoch": epoch, "train_loss": -epoch, "val_loss": -epoch, "pseudo_dice": epoch / 2}
+        {**key, "epoch": epoch, "train_loss": -epoch, "val_loss": -epoch, "pseudo_dice": epoch / 4}
         for key in keys.to_dict("records")
-        for epoch in range(2)
+        for epoch in range(4)
     ]
     datasets = [
         {"dataset": name, "family": family, "nsd_tolerance_mm": 1.5, "labels": "1:a"}
@@ -170,6 +170,7 @@ def tables_of(case_rows: list[dict], unfinished: tuple = (), trainers: tuple = (
         make_table("datasets", datasets),
         make_table("trainers", arms),
         make_table("versions", [{"package": "monai", "version": "1.5"}]),
+        make_table("label_curves", ({**row, "label": label} for row in curves for label in cases.label.unique())),
     )
 
 

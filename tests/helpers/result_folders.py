@@ -18,7 +18,12 @@ CONFIGURATION = {
     "architecture": {"arch_kwargs": {"features_per_stage": [8, 16]}},
 }
 SECONDS = {"epoch_start_timestamps": [0.0, 10.0], "epoch_end_timestamps": [3.0, 14.0]}
-LOGGED = {"train_losses": [1.0, 0.5], "val_losses": [1.0, 0.25], "mean_fg_dice": [0.1, 0.75]}
+LOGGED = {
+    "train_losses": [1.0, 0.5],
+    "val_losses": [1.0, 0.25],
+    "mean_fg_dice": [0.1, 0.75],
+    "dice_per_class_or_region": [[0.1, 0.1], [0.9, 0.6]],
+}
 
 
 def label_map(error: int = 0) -> np.ndarray:

@@ -23,7 +23,8 @@ from helpers.benchmark import (
 from helpers.routing import assert_no_texts_overlap
 from nnunet_xattnres.benchmark import report
 from nnunet_xattnres.benchmark.comparisons import case_values
-from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences
+from nnunet_xattnres.benchmark.drawing import draw_cases, draw_curves, draw_differences, draw_learning
+from nnunet_xattnres.benchmark.learning_curves import learning_curves
 from nnunet_xattnres.benchmark.markdown import markdown
 from nnunet_xattnres.benchmark.report import run_report
 from nnunet_xattnres.benchmark.results import results_of
@@ -31,9 +32,11 @@ from nnunet_xattnres.benchmark.spec import read_spec
 from nnunet_xattnres.benchmark.statistics import holm
 from nnunet_xattnres.benchmark.tables import Tables, read_tables, write_tables
 from nnunet_xattnres.cli import main
+from nnunet_xattnres.common.errors import XAttnResError
 
 EVIDENCE = ROOT / "results" / "cpu-evidence"
 WRITTEN = {"cases", "cells", "curves", "datasets", "trainers", "versions", "summary", "comparisons", "spreads"}
+OF_LEARNING_CURVES = {"label_curves", "flatness", "steps_to_target"}
 
 
 @pytest.fixture
@@ -63,7 +66,8 @@ class TestFiles:
         files = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
         assert files == {file.name: file.read_bytes() for file in (tmp_path / "two").iterdir()}
         figures = ["paired_differences", "dice_Dataset001_A_small_validation", "curves_Dataset001_A_small"]
-        expected = {f"{name}.csv" for name in WRITTEN} | {"report.md", "report.json"}
+        figures.append("learning_Dataset001_A_small")
+        expected = {f"{name}.csv" for name in WRITTEN | OF_LEARNING_CURVES} | {"report.md", "report.json"}
         assert files.keys() == expected | {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")}
         assert all(f"![{name}]({name}.png)" in files["report.md"].decode() for name in figures)
         json.loads(files["report.json"], parse_constant=pytest.fail)
@@ -102,6 +106,18 @@ class TestFiles:
         run_report(EVIDENCE, tmp_path)
         committed = {file.name: file.read_bytes() for file in EVIDENCE.iterdir() if file.suffix not in (".png", ".pdf")}
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == committed
+
+    def test_tables_of_an_earlier_version_have_no_curves_of_labels(self, tables, tmp_path, without_figures):
+        of_one = of_dataset(tables, "Dataset001_A")
+        write_tables(of_one, tmp_path / "old")
+        (tmp_path / "old" / "label_curves.csv").unlink()
+        run_report(tmp_path / "old", tmp_path / "one")
+        assert {path.name for path in (tmp_path / "one").glob("*.csv")} == {f"{name}.csv" for name in WRITTEN}
+        assert "How fast every trainer learns" not in (tmp_path / "one" / "report.md").read_text()
+        # It is a report as any other, and not overwritten by one that lacks its trainings.
+        write_tables(of_dataset(tables, "Dataset002_CT"), tmp_path / "other")
+        with pytest.raises(XAttnResError, match="would lack"):
+            run_report(tmp_path / "other", tmp_path / "one")
 
     def test_a_single_trainer_is_reported_alone(self, tables, tmp_path, without_figures):
         alone = tables_of(tables.cases[tables.cases.trainer == OURS].to_dict("records"))
@@ -188,6 +204,22 @@ class TestMarkdown:
         text = markdown(tables, results_of(tables), [])
         assert text.count("Time and memory: cpu.") == 1 and text.count("Time and memory: another.") == 2
 
+    def test_how_fast_trainers_learn(self, tables):
+        one = of_dataset(tables, "Dataset001_A")
+        is_slow = (one.label_curves.trainer == OURS) & (one.label_curves.seed == 1)
+        slower = one.label_curves.pseudo_dice.where(~is_slow, 0.1)
+        mixed = replace(one, label_curves=one.label_curves.assign(pseudo_dice=slower))
+        text = markdown(mixed, results_of(mixed), [])
+        # 0, 0.25, 0.5, 0.75: the mean of the last three is reached in epoch 4 of 50 steps and 10 or 15 s.
+        assert "| Dataset001_A, small | a | Planned | 4 | 4 | 200 | 0.667 | - | - |" in text
+        assert "| Dataset001_A, small | a | XAttnRes | 4 | 2 | not reached | not reached | > 1.00x | > 1.50x |" in text
+        # A quarter of four epochs.
+        assert "| Dataset001_A, small | a | 4 | 50.00 | - | too short to say |" in text
+        text = markdown(one, results_of(one), [])
+        assert "| Dataset001_A, small | a | XAttnRes | 4 | 4 | 200 | 1 | 1.00x [1.00, 1.00] | 1.50x |" in text
+        never = replace(one, label_curves=one.label_curves.assign(pseudo_dice=0.0))
+        assert "Planned has learned no label." in markdown(never, results_of(never), [])
+
 
 class TestFigures:
     def test_texts_do_not_overlap(self, tables):
@@ -208,7 +240,7 @@ class TestFigures:
             more = {"configuration": dataset.configurations[0], "family": dataset.family or name}
             rows += [
                 case_row(name, arm.name, fold, 0, f"{fold}{case}", rng.uniform(0.5, 0.9), **more)
-                for fold in spec.folds
+                for fold in spec.folds_of(dataset)
                 for arm in spec.arms_of(dataset)
                 for case in range(2)
             ]
@@ -225,6 +257,9 @@ class TestFigures:
         values = case_values(evidence.cases)
         assert_no_texts_overlap(draw_cases(values[values.dataset == "Task04_Hippocampus"], trainers))
         assert_no_texts_overlap(draw_curves(evidence.curves[evidence.curves.configuration == "2d_cpu"], trainers))
+        curves = learning_curves(evidence)
+        of_one = curves[curves.configuration == "2d_cpu"]
+        assert_no_texts_overlap(draw_learning(of_one, results.learning["flatness"], trainers))
         text, _, other_pairs = markdown(evidence, results, []).partition("other pairs\n")
         assert text.count("XAttnResBlock - Planned |") == 1 + 2 * 5
         assert "PlannedSameParameters - XAttnRes |" not in text

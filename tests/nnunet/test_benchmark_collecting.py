@@ -22,6 +22,7 @@ from nnunet_xattnres.benchmark import cell_tables, collecting, measuring, report
 from nnunet_xattnres.benchmark.cells import Cell, read_cells, write_cells
 from nnunet_xattnres.benchmark.collecting import collect, take_over
 from nnunet_xattnres.benchmark.locks import locked
+from nnunet_xattnres.benchmark.measuring import label_curve_rows
 from nnunet_xattnres.benchmark.metrics import Metrics
 from nnunet_xattnres.benchmark.report import run_report
 from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, write_spec
@@ -90,6 +91,7 @@ def made_benchmark(tmp_path_factory) -> Path:
         "train_losses": [1.0, np.float32(0.5)],
         "val_losses": [1.0, 0.25],
         "mean_fg_dice": [0.1, np.float64(0.75)],
+        "dice_per_class_or_region": [[0.2, np.nan], [np.float32(0.5), 1.0]],
     }
     write_final_checkpoint(folder, logging=logging)
     return root
@@ -142,6 +144,8 @@ class TestMeasuring:
         assert list(measured.cells.features) == ["8 16", "16 32"]
         assert measured.cells.iterations[0] == 30 and measured.cells.iterations.isna()[1]
         assert list(measured.curves.pseudo_dice) == [0.1, 0.75]
+        of_labels = measured.label_curves[["epoch", "label", "pseudo_dice"]].fillna(-1).to_numpy().tolist()
+        assert of_labels == [[0, "whole", 0.2], [0, "core", -1], [1, "whole", 0.5], [1, "core", 1]]
         assert list(measured.trainers.trainer) == [PLANNED, "wide"]
         assert list(measured.trainers.width.fillna(0)) == [0, 2]
         assert set(measured.versions.package) >= {"monai", "scipy", "pandas", "matplotlib"}
@@ -221,6 +225,21 @@ class TestMeasuring:
         assert str(path) in str(error.value)
         assert str(error.value).endswith(remedy)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "labels, names",
+    [
+        # nnU-Net sorts labels, and keeps the order of regions.
+        ({"core": (2,), "edge": (1,)}, ["edge", "core"]),
+        ({"whole": (1, 2), "edge": (1,)}, ["whole", "edge"]),
+        # A trainer with other outputs than labels.
+        ({"core": (1,)}, []),
+    ],
+)
+def test_the_order_of_labels_in_nnunets_log(labels, names):
+    rows = label_curve_rows({}, {"dice_per_class_or_region": [[0.1, 0.2]]}, labels)
+    assert [(row["label"], row["pseudo_dice"]) for row in rows] == list(zip(names, (0.1, 0.2), strict=False))
 
 
 class TestReport:
@@ -303,7 +322,7 @@ class TestTakingOver:
         # What measures here has measured nothing.
         monkeypatch.setattr(measuring, "version", lambda package: "another")
         run_report(new, tmp_path / "again")
-        for name in ("cases.csv", "curves.csv", "versions.csv", "summary.csv"):
+        for name in ("cases.csv", "curves.csv", "label_curves.csv", "versions.csv", "summary.csv"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "report" / name).read_bytes()
         again, before = (read_tables(tmp_path / name).cells for name in ("again", "report"))
         pandas.testing.assert_frame_equal(again[:1], before[:1])

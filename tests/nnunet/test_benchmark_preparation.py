@@ -126,6 +126,25 @@ class TestRun:
         assert "another spec" in capsys.readouterr().err
         assert steps.count(("plan", TINY)) == 2
 
+    def test_datasets_may_have_fewer_folds_and_seeds(self, tiny, steps, tmp_path, monkeypatch):
+        (tmp_path / "data").mkdir()
+        for name in (TINY, "Dataset124_Tiny"):
+            (tmp_path / "data" / name).symlink_to(tiny)
+        datasets = [f"data/{TINY}", {"path": "data/Dataset124_Tiny", "folds": [2, 1], "seeds": [5]}]
+        cells = []
+        fields = {"configuration": "small", "trainer": PLANNED, "trainer_class": PLANNED, "plans": "nnUNetPlans"}
+        fields |= {"planned_configuration": "small", "num_epochs": 1, "parameters": 1}
+        monkeypatch.setattr(DatasetPreparation, "variants", lambda self: [fields])
+        monkeypatch.setattr(run, "run_cells", lambda root, of_run, machine: cells.extend(of_run))
+        content = SPEC | {"datasets": datasets, "folds": [0, 1, 2], "seeds": [4, 5]}
+        run_benchmark(write_spec_file(content, tmp_path), tmp_path / "out")
+        found = [(cell.seed, cell.fold, cell.dataset) for cell in cells]
+        assert found == [
+            *((4, fold, TINY) for fold in range(3)),
+            (5, 0, TINY),
+            *((5, fold, name) for fold in (1, 2) for name in (TINY, "Dataset124_Tiny")),
+        ]
+
     def test_the_command_for_the_report_can_be_pasted(self, data, steps, tmp_path, capsys):
         out = tmp_path / "a b"
         run_benchmark(write_spec_file(SPEC, tmp_path), out)

@@ -138,6 +138,7 @@ class TestResultFolders:
         out = compare(first, second)
         for written in Path("benchmark").iterdir():
             assert (out / written.name).read_bytes() == written.read_bytes(), written.name
+        assert (out / "label_curves.csv").is_file()
         assert main(["benchmark", "report", "out", "-o", "again"]) == 0
         assert (out / "report.md").read_bytes() == Path("again", "report.md").read_bytes()
 

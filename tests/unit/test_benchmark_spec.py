@@ -81,7 +81,7 @@ def slurm(**keys):
         (
             {"datasets": [[1]]},
             ": datasets, entry 1: must hold path, id, name, nsd_tolerance_mm, family, test, configurations, trainers, "
-            "not [1]",
+            "folds, seeds, not [1]",
         ),
         (dataset(tolerance=1), ": datasets, entry 1: unknown key tolerance: did you mean nsd_tolerance_mm"),
         (dataset(nsd_tolerance_mm=0), ": datasets, entry 1, nsd_tolerance_mm: must be greater than 0, not 0"),
@@ -102,6 +102,9 @@ def slurm(**keys):
         (dataset(trainers=PLANNED), f": datasets, entry 1, trainers: must be a list, not '{PLANNED}'"),
         (dataset(trainers=[PLANNED, PLANNED]), f": datasets, entry 1, trainers: {PLANNED} is there twice: say it once"),
         (dataset(path="/x", trainers=["nnUNetTrainerPlaned"]), f"has nnUNetTrainerPlaned: did you mean {PLANNED}"),
+        (dataset(path="/x", folds=[0, 7]), ": folds of dataset /x has 7: there are 0, 1"),
+        (dataset(path="/x", seeds=[1]), ": seeds of dataset /x has 1: there are 0"),
+        (dataset(path="/x", seeds=[True]), ": datasets, entry 1, seeds, entry 1: must be a valid integer, not True"),
         (dataset(path="/x", configurations=["q"]), ": configurations of dataset /x has q: there are small"),
         (
             dataset(path="$NO_SUCH_VARIABLE/x"),
@@ -257,6 +260,8 @@ def specs(draw) -> Spec:
     """Any spec as `check_spec` leaves it: datasets have a path, a name and a family."""
     names = [f"c{name}" for name in draw(st.lists(NAMES, min_size=1, max_size=3, unique=True))]
     arms = [f"a{name}" for name in draw(st.lists(NAMES, min_size=1, max_size=3, unique=True))]
+    folds = draw(st.lists(st.integers(0, 9), min_size=1, unique=True))
+    seeds = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3, unique=True))
     changes = st.fixed_dictionaries(
         {"features": COUNTS, "epochs": COUNTS},
         optional=dict.fromkeys(("patch_voxels", "batch_size", "iterations", "validation_iterations"), COUNTS),
@@ -273,6 +278,8 @@ def specs(draw) -> Spec:
                     test=st.booleans(),
                     configurations=_some_of(names),
                     trainers=_some_of(arms),
+                    folds=_some_of(folds),
+                    seeds=_some_of(seeds),
                 ),
                 min_size=1,
                 max_size=3,
@@ -291,8 +298,8 @@ def specs(draw) -> Spec:
             )
             for name in arms
         ],
-        folds=draw(st.lists(st.integers(0, 9), min_size=1, unique=True)),
-        seeds=draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3, unique=True)),
+        folds=folds,
+        seeds=seeds,
         executor=draw(
             st.builds(Executor, jobs=COUNTS, num_gpus=COUNTS)
             | st.builds(Executor, kind=st.just("slurm"), parameters=st.dictionaries(NAMES, COUNTS | st.text("ab")))
@@ -385,9 +392,9 @@ def test_a_configuration_that_only_another_planner_plans(tmp_path):
     assert spec.configurations == (Configuration(name="3d_fullres_bs40", base="3d_fullres_bs40"),)
 
 
-def test_datasets_may_have_fewer_configurations_and_trainers(tmp_path):
+def test_datasets_may_have_less_than_the_spec(tmp_path):
     content = TINY_SPEC | {
-        "datasets": ["a", {"path": "b", "trainers": [OURS], "configurations": ["2d"]}],
+        "datasets": ["a", {"path": "b", "trainers": [OURS], "configurations": ["2d"], "folds": [1], "seeds": [0]}],
         "configurations": ["2d", "3d_fullres"],
     }
     spec = read_spec(write_spec_file(content, tmp_path))
@@ -395,6 +402,8 @@ def test_datasets_may_have_fewer_configurations_and_trainers(tmp_path):
     assert arms == [[PLANNED, OURS], [OURS]]
     configurations = [[entry.name for entry in spec.configurations_of(dataset)] for dataset in spec.datasets]
     assert configurations == [["2d", "3d_fullres"], ["2d"]]
+    assert [spec.folds_of(entry) for entry in spec.datasets] == [[0, 1], [1]]
+    assert [spec.seeds_of(entry) for entry in spec.datasets] == [[0], [0]]
 
 
 def test_names_in_plans():
@@ -413,12 +422,25 @@ def test_another_executor_is_the_same_matrix(tmp_path):
     assert without_executor(spec) != without_executor(spec.model_copy(update={"seeds": (0, 1)}))
 
 
-@pytest.mark.parametrize("name", ["msd.yaml", "cpu-evidence.yaml"])
+@pytest.mark.parametrize("name", ["msd.yaml", "cpu-evidence.yaml", "evidence.yaml"])
 def test_committed_specs_are_read(name, monkeypatch):
     for variable in ("MSD", "XATTNRES_DATA"):
         monkeypatch.setenv(variable, "/data")
     spec = read_spec(SPECS / name)
     assert {arm.trainer for arm in spec.trainers} >= {PLANNED, OURS}
+
+
+def test_the_pilot_is_a_part_of_the_evidence(monkeypatch):
+    """But for the second seed of the sarcomas, the evidence continues from it."""
+    monkeypatch.setenv("XATTNRES_DATA", "/data")
+    pilot, evidence = (read_spec(SPECS / f"{name}.yaml") for name in ("evidence-pilot", "evidence"))
+    assert pilot.configurations == evidence.configurations
+    assert pilot.trainers == evidence.trainers[:1]
+    names = [(entry.path, entry.nsd_tolerance_mm, entry.configurations) for entry in pilot.datasets]
+    assert names == [(entry.path, entry.nsd_tolerance_mm, entry.configurations) for entry in evidence.datasets]
+    for of_pilot, of_evidence in zip(pilot.datasets, evidence.datasets, strict=True):
+        assert set(pilot.folds) <= set(evidence.folds_of(of_evidence))
+        assert set(evidence.seeds_of(of_evidence)) & set(pilot.seeds_of(of_pilot))
 
 
 def test_the_decathlons_spec_has_all_tasks_and_folds(monkeypatch):
