@@ -16,6 +16,7 @@ from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.common.files import write_text_atomically
 from nnunet_xattnres.common.samples import Sample, sample
 from nnunet_xattnres.nnunet.datasets import labels_or_regions, unknown_values
+from nnunet_xattnres.nnunet.folders import hint_if_unset
 from nnunet_xattnres.routing.drawing import HeatMap, draw_heat_maps, save_figure
 from nnunet_xattnres.tools.inspection.regions import LabelMap, Volume
 from nnunet_xattnres.tools.inspection.trained_model import Model
@@ -211,7 +212,7 @@ def _references(labels: Path, cases: Sequence[str], file_ending: str) -> dict[st
     if missing:
         raise XAttnResError(
             f"{len(missing)} of {len(cases)} cases have no reference, such as {missing[0]}: --labels takes a folder "
-            "with one for every case, or leave it out"
+            f"with one for every case, or leave it out{hint_if_unset('nnUNet_raw', labels)}"
         )
     return references
 
