@@ -124,8 +124,8 @@ def _add_plans(commands: Commands) -> None:
         "--preset",
         default="XAttnRes",
         metavar="NAME",
-        help="what is added: XAttnRes, NoSkip, Decoder, Finetune, Block or BlockInput. NoSkip is what "
-        "nnUNetTrainerXAttnResNoSkip adds; that name is taken, too (default: %(default)s). The options below change it",
+        help="what is added: XAttnRes, NoSkip, Decoder, Finetune, Block or BlockInput. NoSkip adds what "
+        "nnUNetTrainerXAttnResNoSkip does, and can be called that (default: %(default)s). The options below change it",
     )
     for flag in ("skip-connections", "read-in-encoder", "read-in-decoder"):
         plans.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help="stage level")
