@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
-from typing import NoReturn, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from nnunet_xattnres import __version__
+from nnunet_xattnres.common.argument_parser import Parser
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.config import BACKENDS, FUSIONS
 from nnunet_xattnres.nnunet.installation import check_installed, check_nnunet_version, list_trainers, trainers_folder
@@ -38,18 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Explains a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
-Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="nnunet-xattnres", description="Cross-stage attention residuals (XAttnRes) for nnU-Net v2.")
+def _parser() -> Parser:
+    parser = Parser(prog="nnunet-xattnres", description="Cross-stage attention residuals (XAttnRes) for nnU-Net v2.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_trainers(commands)
@@ -130,8 +124,8 @@ def _add_plans(commands: Commands) -> None:
         "--preset",
         default="XAttnRes",
         metavar="NAME",
-        help="what is added: XAttnRes, NoSkip, Decoder, Finetune, Block or BlockInput, as the trainer of that name "
-        "does (default: %(default)s); the options below change it",
+        help="what is added: XAttnRes, NoSkip, Decoder, Finetune, Block or BlockInput. NoSkip adds what "
+        "nnUNetTrainerXAttnResNoSkip does, and can be called that (default: %(default)s). The options below change it",
     )
     for flag in ("skip-connections", "read-in-encoder", "read-in-decoder"):
         plans.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help="stage level")

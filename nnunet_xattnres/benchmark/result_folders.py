@@ -14,6 +14,7 @@ from nnunet_xattnres.benchmark.cost_recording import logged_times, recorded_cost
 from nnunet_xattnres.benchmark.measuring import References, curve_rows, label_curve_rows, planned_columns
 from nnunet_xattnres.common.errors import XAttnResError, reason
 from nnunet_xattnres.common.files import read_json
+from nnunet_xattnres.nnunet.folders import hint_if_unset, nnunet_folder
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
 
 MISSING, UNFINISHED = "missing", "validation not finished"
@@ -101,11 +102,14 @@ def read_result(folder: Path, references: Path | None) -> Result:
     Raises `XAttnResError` if `folder` is none of both kinds, and if there are no references for it.
     """
     if not folder.is_dir():
-        raise XAttnResError(f"{folder} is no folder: {KINDS}")
+        raise XAttnResError(f"{folder} is no folder: {KINDS}{hint_if_unset('nnUNet_results', folder)}")
     if (folder / MATRIX).exists():
         raise XAttnResError(f"{folder} is the folder of a benchmark: `nnunet-xattnres benchmark report` compares it")
     if references is not None and not references.is_dir():
-        raise XAttnResError(f"--references: {references} is no folder: give the one of the reference segmentations")
+        raise XAttnResError(
+            f"--references: {references} is no folder: give the one of the reference segmentations"
+            f"{hint_if_unset('nnUNet_raw', references)}"
+        )
     if any(folder.glob("fold_*")):
         return _result_folder(folder, references)
     return _folder_of_predictions(folder, references)
@@ -123,11 +127,16 @@ def _result_folder(folder: Path, references: Path | None) -> Result:
     except Exception as error:
         raise XAttnResError(f"{folder / 'plans.json'} cannot be used ({reason(error)}): mend it") from None
     if references is None:
-        references = Path(os.environ.get("nnUNet_preprocessed", "nnUNet_preprocessed"), dataset, "gt_segmentations")
+        try:
+            references = nnunet_folder("nnUNet_preprocessed") / dataset / "gt_segmentations"
+        except XAttnResError as error:
+            raise XAttnResError(
+                f"there are no references of {dataset}: {error}, or give their folder with --references"
+            ) from None
         if not references.is_dir():
             raise XAttnResError(
-                f"there are no references of {dataset}: export nnUNet_preprocessed, in which nnU-Net keeps them as "
-                f"{dataset}/gt_segmentations, or give their folder with --references"
+                f"there are no references of {dataset} as {references}: export another nnUNet_preprocessed, or give "
+                "their folder with --references"
             )
     numbers = {path.name.removeprefix("fold_"): path / "validation" for path in sorted(folder.glob("fold_*"))}
     if "all" in numbers:

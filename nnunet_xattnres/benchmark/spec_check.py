@@ -12,6 +12,7 @@ from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folde
 from nnunet_xattnres.benchmark.spec import PLANNER, Arm, Configuration, Dataset, Spec
 from nnunet_xattnres.common.errors import XAttnResError, suggestion
 from nnunet_xattnres.nnunet.datasets import InputDataset, read_dataset, read_dataset_json
+from nnunet_xattnres.nnunet.folders import dataset_folder
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.nnunet.xattnres_plans import preset_config
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, adds_xattnres, check_bases
@@ -75,13 +76,10 @@ def _input_dataset(dataset: Dataset) -> InputDataset:
 
 
 def _raw_folder(number: int | None) -> str:
-    if "nnUNet_raw" not in os.environ:
-        raise XAttnResError(f"dataset {number}: nnUNet_raw is not set, in which nnU-Net looks for it: export it")
-    found = list(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{number:03d}_*"))
-    if len(found) != 1:
-        there = ", ".join(folder.name for folder in sorted(Path(os.environ["nnUNet_raw"]).glob("Dataset*"))) or "none"
-        raise XAttnResError(f"dataset {number}: nnUNet_raw must hold one of that number; there are {there}")
-    return str(found[0])
+    try:
+        return str(dataset_folder(str(number), "nnUNet_raw"))
+    except XAttnResError as error:
+        raise XAttnResError(f"dataset {number}: {error}") from None
 
 
 def _filled_in(dataset: Dataset, data: InputDataset) -> Dataset:

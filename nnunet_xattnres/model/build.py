@@ -1,5 +1,6 @@
 """Networks with XAttnRes, built from nnU-Net's plans."""
 
+import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
@@ -42,6 +43,15 @@ def build_network_from_plans(
         deep_supervision=deep_supervision,
     )
     return add_xattnres(planned, config)
+
+
+def check_can_be_built(configuration: ConfigurationManager) -> None:
+    """Build the network without memory for its weights. Raises what building it raises.
+
+    The numbers of channels and labels, which plans do not hold, make no difference.
+    """
+    with torch.device("meta"):
+        build_network_from_plans(configuration, 1, 2)
 
 
 def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet | PlannedUNet, config: Config) -> nn.Module:

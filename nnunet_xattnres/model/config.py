@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import inf
 from typing import Any, TypeVar
 
 from nnunet_xattnres.common.errors import XAttnResError, suggestion
@@ -64,8 +63,8 @@ class BlockXAttnResConfig:
         in stages of three or more blocks, which only the encoders of ResEnc plans have. With `bank_includes_input` two
         blocks are enough.
     bank_includes_input: the stage's input opens the bank that its blocks read from (not in the authors' code).
-    kv_ratio: the number of channels of DKVMR's keys, as a fraction of the memory's.
-    temperature: divides ISAR's scores.
+    kv_ratio: the number of channels of DKVMR's keys, as a multiple of the memory's, from 0.001 to 8.
+    temperature: divides ISAR's scores, from 0.001 to 1000.
     backend: as in `XAttnResConfig`. Here, `"native"` and `"triton"` are `"streaming"`, because they compute stage level
         only.
 
@@ -81,7 +80,8 @@ class BlockXAttnResConfig:
 
     def __post_init__(self) -> None:
         _check_flags(self, "isar_in_encoder", "isar_in_decoder", "bank_includes_input")
-        _check_positive(self, "kv_ratio", "temperature")
+        _check_number(self, "kv_ratio", 0.001, 8)
+        _check_number(self, "temperature", 0.001, 1000)
         _check_choice(self, "backend", BACKENDS)
 
     @property
@@ -130,11 +130,10 @@ def _check_choice(config: Config, name: str, choices: tuple[str, ...]) -> None:
         raise XAttnResError(f"{_field(config, name)} must be one of {listed}, not {getattr(config, name)!r}")
 
 
-def _check_positive(config: Config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < inf:
-            raise XAttnResError(f"{_field(config, name)} must be a positive number, not {value!r}")
+def _check_number(config: Config, name: str, lowest: float, highest: float) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise XAttnResError(f"{_field(config, name)} must be a number from {lowest:g} to {highest:g}, not {value!r}")
 
 
 def _field(config: Config, name: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
@@ -24,6 +23,7 @@ from nnunet_xattnres.model.plan_classes import (
     carried_config,
     check_architecture,
 )
+from nnunet_xattnres.nnunet.folders import dataset_folder
 from nnunet_xattnres.nnunet.presets import build_preset
 
 
@@ -145,22 +145,12 @@ def from_dataset(dataset: str, configuration: str, plans_name: str) -> PlannedNe
 
 def plans_of_dataset(dataset: str, plans_name: str) -> Path:
     """The file of the plans of a dataset in nnUNet_preprocessed. Raises `XAttnResError` if there is none."""
-    if not nnUNet_preprocessed.is_set():
-        raise XAttnResError("nnUNet_preprocessed is not set: export it")
-    root = Path(nnUNet_preprocessed)
-    datasets = [folder.name for folder in sorted(root.glob("Dataset*")) if folder.is_dir()]
-    known = suggestion(dataset, datasets) or f"there are {', '.join(datasets) or 'none'}"
-    try:
-        name = str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError):
-        raise XAttnResError(f"nnU-Net knows no dataset {dataset} in {root}: {known}") from None
-    if name not in datasets:
-        raise XAttnResError(f"{root} has no {name}: {known}; nnUNetv2_plan_and_preprocess plans it")
-    path = root / name / f"{plans_name}.json"
+    folder = dataset_folder(dataset)
+    path = folder / f"{plans_name}.json"
     if not path.is_file():
-        others = [file.stem for file in sorted(path.parent.glob("*.json")) if "lans" in file.stem]
+        others = [file.stem for file in sorted(folder.glob("*.json")) if "lans" in file.stem]
         near = suggestion(plans_name, others) or "nnUNetv2_plan_experiment makes them"
-        raise XAttnResError(f"{name} has no plans {plans_name}: {near}")
+        raise XAttnResError(f"{folder.name} has no plans {plans_name}: {near}")
     return path
 
 

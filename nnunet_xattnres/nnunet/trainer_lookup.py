@@ -13,6 +13,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_xattnres.common.errors import XAttnResError, suggestion, type_and_message
 from nnunet_xattnres.common.processes import environment_with
+from nnunet_xattnres.nnunet.folders import hint_if_unset
 from nnunet_xattnres.nnunet.installation import external_trainers
 
 
@@ -26,8 +27,8 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
         if file is not None:
             text = f"cannot load trainer {name}, because {file} fails ({reason}): mend that, or remove it"
         elif isinstance(error, RuntimeError):
-            near = suggestion(name, _trainer_names()) or "see `nnunet-xattnres trainers --list`"
-            text = f"finds no trainer {name}: {near}"
+            see = f"see `nnunet-xattnres trainers --list`{hint_if_unset('nnUNet_extTrainer')}"
+            text = f"finds no trainer {name}: {suggestion(name, _trainer_names()) or see}"
         else:
             text = f"cannot load trainer {name} ({reason}): mend that, or remove what is in the way"
         raise XAttnResError(f"nnU-Net {text}") from None

@@ -6,7 +6,8 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_xattnres.common.errors import XAttnResError, suggestion
+from nnunet_xattnres.common.errors import XAttnResError, suggestion, type_and_message
+from nnunet_xattnres.model.build import check_can_be_built
 from nnunet_xattnres.model.config import Config, XAttnResConfig
 from nnunet_xattnres.model.plan_classes import architecture_with, carried_config
 from nnunet_xattnres.nnunet.installation import TRAINER_PREFIX, list_trainers
@@ -23,20 +24,32 @@ def preset_names() -> list[str]:
 
 
 def preset_config(preset: str) -> Config:
-    """The config of the trainer of this preset. Raises `XAttnResError` if there is none."""
-    known = preset_names()
-    if preset not in known:
-        near = suggestion(preset, known) or f"choose from {', '.join(known)}"
-        raise XAttnResError(f"there is no preset {preset} of XAttnRes: {near}")
-    trainer = TRAINER_PREFIX + DEFAULT_PRESET + (preset if preset != DEFAULT_PRESET else "")
+    """The config of the trainer of this preset.
+
+    preset: NoSkip, XAttnResNoSkip or nnUNetTrainerXAttnResNoSkip, for example.
+
+    Raises `XAttnResError` if there is none.
+    """
+    trainer = TRAINER_PREFIX + _full_name(preset)
     config: Config = getattr(import_module(f"nnunet_xattnres.trainers.{trainer}"), trainer).xattnres_config
     return config
 
 
 def default_plans_name(plans_name: str, preset: str) -> str:
     """nnUNetXAttnResNoSkipPlans for nnUNetPlans and NoSkip."""
-    added = DEFAULT_PRESET + (preset if preset != DEFAULT_PRESET else "")
-    return f"{plans_name.removesuffix(PLANS)}{added}{PLANS}"
+    return f"{plans_name.removesuffix(PLANS)}{_full_name(preset)}{PLANS}"
+
+
+def _full_name(preset: str) -> str:
+    """XAttnResNoSkip, of whichever name of a preset. Raises `XAttnResError` if there is none."""
+    known = preset_names()
+    short = preset.removeprefix(TRAINER_PREFIX + DEFAULT_PRESET).removeprefix(DEFAULT_PRESET) or DEFAULT_PRESET
+    if short in known:
+        return DEFAULT_PRESET + (short if short != DEFAULT_PRESET else "")
+    choices = f"choose from {', '.join(known)}"
+    if preset in dict(list_trainers()) and DEFAULT_PRESET not in preset:
+        raise XAttnResError(f"{preset} is a control and adds no XAttnRes: train with -tr {preset}, or {choices}")
+    raise XAttnResError(f"there is no preset {preset} of XAttnRes: {suggestion(short, known) or choices}")
 
 
 def plans_with_xattnres(
@@ -49,7 +62,7 @@ def plans_with_xattnres(
     configurations: all by default. Those that they inherit from, or have as their previous stage, are added.
 
     Raises `XAttnResError` for a configuration that is not there, one whose architecture is not an encoder/decoder
-    U-Net or that carries XAttnRes already, and for a config that changes nothing.
+    U-Net, cannot be built or carries XAttnRes already, and for a config that changes nothing.
     """
     if isinstance(configurations, str):
         raise XAttnResError(f"configurations must be a list of names: [{configurations!r}]")
@@ -57,8 +70,18 @@ def plans_with_xattnres(
     if config.is_planned_network:
         raise XAttnResError("this config adds nothing to the planned network: train it with the plans as they are")
     chosen = with_what_they_need(plans, plans["configurations"] if configurations is None else configurations)
-    converted = {configuration: _converted(plans, configuration, config, chosen) for configuration in chosen}
-    return plans | {"plans_name": name, "configurations": converted}
+    new = plans | {"plans_name": name, "configurations": {}}
+    for configuration in chosen:
+        try:
+            new["configurations"][configuration] = _converted(plans, configuration, config, chosen)
+        except XAttnResError:
+            raise
+        except Exception as error:
+            raise XAttnResError(
+                f"the network of configuration {configuration} cannot be built ({type_and_message(error)}): correct "
+                "that configuration in the plans"
+            ) from None
+    return new
 
 
 def with_what_they_need(plans: dict[str, Any], configurations: Iterable[str]) -> list[str]:
@@ -82,7 +105,7 @@ def with_what_they_need(plans: dict[str, Any], configurations: Iterable[str]) ->
 
 
 def _converted(plans: dict[str, Any], name: str, config: Config, chosen: list[str]) -> dict[str, Any]:
-    """The entry of a configuration. Its architecture is written out, also where it inherits it."""
+    """The entry of a configuration. Its architecture is written out, also where it inherits it, and can be built."""
     manager = PlansManager(plans).get_configuration(name)
     if carried_config(manager) is not None:
         raise XAttnResError(
@@ -94,4 +117,7 @@ def _converted(plans: dict[str, Any], name: str, config: Config, chosen: list[st
     if any(stage not in chosen for stage in manager.next_stage_names or ()):
         # nnU-Net's validation predicts for every next stage that is named here.
         entry["next_stage"] = [stage for stage in manager.next_stage_names if stage in chosen]
-    return entry | {"architecture": architecture_with(manager, config)}
+    entry["architecture"] = architecture_with(manager, config)
+    new = PlansManager(plans | {"configurations": plans["configurations"] | {name: entry}})
+    check_can_be_built(new.get_configuration(name))
+    return entry

@@ -22,6 +22,7 @@ from nnunet_xattnres.common.errors import XAttnResError, type_and_message
 from nnunet_xattnres.common.files import why_not_writable
 from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.common.text import shell_command
+from nnunet_xattnres.nnunet.folders import nnunet_folder
 from nnunet_xattnres.nnunet.installation import (
     SUPPORTED_NNUNET,
     SUPPORTED_TORCH,
@@ -125,23 +126,22 @@ def _import(name: str, module: str, remedy: str) -> Finding:
 
 
 def _folder(variable: str, written_to: bool) -> Finding:
-    value = os.environ.get(variable)
-    if not value:
-        return Finding(PROBLEM, f"{variable} is not set: export {variable}=FOLDER")
-    if not Path(value).is_dir():
-        return Finding(PROBLEM, f"{variable} names {value}, which is no folder: mkdir -p it, or export another")
-    problem = why_not_writable(Path(value)) if written_to else None
+    try:
+        folder = nnunet_folder(variable)
+    except XAttnResError as error:
+        return Finding(PROBLEM, str(error))
+    problem = why_not_writable(folder) if written_to else None
     if problem:
-        text = f"{variable} names {value}, which cannot be written to ({problem}): chmod it, or export another"
+        text = f"{variable} names {folder}, which cannot be written to ({problem}): chmod it, or export another"
         return Finding(PROBLEM, text)
-    return Finding(OK, f"{variable} is {value}")
+    return Finding(OK, f"{variable} is {folder}")
 
 
 def _trainers_and_plans() -> Iterator[Finding]:
     """The trainers, and the plans that carry XAttnRes, which need none of them."""
     trainers, carrying = _trainers(), _plans_that_carry()
     if carrying and trainers.status == PROBLEM and "nnUNet_extTrainer" not in os.environ:
-        trainers = Finding(NOTE, f"{trainers.text} (plans that carry XAttnRes need no trainer of this plugin)")
+        trainers = Finding(NOTE, trainers.text)
     yield trainers
     if carrying:
         yield _plans(carrying)
@@ -156,14 +156,16 @@ def _plans_that_carry() -> list[Path]:
 
 def _plans(carrying: list[Path]) -> Finding:
     from nnunet_xattnres.common.files import read_json
+    from nnunet_xattnres.model.build import check_can_be_built
     from nnunet_xattnres.nnunet.planned_network import from_file
 
     for path in carrying:
         try:
             for configuration in read_json(path, "write them again")["configurations"]:
-                from_file(path, configuration)
-        except XAttnResError as error:
-            return Finding(PROBLEM, f"{path} carry XAttnRes and cannot be used ({error})")
+                check_can_be_built(from_file(path, configuration).manager)
+        except Exception as error:
+            why = str(error) if isinstance(error, XAttnResError) else type_and_message(error)
+            return Finding(PROBLEM, f"{path} carry XAttnRes and cannot be used ({why}): write them again")
     names = ", ".join(f"{path.stem} of {path.parent.name}" for path in carrying)
     return Finding(OK, f"plans that carry XAttnRes: {names}")
 
@@ -171,14 +173,15 @@ def _plans(carrying: list[Path]) -> Finding:
 def _trainers() -> Finding:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    names = [name for name, _ in list_trainers()]
+    # The first one may be named in the report. A control, such as nnUNetTrainerNoSkip, would mislead there.
+    names = sorted((name for name, _ in list_trainers()), key=lambda name: "XAttnRes" not in name)
     for name in names:
         try:
             with redirect_stdout(io.StringIO()):
                 recursive_find_trainer_class_by_name(name)
         except (Exception, SystemExit) as error:
             return _trainer_problem(name, error)
-    return Finding(OK, f"nnU-Net finds all {len(names)} trainers")
+    return Finding(OK, f"nnU-Net finds all {len(names)} trainers of this plugin")
 
 
 def _trainer_problem(name: str, error: BaseException) -> Finding:
@@ -193,6 +196,8 @@ def _trainer_problem(name: str, error: BaseException) -> Finding:
     elif isinstance(error, RuntimeError):
         remedy = 'export nnUNet_extTrainer="${nnUNet_extTrainer:+$nnUNet_extTrainer:}$(nnunet-xattnres trainers)"'
         text = f"nnU-Net does not find {name}, {where}: {remedy}"
+        if value is None:
+            text += " (plans that carry XAttnRes need no trainer of this plugin: nnunet-xattnres plans -d DATASET)"
     else:
         text = f"nnU-Net cannot load {name}, {where} ({reason}): mend that, or remove what is in the way"
     return Finding(PROBLEM, text)

@@ -14,7 +14,6 @@ from nnunet_xattnres.nnunet.xattnres_plans import (
     plans_with_xattnres,
     preset_config,
     preset_names,
-    with_what_they_need,
 )
 
 # nnU-Net writes these files beside the plans.
@@ -60,13 +59,13 @@ def run_plans(options: Options) -> None:
     there = plans.get("configurations")
     if not isinstance(there, dict) or not there or not all(isinstance(entry, dict) for entry in there.values()):
         raise XAttnResError(f"{source} has no configurations: nnUNetv2_plan_experiment writes plans that have them")
-    configurations = with_what_they_need(plans, options.configurations or there)
-    for configuration in configurations:
+    new = plans_with_xattnres(plans, name, config, options.configurations)
+    for configuration in new["configurations"]:
         from_file(source, configuration)
     path = source.with_name(f"{name}.json")
-    _write(plans_with_xattnres(plans, name, config, configurations), path)
-    print(f"{path}: {', '.join(configurations)}")
-    _print_use(path.stem, source.stem, plans["dataset_name"], (options.configurations or configurations)[0])
+    _write(new, path)
+    print(f"{path}: {', '.join(new['configurations'])}")
+    _print_use(path.stem, source.stem, plans["dataset_name"], (options.configurations or list(there))[0])
 
 
 def _config(options: Options) -> Config:

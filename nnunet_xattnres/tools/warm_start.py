@@ -25,6 +25,7 @@ from nnunet_xattnres.common.files import check_writable, folder_written_atomical
 from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.model.config import XAttnResConfig
+from nnunet_xattnres.nnunet.folders import hint_if_unset
 from nnunet_xattnres.nnunet.planned_network import (
     PlannedNetwork,
     all_of_dataset,
@@ -138,7 +139,8 @@ def read_trained(path: Path, fold: str | None, trusted: bool) -> TrainedNetwork:
     if fold is not None and path.is_file():
         raise XAttnResError(f"-f chooses a fold of a model folder, but {path} is none: leave -f out")
     found_fold, file = _checkpoint_in(path, fold) if path.is_dir() else (None, path)
-    checkpoint = read_checkpoint(file, "choose another --from", trusted)
+    remedy = f"choose another --from{hint_if_unset('nnUNet_results', path)}"
+    checkpoint = read_checkpoint(file, remedy, trusted)
     if any(key.startswith("xattnres.") for key in checkpoint["network_weights"]):
         written_by = checkpoint["trainer_name"]
         raise XAttnResError(

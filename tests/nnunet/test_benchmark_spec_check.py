@@ -81,7 +81,7 @@ def test_a_dataset_by_its_number_in_nnunet_raw(raw, tmp_path, monkeypatch):
     assert data.name == spec.datasets[0].name == spec.datasets[0].family == TINY
     # Once found, the dataset is known by its path.
     assert (spec.datasets[0].id, spec.datasets[0].path) == (None, str(raw))
-    with pytest.raises(XAttnResError, match=f"nnUNet_raw must hold one of that number; there are {TINY}"):
+    with pytest.raises(XAttnResError, match=f"knows no dataset 777 in .*: there are {TINY}"):
         check(SPEC | {"datasets": [777]}, tmp_path)
 
 

@@ -318,9 +318,11 @@ class TestBadInput:
 
     def test_without_references(self, root, first, second, monkeypatch, capsys):
         monkeypatch.delenv("nnUNet_preprocessed")
-        message = f"there are no references of {DATASET}: export nnUNet_preprocessed"
+        message = f"there are no references of {DATASET}: nnUNet_preprocessed is not set: export nnUNet_preprocessed"
         assert message in refused(capsys, first, second)
         assert "is no folder" in refused(capsys, first, second, "--references", "nowhere")
+        monkeypatch.setenv("nnUNet_preprocessed", str(root))
+        assert f"there are no references of {DATASET} as {root}" in refused(capsys, first, second)
         compare(first, second, "--references", root / "nnUNet_preprocessed" / DATASET / "gt_segmentations")
 
     @pytest.mark.parametrize(
@@ -338,6 +340,13 @@ class TestBadInput:
     )
     def test_arguments_that_do_not_fit(self, arguments, message, first, second, capsys):
         assert message in refused(capsys, *(text.format(first=first, second=second) for text in arguments))
+
+    def test_paths_that_were_written_with_unset_variables(self, first, second, monkeypatch, capsys):
+        for variable in ("nnUNet_results", "nnUNet_raw"):
+            monkeypatch.delenv(variable, raising=False)
+        assert "(nnUNet_results is not set in this shell)" in refused(capsys, first, "nowhere")
+        message = refused(capsys, first, second, "--references", "nowhere")
+        assert "(nnUNet_raw is not set in this shell)" in message
 
     def test_equal_names_need_group(self, root, first, capsys):
         again = write_result(root / "again", FIRST, 7)

@@ -26,6 +26,7 @@ from nnunet_xattnres.tools.doctor import NOTE, OK, PROBLEM
 
 CHECKOUT = Path(__file__).parents[2]
 EXPORT = 'export nnUNet_extTrainer="${nnUNet_extTrainer:+$nnUNet_extTrainer:}$(nnunet-xattnres trainers)"'
+PLANS = "plans that carry XAttnRes need no trainer of this plugin: nnunet-xattnres plans -d DATASET"
 
 
 class Line(NamedTuple):
@@ -82,7 +83,7 @@ def test_where_training_works_all_is_well(examine, monkeypatch):
     monkeypatch.setattr(doctor, "list_trainers", list_trainers)
     line = examine("nnU-Net finds")
     assert line.status == OK
-    assert line.text == f"nnU-Net finds all {len(list(list_trainers()))} trainers"
+    assert line.text == f"nnU-Net finds all {len(list(list_trainers()))} trainers of this plugin"
     assert line.exit_status == 0
 
 
@@ -211,7 +212,7 @@ class TestTrainers:
         monkeypatch.delenv("nnUNet_extTrainer")
         line = examine("nnU-Net does not find nnUNetTrainer")
         assert line.status == PROBLEM
-        assert line.text.endswith(f"nnUNet_extTrainer is not set: {EXPORT}")
+        assert line.text.endswith(f"nnUNet_extTrainer is not set: {EXPORT} ({PLANS})")
         assert line.exit_status == 1
 
     def test_that_are_elsewhere(self, examine, monkeypatch, tmp_path):
@@ -219,6 +220,13 @@ class TestTrainers:
         line = examine("nnU-Net does not find nnUNetTrainer")
         assert line.status == PROBLEM
         assert line.text.endswith(f"nnUNet_extTrainer is {tmp_path}: {EXPORT}")
+
+    def test_a_control_is_not_the_one_that_is_named(self, examine, monkeypatch):
+        monkeypatch.setattr(
+            doctor, "list_trainers", lambda: [("nnUNetTrainerNoSkip", ""), ("nnUNetTrainerXAttnRes", "")]
+        )
+        monkeypatch.delenv("nnUNet_extTrainer")
+        assert examine("nnU-Net does not find").text.startswith("nnU-Net does not find nnUNetTrainerXAttnRes,")
 
     def test_the_remedy_is_that_of_the_readme(self):
         assert EXPORT in (CHECKOUT / "README.md").read_text()
@@ -268,13 +276,21 @@ class TestPlansThatCarryXAttnRes:
         monkeypatch.delenv("nnUNet_extTrainer")
         line = examine("nnU-Net does not find nnUNetTrainer")
         assert (line.status, line.exit_status) == (NOTE, 0)
-        assert line.text.endswith(f"{EXPORT} (plans that carry XAttnRes need no trainer of this plugin)")
+        assert line.text.endswith(f"{EXPORT} ({PLANS})")
 
     def test_that_cannot_be_used(self, examine, plans):
         plans.write_text(plans.read_text().replace('"fusion": "replace"', '"fusion": "both"'))
         line = examine("carry XAttnRes and cannot be used")
         assert (line.status, line.exit_status) == (PROBLEM, 1)
         assert "XAttnResConfig.fusion must be one of replace, residual, not 'both'" in line.text
+
+    def test_whose_network_cannot_be_built(self, examine, plans):
+        content = json.loads(plans.read_text())
+        for configuration in content["configurations"].values():
+            configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [4]
+        plans.write_text(json.dumps(content))
+        line = examine("carry XAttnRes and cannot be used (AssertionError")
+        assert (line.status, line.exit_status) == (PROBLEM, 1)
 
 
 class TestWithoutGpu:

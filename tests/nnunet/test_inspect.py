@@ -474,6 +474,18 @@ class TestMistakes:
         error = self.complaint(capsys, tmp_path, "-m", tmp_path, "-f", 0, "-i", image)
         assert f"{tmp_path} holds no fold_*/*.pth: -m takes a model's folder" in error
 
+    def test_paths_that_were_written_with_unset_variables(self, model, image, tmp_path, capsys, monkeypatch):
+        for variable in ("nnUNet_results", "nnUNet_raw"):
+            monkeypatch.delenv(variable, raising=False)
+        nowhere = tmp_path / "nowhere"
+        error = self.complaint(capsys, tmp_path, "-m", nowhere, "-f", 0, "-i", image)
+        assert error.endswith("(nnUNet_results is not set in this shell)")
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", nowhere)
+        assert error.endswith("(nnUNet_raw is not set in this shell)")
+        knock_out = ("--knock-out", "--labels", nowhere)
+        error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image, *knock_out)
+        assert error.endswith("(nnUNet_raw is not set in this shell)")
+
     def test_plans_that_are_not_those_of_the_model(self, model, image, tmp_path, capsys):
         plans = json.loads((model / "plans.json").read_text())
         del plans["configurations"]["2d_small"]

@@ -313,9 +313,20 @@ def test_two_outputs_in_one_file(refuse, tmp_path):
     assert "different files" in refuse("--preset", "msd04", "--json", tmp_path / "x", "--csv", tmp_path / "x")
 
 
-def test_a_dataset_without_nnunets_folder(refuse, monkeypatch):
+def test_a_dataset_without_nnunets_folder(refuse, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "nowhere"))
+    assert "nnUNet_preprocessed names " in refuse("-d", "4")
+    monkeypatch.setenv("nnUNet_preprocessed", "")
+    assert "nnUNet_preprocessed is not set" in refuse("-d", "4")
     monkeypatch.delenv("nnUNet_preprocessed")
     assert "nnUNet_preprocessed is not set" in refuse("-d", "4")
+
+
+def test_a_number_of_two_datasets(refuse, monkeypatch, tmp_path):
+    for name in ("Dataset004_A", "Dataset004_B"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    assert f"Dataset004_A, Dataset004_B in {tmp_path} have the same number" in refuse("-d", "4")
 
 
 def test_plans_without_dataset_json(refuse, plans_file):

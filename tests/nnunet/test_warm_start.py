@@ -369,6 +369,11 @@ class TestReadingCheckpoints:
     def test_a_missing_file_is_named(self, nnunet_environment, tmp_path, refuse, options):
         assert "nowhere does not exist: choose another --from" in refuse(tmp_path / "nowhere", *options)
 
+    def test_a_path_that_was_written_with_an_unset_variable(self, nnunet_environment, tmp_path, refuse, monkeypatch):
+        monkeypatch.delenv("nnUNet_results")
+        message = refuse(tmp_path / "nowhere")
+        assert "nowhere does not exist: choose another --from (nnUNet_results is not set in this shell)" in message
+
     def test_what_it_records_cannot_lead_out_of_the_output(self, plain_checkpoint, refuse):
         checkpoint = torch.load(plain_checkpoint, weights_only=False)
         checkpoint["init_args"]["fold"] = "0/../../elsewhere"
@@ -400,7 +405,7 @@ class TestReadingCheckpoints:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine.txt").touch()
         message = refuse(tmp_path / "no_model", "--trainer", "nnUNetTrainer", "-d", "999")
-        assert message.endswith("no_model does not exist: choose another --from\n")
+        assert "no_model does not exist: choose another --from" in message
 
 
 class TestRefusals:
@@ -602,7 +607,9 @@ class TestRemedies:
         write_raw_dataset(own_folders.raw / "Dataset903_Tiny")
         plain = save_untrained(tmp_path / "plain", nnUNetTrainer, nnunet.preprocessed)
         arguments = ("-d", "903", "-c", "2d")
-        assert "; nnUNetv2_plan_and_preprocess plans it" in refuse(plain, *arguments)
+        message = refuse(plain, *arguments)
+        assert f"Dataset903_Tiny is in nnUNet_raw and not in {own_folders.preprocessed}: " in message
+        assert "nnUNetv2_plan_and_preprocess -d 903 plans it" in message
         own_folders.run("nnUNetv2_plan_and_preprocess", "-d", "903", "-c", "2d", "-npfp", "2", log="")
         capsys.readouterr()
         (own_folders.preprocessed / "Dataset903_Tiny" / "nnUNetPlans.json").unlink()

@@ -89,10 +89,14 @@ def edit(preprocessed: Path, change: Callable[[dict[str, Any]], None], name: str
     (preprocessed / f"{name}.json").write_text(json.dumps(plans))
 
 
+def arguments_of(configuration: dict[str, Any]) -> dict[str, Any]:
+    return configuration["architecture"]["arch_kwargs"]
+
+
 def small_plans(nnunet, plans_name: str) -> dict[str, Any]:
     """2d with few channels."""
     plans = read_plans(nnunet, plans_name)
-    arguments = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    arguments = arguments_of(plans["configurations"]["2d"])
     arguments["features_per_stage"] = [4 * 2 ** min(i, 2) for i in range(arguments["n_stages"])]
     return plans
 
@@ -160,7 +164,7 @@ class TestNetwork:
     )
     def test_with_other_fields_is_refused(self, nnunet, fields, message):
         plans = plans_with_xattnres(read_plans(nnunet), "carrying", configurations=["2d"])
-        plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["xattnres"] = fields
+        arguments_of(plans["configurations"]["2d"])["xattnres"] = fields
         with pytest.raises(XAttnResError, match=message):
             build_network_from_plans(PlansManager(plans).get_configuration("2d"), 1, 3)
 
@@ -207,6 +211,14 @@ class TestCommand:
         [
             ([], "nnUNetXAttnResPlans", "PlainConvXAttnResUNet", {}),
             (["--preset", "NoSkip"], "nnUNetXAttnResNoSkipPlans", "PlainConvXAttnResUNet", {"skip_connections": False}),
+            (["--preset", "XAttnResNoSkip"], "nnUNetXAttnResNoSkipPlans", None, {"skip_connections": False}),
+            (
+                ["--preset", "nnUNetTrainerXAttnResNoSkip"],
+                "nnUNetXAttnResNoSkipPlans",
+                None,
+                {"skip_connections": False},
+            ),
+            (["--preset", "nnUNetTrainerXAttnRes"], "nnUNetXAttnResPlans", None, {"skip_connections": True}),
             (["--no-skip-connections"], "nnUNetXAttnResNoSkipPlans", None, {"skip_connections": False}),
             (["--fusion", "residual"], "nnUNetXAttnResFinetunePlans", None, {"fusion": "residual"}),
             (["--preset", "Block"], "nnUNetXAttnResBlockPlans", "PlainConvBlockXAttnResUNet", {"kv_ratio": 0.5}),
@@ -311,6 +323,28 @@ class TestRefusals:
 
     def test_an_unknown_preset(self, refuse):
         assert "there is no preset NoSkips of XAttnRes: did you mean NoSkip" in refuse("--preset", "NoSkips")
+        assert "XAttnResNoSkips of XAttnRes: did you mean NoSkip" in refuse("--preset", "nnUNetTrainerXAttnResNoSkips")
+
+    def test_a_control_as_a_preset(self, refuse):
+        message = refuse("--preset", "nnUNetTrainerNoSkip")
+        assert "nnUNetTrainerNoSkip is a control and adds no XAttnRes: train with -tr nnUNetTrainerNoSkip" in message
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"features_per_stage": [4, 8]},
+            {"n_stages": "six"},
+            {"strides": None},
+            {"kernel_size": 3},
+        ],
+    )
+    def test_a_network_that_cannot_be_built(self, preprocessed, refuse, change):
+        edit(preprocessed, lambda configurations: arguments_of(configurations["2d"]).update(change))
+        assert "the network of configuration 2d cannot be built (" in refuse("-c", "2d")
+
+    def test_a_number_out_of_range(self, refuse):
+        message = refuse("--preset", "Block", "--kv-ratio", "1e9")
+        assert "kv_ratio must be a number from 0.001 to 8, not 1000000000.0" in message
 
     def test_an_unknown_configuration(self, refuse):
         assert "no configuration 3d_fulres in the plans: did you mean 3d_fullres" in refuse("-c", "3d_fulres")
@@ -375,6 +409,6 @@ class TestRefusals:
 
     def test_the_argument_on_a_class_that_does_not_take_it(self, nnunet):
         plans = deepcopy(read_plans(nnunet))
-        plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["xattnres"] = {}
+        arguments_of(plans["configurations"]["2d"])["xattnres"] = {}
         with pytest.raises(XAttnResError, match="PlainConvUNet takes no argument xattnres: remove it from the plans"):
             plans_with_xattnres(plans, "carrying", configurations=["2d"])

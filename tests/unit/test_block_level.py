@@ -371,8 +371,9 @@ def test_defaults_are_those_of_the_reference():
 @pytest.mark.parametrize(
     "field, value",
     [
-        *(("kv_ratio", 0), ("kv_ratio", -1.0), ("kv_ratio", True)),
+        *(("kv_ratio", 0), ("kv_ratio", -1.0), ("kv_ratio", True), ("kv_ratio", 1e9), ("kv_ratio", 9)),
         *(("temperature", 0.0), ("temperature", "hot"), ("temperature", inf), ("temperature", nan)),
+        *(("temperature", 1e-300), ("temperature", 1e9)),
         *(("isar_in_encoder", 1), ("backend", "cuda")),
     ],
 )

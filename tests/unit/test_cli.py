@@ -49,7 +49,16 @@ def test_a_missing_nnunet_is_an_error(monkeypatch, capsys):
     [
         ([], "nnunet-xattnres: the following arguments are required: COMMAND; see nnunet-xattnres --help"),
         (["trianers"], "'trianers' (choose from"),
-        (["demo", "--dta", "x"], "nnunet-xattnres: unrecognized arguments: --dta x; see"),
+        (
+            ["demo", "--dta", "x"],
+            "nnunet-xattnres demo: there is no option --dta: did you mean --data?; see nnunet-xattnres demo --help",
+        ),
+        (["warm-start", "--form=x"], "warm-start: there is no option --form: did you mean --from?; see"),
+        (["benchmark", "run", "--contine-from", "x"], "benchmark run: there is no option --contine-from: did you mean"),
+        (["doctor", "--everything"], "doctor: there is no option --everything; see nnunet-xattnres doctor --help"),
+        (["doctor", "it"], "nnunet-xattnres doctor: unrecognized arguments: it; see nnunet-xattnres doctor --help"),
+        (["doctor", "-x"], "nnunet-xattnres doctor: unrecognized arguments: -x; see nnunet-xattnres doctor --help"),
+        (["trianers", "--lst"], "'trianers' (choose from"),
         (["overhead", "--repeats", "x"], "nnunet-xattnres overhead: argument --repeats: invalid int value: 'x'; see"),
         (["overhead", "--backend", "tritn"], "; see nnunet-xattnres overhead --help"),
     ],
@@ -61,6 +70,12 @@ def test_a_typo_is_answered_in_one_line(arguments, expected, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert expected in err
+
+
+def test_options_can_be_shortened_and_values_can_begin_with_dashes(capsys):
+    assert main(["trainers", "--li"]) == 0
+    assert main(["overhead", "--preset=msd04", "--json=--x/y", "--rep", "0"]) == 1
+    assert "--repeats must be from 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("installed", ["2.8.0", "2.9rc1", "2.10.3+local"])

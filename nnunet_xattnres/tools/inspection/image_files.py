@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.nnunet.folders import hint_if_unset
 
 
 def find_cases(images: Sequence[Path], file_ending: str) -> dict[str, list[str]]:
@@ -30,7 +31,8 @@ def _channels_by_case(images: Sequence[Path], file_ending: str) -> dict[str, dic
     cases: dict[str, dict[int, Path]] = {}
     for path in images:
         if not path.exists():
-            raise XAttnResError(f"{path} does not exist: give images or a folder of images")
+            hint = hint_if_unset("nnUNet_raw", path)
+            raise XAttnResError(f"{path} does not exist: give images or a folder of images{hint}")
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             name = pattern.fullmatch(file.name)
             if name is not None:

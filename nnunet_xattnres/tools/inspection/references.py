@@ -10,6 +10,7 @@ from nnunet_xattnres.common.device import is_out_of_memory
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.common.text import counted
 from nnunet_xattnres.nnunet.datasets import labels_or_regions, unknown_values
+from nnunet_xattnres.nnunet.folders import hint_if_unset
 from nnunet_xattnres.tools.inspection.regions import LabelMap, Volume
 from nnunet_xattnres.tools.inspection.trained_model import Model
 
@@ -32,7 +33,7 @@ class References:
         if missing:
             raise XAttnResError(
                 f"{missing[0]} does not exist ({len(missing)} of {counted(len(cases), 'reference')} missing): "
-                "--labels takes a folder with one for every case, or leave it out"
+                f"--labels takes a folder with one for every case, or leave it out{hint_if_unset('nnUNet_raw', folder)}"
             )
 
     def check(self, cases: Mapping[str, Sequence[str]]) -> None:

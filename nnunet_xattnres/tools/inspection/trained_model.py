@@ -22,6 +22,7 @@ from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.common.text import counted
 from nnunet_xattnres.model.planned_unet import PlannedUNet
 from nnunet_xattnres.nnunet.datasets import names_of_values
+from nnunet_xattnres.nnunet.folders import hint_if_unset
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_file
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.ops.alignment import resize
@@ -292,7 +293,7 @@ def _read_checkpoint(model: Path, path: Path, trusted: bool) -> dict[str, Any]:
         if not there:
             raise XAttnResError(
                 f"{model} holds no fold_*/*.pth: -m takes a model's folder in nnUNet_results, "
-                "TRAINER__PLANS__CONFIGURATION"
+                f"TRAINER__PLANS__CONFIGURATION{hint_if_unset('nnUNet_results', model)}"
             )
         raise XAttnResError(f"{path} does not exist: choose with -f and -chk from {', '.join(there)}")
     return read_checkpoint(path, "choose another -chk, or get it again", trusted)

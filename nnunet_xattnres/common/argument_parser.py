@@ -1,0 +1,32 @@
+"""The parser of the command's arguments."""
+
+import argparse
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import NoReturn
+
+from nnunet_xattnres.common.errors import suggestion
+
+
+class Parser(argparse.ArgumentParser):
+    """Explains a mistake in one line."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        # argparse itself complains first about missing options, and lets the main parser complain about unknown ones.
+        if self.get_default("run"):  # a command, not a group of them: all arguments are its own
+            self._check_options(args)
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+    def _check_options(self, arguments: Sequence[str]) -> None:
+        known = list(self._option_string_actions)
+        for argument in takewhile(lambda argument: argument != "--", arguments):
+            name = argument.partition("=")[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in known):
+                near = suggestion(name, known, likeness=0.6)
+                self.error(f"there is no option {name}{near and f': {near}'}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
