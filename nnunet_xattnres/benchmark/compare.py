@@ -16,6 +16,7 @@ from nnunet_xattnres.benchmark.report import check_output, write_report
 from nnunet_xattnres.benchmark.result_folders import MISSING, Result, read_result
 from nnunet_xattnres.benchmark.tables import Tables, make_table
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.text import counted
 from nnunet_xattnres.nnunet.datasets import check_nifti_files
 
 REMEDY = "get the prediction again, or remove it, and its case is left out"
@@ -54,12 +55,43 @@ class _Run:
     def state(self, fold: int) -> str:
         return self.result.state(fold, self.references.file_ending)
 
+    def lack(self, are_chosen: bool) -> str:
+        """Why no fold is finished, and the remedy. are_chosen: whether the user has chosen folds."""
+        if not self.result.planned:
+            return (
+                f"no predictions *{self.references.file_ending}: give the folder that they are in, as "
+                "nnUNetv2_predict writes them"
+            )
+        if not self.result.predictions:
+            return (
+                "no predictions but those of fold_all, which has trained on these cases: train a fold (`nnUNetv2_train "
+                "... 0`), or predict other cases with it and compare folders of predictions (--references)"
+            )
+        in_these = " in these folds" if are_chosen else ""
+        return (
+            f"no predictions of a finished validation{in_these}: validate with `nnUNetv2_train ... --val`, or choose "
+            "another result"
+        )
+
     def predictions(self, cell: dict[str, Any]) -> Iterator[Prediction]:
         """Those of a fold. Raises `XAttnResError` if one has no reference. cell: the columns of `CELL`."""
-        for path in self.result.files(cell["fold"], self.references.file_ending):
-            reference = self.result.references / path.name
-            if not reference.is_file():
-                raise XAttnResError(f"{path} has no reference {reference}: add it, or remove the prediction")
+        paths = self.result.files(cell["fold"], self.references.file_ending)
+        references = {path: self.result.references / path.name for path in paths}
+        lacking = [path for path, reference in references.items() if not reference.is_file()]
+        if lacking:
+            folder = self.result.references
+            remedy = "add it, or remove the prediction"
+            if len(lacking) == len(paths):
+                # A single name may be a slip. If no name fits, the folders are not of the same cases.
+                there = next((path.name for path in sorted(folder.glob(f"*{self.references.file_ending}"))), "nothing")
+                remedy = (
+                    f"give the references of these cases, by the same names, with --references; {folder} holds {there}"
+                )
+            raise XAttnResError(
+                f"{len(lacking)} of {counted(len(paths), 'prediction')} in {paths[0].parent} have no reference in "
+                f"{folder}, such as {lacking[0].name}: {remedy}"
+            )
+        for path, reference in references.items():
             yield Prediction(cell, self.references, self.result.kind, reference, path, REMEDY)
 
 
@@ -88,7 +120,9 @@ def _check(options: Options) -> None:
     if len(places) == 1:
         raise XAttnResError("there is only one result: give two or more")
     if options.group and len(options.group) != len(places):
-        raise XAttnResError(f"--group has {len(options.group)} names for {len(places)} results: give one for each")
+        raise XAttnResError(
+            f"--group has {counted(len(options.group), 'name')} for {len(places)} results: give one for each"
+        )
     if not 0 < options.nsd_tolerance_mm < math.inf:
         raise XAttnResError("--nsd-tolerance-mm must be a number above 0")
 
@@ -200,11 +234,7 @@ def _cells(runs: list[_Run], chosen: list[int] | None) -> Iterator[tuple[_Run, d
         folds = sorted(set(chosen or [fold for run in of_dataset for fold in run.result.predictions]))
         for run in of_dataset:
             if FINISHED not in map(run.state, folds):
-                kind = f"*{run.references.file_ending}" if not run.result.planned else "of a finished validation"
-                raise XAttnResError(
-                    f"{run.result.folder} has no predictions {kind}{' in these folds' if chosen else ''}: validate "
-                    "with `nnUNetv2_train ... --val`, or choose another result"
-                )
+                raise XAttnResError(f"{run.result.folder} has {run.lack(bool(chosen))}")
         by_name = {(run.name, run.seed): run for run in of_dataset}
         # The order of a benchmark's matrix.
         for seed in sorted({run.seed for run in of_dataset}):

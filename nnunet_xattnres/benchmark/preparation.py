@@ -31,7 +31,7 @@ from nnunet_xattnres.benchmark.spec_check import plans_name
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.common.processes import environment_with
-from nnunet_xattnres.common.text import shell_command
+from nnunet_xattnres.common.text import counted, shell_command
 from nnunet_xattnres.nnunet.commands import NUM_WORKERS, NnUNet
 from nnunet_xattnres.nnunet.datasets import SPLITS, InputDataset, place_raw_dataset, read_dataset_json, read_splits
 from nnunet_xattnres.nnunet.derived_configurations import (
@@ -227,7 +227,7 @@ class DatasetPreparation:
             ]
             if max(self.folds) >= len(splits):
                 raise XAttnResError(
-                    f"nnU-Net makes {len(splits)} folds of {self.dataset.name}, counted from 0: leave "
+                    f"nnU-Net makes {counted(len(splits), 'fold')} of {self.dataset.name}, counted from 0: leave "
                     f"{max(self.folds)} out of the spec's, or put a {SPLITS} with more into {self.dataset.path}"
                 )
         write_json_atomically(splits, self.folder / SPLITS)
@@ -248,7 +248,9 @@ def _read_splits(path: Path, cases: list[str], folds: tuple[int, ...]) -> list[d
     if unknown:
         raise XAttnResError(f"{path} has {min(unknown)}, which is no training case of the dataset: mend or remove it")
     if max(folds) >= len(splits):
-        raise XAttnResError(f"{path} has {len(splits)} folds, counted from 0: leave {max(folds)} out of the spec's")
+        raise XAttnResError(
+            f"{path} has {counted(len(splits), 'fold')}, counted from 0: leave {max(folds)} out of the spec's"
+        )
     return splits
 
 

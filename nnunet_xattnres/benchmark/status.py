@@ -17,7 +17,7 @@ from nnunet_xattnres.benchmark.cells import (
     read_cells,
 )
 from nnunet_xattnres.benchmark.locks import is_locked
-from nnunet_xattnres.common.text import align_columns
+from nnunet_xattnres.common.text import align_columns, counted
 
 # Lines of nnU-Net's training log, each of which begins with a time stamp.
 EPOCH = re.compile(r": Epoch (\d+) ?$", re.MULTILINE)
@@ -135,7 +135,7 @@ def matrix_table(root: Path, cells: list[Cell]) -> str:
     table = [["", *(f"seed {seed} fold {fold}" for seed, fold in columns)]]
     table += [[" ".join(row), *(entries.get(column, "-") for column in columns)] for row, entries in rows.items()]
     counts = ", ".join(f"{sum(s == state for s in states.values())} {state}" for state in STATES)
-    return f"{align_columns(table)}\n{len(cells)} cells: {counts}"
+    return f"{align_columns(table)}\n{counted(len(cells), 'cell')}: {counts}"
 
 
 def running_lines(root: Path, cells: Iterable[Cell]) -> list[str]:

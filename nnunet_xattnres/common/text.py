@@ -14,6 +14,11 @@ def shell_command(*words: str | Path) -> str:
     return shlex.join(map(str, words))
 
 
+def counted(number: int, noun: str) -> str:
+    """The number with the noun: "1 case", "2 cases"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def align_columns(rows: list[list[str]]) -> str:
     """One line per row. The first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

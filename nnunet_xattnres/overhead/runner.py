@@ -28,7 +28,7 @@ from nnunet_xattnres.common.processes import (
     termination_as_exception,
     was_killed,
 )
-from nnunet_xattnres.common.text import shell_command
+from nnunet_xattnres.common.text import counted, shell_command
 from nnunet_xattnres.model.config import Config
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_dataset, from_file, from_preset, with_batch_size
@@ -105,7 +105,9 @@ def run_overhead(options: Options) -> None:
     print(f"Every single time, and the machine: {written}")
     failed = [row for comparison in comparisons for row in comparison.rows if row.status == FAILED]
     if failed:
-        raise XAttnResError(f"{len(failed)} networks could not be measured: {failed[0].name}: {failed[0].reason}")
+        raise XAttnResError(
+            f"{counted(len(failed), 'network')} could not be measured: {failed[0].name}: {failed[0].reason}"
+        )
 
 
 def _device(options: Options) -> str:

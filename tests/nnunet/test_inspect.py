@@ -312,7 +312,7 @@ class TestKnockOut:
             nibabel.save(nibabel.Nifti1Image(reference.astype(np.uint8), image.affine), labels / f"{name}.nii.gz")
         rows = self.knock_out(model, images, out, "--labels", labels)
         printed = capsys.readouterr().out
-        assert "--knock-out: 1 pairs of target and source x 2 cases = 2 predictions" in printed
+        assert "--knock-out: 1 pair of target and source x 2 cases = 2 predictions" in printed
         assert OFF_DISTRIBUTION in printed and "| D2 | E1 | " in printed
         assert printed.endswith((out / "knock_out.md").read_text())
         # The network is whole again for the second case, which is the same.
@@ -532,7 +532,7 @@ class TestMistakes:
     def test_a_missing_channel(self, nnunet_environment, model, image):
         model = Model(model, "0", FINAL_CHECKPOINT, ["D0"], CPU)
         model.channel_names = ["T1", "T2"]
-        with pytest.raises(XAttnResError, match=r"comes with 1 channels, but the model reads 2: add _0001 T2$"):
+        with pytest.raises(XAttnResError, match=r"comes with 1 channel, but the model reads 2: add _0001 T2$"):
             model.read([str(image)])
 
     def test_channels_that_do_not_fit_each_other(self, model, image, tmp_path, capsys):

@@ -15,6 +15,7 @@ from nnunet_xattnres.common.device import is_out_of_memory
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.common.files import write_text_atomically
 from nnunet_xattnres.common.samples import Sample, sample
+from nnunet_xattnres.common.text import counted
 from nnunet_xattnres.nnunet.datasets import labels_or_regions, unknown_values
 from nnunet_xattnres.routing.drawing import HeatMap, draw_heat_maps, save_figure
 from nnunet_xattnres.tools.inspection.regions import LabelMap, Volume
@@ -69,8 +70,9 @@ class KnockOut:
         """One line: the number of predictions."""
         number = len(self.pairs)
         return (
-            f"--knock-out: {number} pairs of target and source x {_cases(self._num_cases)} = "
-            f"{number * self._num_cases} predictions beside those of the maps; --targets and --sources cut them"
+            f"--knock-out: {counted(number, 'pair')} of target and source x {counted(self._num_cases, 'case')} = "
+            f"{counted(number * self._num_cases, 'prediction')} beside those of the maps; --targets and "
+            "--sources cut them"
         )
 
     def check_references(self, cases: Mapping[str, Sequence[str]]) -> None:
@@ -202,7 +204,7 @@ class KnockOut:
                 )
             )
         interval = "; small: 95 % bootstrap interval over cases" * (self._num_cases > 1)
-        return draw_heat_maps(maps, f"{_cases(self._num_cases)}{interval}\n{OFF_DISTRIBUTION}")
+        return draw_heat_maps(maps, f"{counted(self._num_cases, 'case')}{interval}\n{OFF_DISTRIBUTION}")
 
 
 def _references(labels: Path, cases: Sequence[str], file_ending: str) -> dict[str, Path]:
@@ -214,10 +216,6 @@ def _references(labels: Path, cases: Sequence[str], file_ending: str) -> dict[st
             "with one for every case, or leave it out"
         )
     return references
-
-
-def _cases(number: int) -> str:
-    return f"{number} case{'s' * (number != 1)}"
 
 
 def _share_changed(prediction: LabelMap, other: LabelMap) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nnunet_xattnres.common.device import free_memory, is_out_of_memory
 from nnunet_xattnres.common.errors import XAttnResError, one_line
+from nnunet_xattnres.common.text import counted
 from nnunet_xattnres.model.planned_unet import PlannedUNet
 from nnunet_xattnres.nnunet.datasets import names_of_values
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_file
@@ -156,8 +157,8 @@ class Model:
             channels = [f"_{number:04d} {name}" for number, name in enumerate(self.channel_names)]
             missing = channels[len(image) :]
             raise XAttnResError(
-                f"{files[0]} comes with {len(image)} channels, but the model reads {len(self.channel_names)}: "
-                f"{'add ' * bool(missing)}{', '.join(missing or channels)}"
+                f"{files[0]} comes with {counted(len(image), 'channel')}, but the model reads "
+                f"{len(self.channel_names)}: {'add ' * bool(missing)}{', '.join(missing or channels)}"
             )
         return image, properties
 
