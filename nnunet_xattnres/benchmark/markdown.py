@@ -7,10 +7,18 @@ from typing import Any
 import pandas
 
 from nnunet_xattnres.benchmark.cells import FINISHED
-from nnunet_xattnres.benchmark.comparisons import SIGNIFICANCE, lacking_cases, unrelated_datasets
+from nnunet_xattnres.benchmark.comparisons import MARGIN, lacking_cases, unrelated_datasets
 from nnunet_xattnres.benchmark.costs import COSTS, COSTS_OF_DEVICE
 from nnunet_xattnres.benchmark.results import UNKNOWN_DEVICE, Results, Rows, versions_of
-from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
+from nnunet_xattnres.benchmark.statistics import (
+    BETTER,
+    DIFFERENT,
+    EQUIVALENT,
+    INCONCLUSIVE,
+    NO_DIFFERENCE,
+    SIGNIFICANCE,
+    WORSE,
+)
 from nnunet_xattnres.benchmark.summaries import MEAN_LABEL
 from nnunet_xattnres.benchmark.tables import SET, Tables
 from nnunet_xattnres.common.samples import RESAMPLES
@@ -19,6 +27,8 @@ from nnunet_xattnres.nnunet.installation import TRAINER_PREFIX, short_name
 
 NOTHING = "-"
 NAMES_IN_A_LIST = 8
+OVER_TRAININGS = "over trainings"
+OF_MARGIN = f"margin of {100 * MARGIN:g} points"
 COST_COLUMNS = ["time", "parameters", "memory"]
 
 
@@ -119,25 +129,51 @@ def _trainings(tables: Tables) -> str:
 
 
 def _explanation(results: Results) -> str:
-    text = (
-        f"Here every trainer is compared with {short_name(results.first or 'the first')}. The other pairs have a table "
-        "further down, and all pairs and metrics are in comparisons.csv. Differences are paired: "
-        "cases in the folds and seeds that both trainers "
-        "have finished, values averaged over these first, a case's value being its mean over the labels that its "
-        f"reference contains. Brackets: 95 % bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p "
-        "says how far another training would differ: 'ahead in' says in how many of the trainings first had the higher "
-        "mean. p: Wilcoxon signed-rank, for "
-        "every pair by itself corrected over families with Holm's method; datasets of the same patients are one family "
-        "and have one test, of each patient's mean difference. Better or worse is what the corrected test shows at "
-        f"{SIGNIFICANCE:g}, if the mean points the same way; everything else is '{NO_DIFFERENCE}', which is no proof "
-        "of equality. Nothing is corrected for the number of pairs."
-    )
-    if _knows(results.comparisons, [f"{cost}_ratio" for cost in COSTS]):
-        text += (
-            " Time, parameters, memory: first / second, the median over these trainings; of time and memory over those "
-            "of both on the device that is named under the dataset's next table."
+    if results.first is None:
+        return ""
+    first = short_name(results.first)
+    parts = [
+        f"Here every trainer is compared with {first}. The other pairs have a table "
+        "further down, and all pairs and metrics are in comparisons.csv.\n",
+        "- **Differences** are paired: cases in the folds and seeds that both trainers have finished, values averaged "
+        "over these first, a case's value being its mean over the labels that its reference contains.",
+        "- **Dice, NSD**: the mean difference in points. Brackets: 95 % bootstrap interval over cases "
+        f"({RESAMPLES} resamples). It says what these trainings would show on other cases. Neither it nor p says how "
+        "far another training would differ. 'Ahead in': in how many of the trainings first had the higher mean.",
+    ]
+    if _knows(results.comparisons, ["low_of_trainings"]):
+        parts.append(
+            f"- **{OVER_TRAININGS}**: 95 % interval of a hierarchical bootstrap, which resamples trainings (folds, and "
+            "seeds within them) and the cases within them. It says what other trainings may show. If it contains 0, "
+            "a better or worse may be owed to these trainings alone. Of few trainings it is too narrow: of two it sees "
+            "half of the variance between trainings, of ten nine tenths. '-': one training, which has no such "
+            "interval, or a family."
         )
-    return text
+    else:
+        parts.append(
+            "- There is no interval over trainings, because no pair has two trainings in common. Nothing here says how "
+            "far another training would differ."
+        )
+    parts += [
+        "- **p**: Wilcoxon signed-rank over cases. **p (Holm)**: for every pair by itself corrected over families with "
+        "Holm's method; datasets of the same patients are one family and have one test, of each patient's mean "
+        "difference. **p (Holm, pairs)**: corrected over families and pairs together, for the pairs with "
+        f"{first} and for the other pairs by themselves.",
+        f"- **first is** better or worse if p (Holm) is below {SIGNIFICANCE:g} and the mean points the same way; "
+        f"everything else is '{NO_DIFFERENCE}', which is no proof of equality. It is not corrected for the number of "
+        "pairs: for that, look at p (Holm, pairs).",
+        f"- **{OF_MARGIN}** (Dice): two one-sided t tests over cases (TOST), p in brackets, not corrected. "
+        f"'{EQUIVALENT}': the mean difference is shown to be within the margin, at {SIGNIFICANCE:g}. '{DIFFERENT}': "
+        f"its 95 % t interval lies outside. '{INCONCLUSIVE}': neither. A trainer can be better and equivalent: the "
+        "difference is shown, and it is small. Where the interval over trainings leaves the margin, other trainings "
+        "may differ by more.",
+    ]
+    if _knows(results.comparisons, [f"{cost}_ratio" for cost in COSTS]):
+        parts.append(
+            "- **time, parameters, memory**: first / second, the median over these trainings; of time and memory over "
+            "those of both on the device that is named under the dataset's next table."
+        )
+    return "\n".join(parts)
 
 
 def _verdicts(comparisons: Rows) -> str:
@@ -159,8 +195,8 @@ def _verdicts(comparisons: Rows) -> str:
 def _differences(heading: str, comparisons: Rows, metric: str) -> list[str]:
     rows = [row for row in comparisons if row["metric"] == metric]
     title = {"dice": "Dice", "nsd": "NSD"}[metric]
-    header = ["first - second", "dataset", "trainings", "ahead in", "cases", f"{title}, points", "wins/ties/losses"]
-    header += ["p", "p (Holm)", "first is", *COST_COLUMNS]
+    header = ["first - second", "dataset", "trainings", "ahead in", "cases", f"{title}, points", OVER_TRAININGS]
+    header += ["wins/ties/losses", "p", "p (Holm)", "p (Holm, pairs)", "first is", OF_MARGIN, *COST_COLUMNS]
     lines = [
         [
             f"{short_name(row['first'])} - {short_name(row['second'])}",
@@ -169,15 +205,24 @@ def _differences(heading: str, comparisons: Rows, metric: str) -> list[str]:
             _number(row["cells_ahead"], "d"),
             str(row["cases"]),
             f"{_points(row['difference'], '+')} {_interval(row['low'], row['high'], '+')}",
+            _interval(row["low_of_trainings"], row["high_of_trainings"], "+") or NOTHING,
             f"{row['wins']}/{row['ties']}/{row['losses']}",
             _number(row["p"], ".2g"),
             _number(row["p_holm"], ".2g"),
+            _number(row["p_of_pairs"], ".3g"),
             f"see family {row['family']}" if row["verdict"] is None else row["verdict"],
+            _equivalence(row),
             *(_number(row[f"{cost}_ratio"], ".2f", "x") for cost in COSTS),
         ]
         for row in rows
     ]
-    return [heading, _table(header, lines, may_be_left_out=COST_COLUMNS)] if lines else []
+    return [heading, _table(header, lines, may_be_left_out=[OVER_TRAININGS, OF_MARGIN, *COST_COLUMNS])] if lines else []
+
+
+def _equivalence(row: dict[str, Any]) -> str:
+    if row["equivalence"] in (None, DIFFERENT):
+        return row["equivalence"] or NOTHING
+    return f"{row['equivalence']} ({_number(row['p_equivalence'], '.2g')})"
 
 
 def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
@@ -238,7 +283,7 @@ def _about_costs(results: Results) -> str:
 
 
 def _knows(rows: Rows, columns: Iterable[str]) -> bool:
-    return any(row[column] is not None for row in rows for column in columns)
+    return any(not pandas.isna(row[column]) for row in rows for column in columns)
 
 
 def _costs(row: dict[str, Any]) -> list[str]:

@@ -161,6 +161,22 @@ class TestMarkdown:
         assert "memory |" not in text and "memory GB" not in text and "widened" not in text
         assert "have no name of a case in common" not in text
 
+    def test_every_interval_is_explained(self, tables):
+        text = markdown(tables, results_of(tables), [])
+        row = next(row for row in results_of(tables).comparisons if row["metric"] == "dice")
+        over_trainings = f"[{100 * row['low_of_trainings']:+.2f}, {100 * row['high_of_trainings']:+.2f}]"
+        dice, nsd = (line for line in text.splitlines() if line.startswith("| XAttnRes - Planned | Dataset001_A"))
+        assert over_trainings in dice and over_trainings in nsd
+        assert "| better | different |" in dice and "different" not in nsd
+        assert text.count("margin of 0.5 points |") == 1
+        assert "- **over trainings**: 95 % interval of a hierarchical bootstrap" in text
+
+    def test_a_single_training_shows_no_interval_over_trainings(self, tables):
+        alone = tables_of(tables.cases[(tables.cases.fold == 0) & (tables.cases.seed == 0)].to_dict("records"))
+        text = markdown(alone, results_of(alone), [])
+        assert "There is no interval over trainings, because no pair has two trainings in common." in text
+        assert "over trainings |" not in text
+
     def test_a_family_without_common_names_is_not_to_be_trusted(self, tables):
         renamed = tables.cases.dataset == "Dataset003_MR"
         names = tables.cases.case.where(~renamed, "MR_" + tables.cases.case)
