@@ -75,7 +75,8 @@ def _overview(tables: Tables) -> str:
     finished = cells[cells.state == FINISHED]
     tolerances = "; ".join(f"{row.dataset} {row.nsd_tolerance_mm:g} mm" for row in tables.datasets.itertuples())
     if _kind(tables) == "trainings":
-        number = f"{len(finished)} of {counted(len(cells), 'training')} {'is' if len(cells) == 1 else 'are'} finished. "
+        verb = "is" if len(finished) == 1 else "are"
+        number = f"{len(finished)} of {counted(len(cells), 'training')} {verb} finished. "
         number += f"Trainers are named without `{TRAINER_PREFIX}`. "
     else:
         number = f"{counted(len(finished), 'folder')} of predictions. "

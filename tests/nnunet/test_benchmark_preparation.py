@@ -259,7 +259,7 @@ class TestFolds:
     @pytest.mark.parametrize(
         ("own", "message"),
         [
-            ([{"train": CASES[:3], "val": CASES[3:]}], "1 folds, counted from 0: leave 1"),
+            ([{"train": CASES[:3], "val": CASES[3:]}], "1 fold, counted from 0: leave 1"),
             (2 * [{"train": CASES[:3], "val": ["somebody"]}], "somebody"),
             ({"train": CASES, "val": CASES}, "no list of folds"),
         ],

@@ -97,4 +97,4 @@ def test_status_while_data_is_prepared(tmp_path, capsys):
         assert "being prepared" in capsys.readouterr().out
         write_cells(tmp_path, [CELL])
         assert main(["benchmark", "status", str(tmp_path)]) == 0
-    assert "1 cells" in capsys.readouterr().out
+    assert "1 cell:" in capsys.readouterr().out
