@@ -19,6 +19,7 @@ from nnunet_xattnres.benchmark.spec import Spec
 from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, REMEDY, Tables, read_tables, write_tables
 from nnunet_xattnres.common.errors import XAttnResError, differences
 from nnunet_xattnres.common.files import folder_written_atomically
+from nnunet_xattnres.common.text import counted
 
 BY_CELL = ("cells", "cases", "curves", "label_curves")
 GIVE_ANOTHER = "give a report on the same spec"
@@ -98,8 +99,8 @@ def take_over(theirs: Tables, root: Path) -> None:
                 cell.write_record(root, FINISHED, earlier=digest)
                 taken += 1
     print(
-        f"The report has {num_finished} finished trainings: {taken} taken over, {len(same) - taken} finished or "
-        f"running here, {num_finished - len(same)} not of this matrix{example}",
+        f"The report has {counted(num_finished, 'finished training')}: {taken} taken over, "
+        f"{len(same) - taken} finished or running here, {num_finished - len(same)} not of this matrix{example}",
         flush=True,
     )
 

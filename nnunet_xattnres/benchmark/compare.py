@@ -55,12 +55,43 @@ class _Run:
     def state(self, fold: int) -> str:
         return self.result.state(fold, self.references.file_ending)
 
+    def lack(self, are_chosen: bool) -> str:
+        """Why no fold is finished, and the remedy. are_chosen: whether the user has chosen folds."""
+        if not self.result.planned:
+            return (
+                f"no predictions *{self.references.file_ending}: give the folder that they are in, as "
+                "nnUNetv2_predict writes them"
+            )
+        if not self.result.predictions:
+            return (
+                "no predictions but those of fold_all, which has trained on these cases: train a fold (`nnUNetv2_train "
+                "... 0`), or predict other cases with it and compare folders of predictions (--references)"
+            )
+        in_these = " in these folds" if are_chosen else ""
+        return (
+            f"no predictions of a finished validation{in_these}: validate with `nnUNetv2_train ... --val`, or choose "
+            "another result"
+        )
+
     def predictions(self, cell: dict[str, Any]) -> Iterator[Prediction]:
         """Those of a fold. Raises `XAttnResError` if one has no reference. cell: the columns of `CELL`."""
-        for path in self.result.files(cell["fold"], self.references.file_ending):
-            reference = self.result.references / path.name
-            if not reference.is_file():
-                raise XAttnResError(f"{path} has no reference {reference}: add it, or remove the prediction")
+        paths = self.result.files(cell["fold"], self.references.file_ending)
+        references = {path: self.result.references / path.name for path in paths}
+        lacking = [path for path, reference in references.items() if not reference.is_file()]
+        if lacking:
+            folder = self.result.references
+            remedy = "add it, or remove the prediction"
+            if len(lacking) == len(paths):
+                # A single name may be a slip. If no name fits, the folders are not of the same cases.
+                there = next((path.name for path in sorted(folder.glob(f"*{self.references.file_ending}"))), "nothing")
+                remedy = (
+                    f"give the references of these cases, by the same names, with --references; {folder} holds {there}"
+                )
+            raise XAttnResError(
+                f"{len(lacking)} of {counted(len(paths), 'prediction')} in {paths[0].parent} have no reference in "
+                f"{folder}, such as {lacking[0].name}: {remedy}"
+            )
+        for path, reference in references.items():
             yield Prediction(cell, self.references, self.result.kind, reference, path, REMEDY)
 
 
@@ -204,11 +235,7 @@ def _cells(runs: list[_Run], chosen: list[int] | None) -> Iterator[tuple[_Run, d
         folds = sorted(set(chosen or [fold for run in of_dataset for fold in run.result.predictions]))
         for run in of_dataset:
             if FINISHED not in map(run.state, folds):
-                kind = f"*{run.references.file_ending}" if not run.result.planned else "of a finished validation"
-                raise XAttnResError(
-                    f"{run.result.folder} has no predictions {kind}{' in these folds' if chosen else ''}: validate "
-                    "with `nnUNetv2_train ... --val`, or choose another result"
-                )
+                raise XAttnResError(f"{run.result.folder} has {run.lack(bool(chosen))}")
         by_name = {(run.name, run.seed): run for run in of_dataset}
         # The order of a benchmark's matrix.
         for seed in sorted({run.seed for run in of_dataset}):

@@ -7,7 +7,8 @@ reference of a case lacks has no part in any mean; what was predicted there is c
 Datasets of one family are the same patients, and therefore one hypothesis. A patient is a case's name within validation
 or test: datasets often number both from the same start. Its value is the mean of its differences over the datasets and
 configurations of the family, and the family has one test. Holm's correction is over families, for every pair of
-trainers and metric by itself.
+trainers and metric by itself. A second one is over families and pairs: over all pairs with the first trainer that has
+results, and by itself over all other pairs.
 """
 
 from collections.abc import Iterator
@@ -19,11 +20,20 @@ import pandas
 from numpy.typing import NDArray
 
 from nnunet_xattnres.benchmark.costs import COSTS, cost_ratios
-from nnunet_xattnres.benchmark.statistics import NO_DIFFERENCE, direction, holm, wilcoxon
+from nnunet_xattnres.benchmark.statistics import (
+    NO_DIFFERENCE,
+    SIGNIFICANCE,
+    direction,
+    equivalence,
+    holm,
+    interval_over_trainings,
+    wilcoxon,
+)
 from nnunet_xattnres.benchmark.tables import CELL, SET, Tables
 from nnunet_xattnres.common.samples import DIGITS, sample
 
-SIGNIFICANCE = 0.05
+# Of equivalence, in Dice.
+MARGIN = 0.005
 METRICS = ("dice", "nsd")
 
 
@@ -40,7 +50,11 @@ def compare(tables: Tables) -> list[dict[str, Any]]:
         first / second.
     cells: the number of folds and seeds that both have finished, whose costs are compared.
     cells_ahead: the number of these with a positive mean difference.
-    p_holm, verdict: of the family's test; None in the rows of sets whose family has several.
+    low, high: over cases. low_of_trainings, high_of_trainings: over trainings and cases within them; NaN for a single
+        training and for families.
+    p_holm, p_of_pairs, verdict: of the family's test; None in the rows of sets whose family has several. p_of_pairs is
+        corrected over families and pairs, p_holm and so the verdict over families.
+    p_equivalence, equivalence: of two one-sided tests within +-`MARGIN`; None for NSD.
     """
     values = case_values(tables.cases)
     rows = []
@@ -51,7 +65,7 @@ def compare(tables: Tables) -> list[dict[str, Any]]:
                 {"first": first, "second": second, "metric": metric} | row
                 for row in _with_verdicts(_rows_of_pair(paired, metric, tables.cells, first, second))
             ]
-    return rows
+    return _corrected_over_pairs(rows)
 
 
 def unrelated_datasets(cases: pandas.DataFrame) -> list[tuple[str, str, str]]:
@@ -104,28 +118,37 @@ def _rows_of_pair(
             num_cells = {"cells": len(of_cells), "cells_ahead": int((of_cells > 0).sum())}
             per_case = of_set.groupby("case", sort=False)[metric].mean()
             ratios = cost_ratios(cells, key[0], key[1], first, second)
-            yield identity | num_cells | _test(per_case.to_numpy()) | ratios
+            over_trainings = interval_over_trainings(of_set.rename(columns={metric: "value"}))
+            yield identity | num_cells | _test(per_case.to_numpy(), metric, over_trainings) | ratios
         if len(sets) > 1:
             identity = {"family": family, **dict.fromkeys(SET, ""), "sets_of_family": len(sets)}
             per_set = of_family.groupby([*SET, "case"], sort=False)[metric].mean()
             per_patient = per_set.groupby(["set", "case"], sort=False).mean()
             no_ratios = {f"{cost}_ratio": None for cost in COSTS}
-            yield identity | {"cells": None, "cells_ahead": None} | _test(per_patient.to_numpy()) | no_ratios
+            yield identity | {"cells": None, "cells_ahead": None} | _test(per_patient.to_numpy(), metric) | no_ratios
 
 
-def _test(differences: NDArray[np.floating]) -> dict[str, Any]:
+def _test(
+    differences: NDArray[np.floating], metric: str, over_trainings: tuple[float, float] = (np.nan, np.nan)
+) -> dict[str, Any]:
+    """over_trainings: the interval."""
     differences = differences.round(DIGITS)
     of_cases = sample(differences)
+    p_equivalence, verdict = equivalence(differences, MARGIN) if metric == "dice" else (None, None)
     return {
         "cases": of_cases.number,
         "difference": of_cases.mean,
         "low": of_cases.low,
         "high": of_cases.high,
+        "low_of_trainings": over_trainings[0],
+        "high_of_trainings": over_trainings[1],
         "wins": int((differences > 0).sum()),
         "ties": int((differences == 0).sum()),
         "losses": int((differences < 0).sum()),
         "p": wilcoxon(differences),
         "direction": direction(differences),
+        "p_equivalence": p_equivalence,
+        "equivalence": verdict,
     }
 
 
@@ -137,4 +160,16 @@ def _with_verdicts(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         row["verdict"] = row["direction"] if p < SIGNIFICANCE else NO_DIFFERENCE
     for row in complete:
         del row["direction"]
+    return complete
+
+
+def _corrected_over_pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    complete = [row | {"p_of_pairs": None} for row in rows]
+    tested: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for row in complete:
+        if row["verdict"]:
+            tested.setdefault((row["metric"], row["second"] == complete[0]["second"]), []).append(row)
+    for together in tested.values():
+        for row, p in zip(together, holm([row["p"] for row in together]), strict=True):
+            row["p_of_pairs"] = p
     return complete

@@ -1,29 +1,42 @@
 """A report as Markdown."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas
 
 from nnunet_xattnres.benchmark.cells import FINISHED
-from nnunet_xattnres.benchmark.comparisons import SIGNIFICANCE, lacking_cases, unrelated_datasets
-from nnunet_xattnres.benchmark.costs import COSTS
+from nnunet_xattnres.benchmark.comparisons import MARGIN, lacking_cases, unrelated_datasets
+from nnunet_xattnres.benchmark.costs import COSTS, COSTS_OF_DEVICE
 from nnunet_xattnres.benchmark.learning_curves import FLAT, LEARNED, WINDOW
 from nnunet_xattnres.benchmark.results import UNKNOWN_DEVICE, Results, Rows, versions_of
-from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
+from nnunet_xattnres.benchmark.statistics import (
+    BETTER,
+    DIFFERENT,
+    EQUIVALENT,
+    INCONCLUSIVE,
+    NO_DIFFERENCE,
+    SIGNIFICANCE,
+    WORSE,
+)
 from nnunet_xattnres.benchmark.summaries import MEAN_LABEL
 from nnunet_xattnres.benchmark.tables import SET, Tables
 from nnunet_xattnres.common.samples import RESAMPLES
+from nnunet_xattnres.common.text import counted
 from nnunet_xattnres.nnunet.installation import TRAINER_PREFIX, short_name
 
 NOTHING = "-"
 NAMES_IN_A_LIST = 8
+OVER_TRAININGS = "over trainings"
+OF_MARGIN = f"margin of {100 * MARGIN:g} points"
+COST_COLUMNS = ["time", "parameters", "memory"]
 
 
 def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
     """The whole report."""
     parts = [
-        "# Benchmark",
+        f"# Comparison of {_kind(tables)}",
         _overview(tables),
         "## What is compared",
         _arms(tables),
@@ -36,10 +49,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         *(f"![{name}]({name}.png)" for name in figures if name.startswith("paired")),
         "## Every trainer",
         "Dice and NSD in %, HD95 in mm. Brackets: 95 % bootstrap interval of the mean over cases. HD95 is the median "
-        "over cases; how many are infinite, because a prediction is empty, stands beside it. Costs are medians over "
-        "trainings, of time and memory over those on the device under the table; '-': not known there. On a GPU, "
-        "memory is what PyTorch has allocated. On a CPU it is how far the process grew, with what the allocator held "
-        "back: it says what a training needs, and does not rank networks.",
+        f"over cases; how many are infinite, because a prediction is empty, stands beside it.{_about_costs(results)}",
         *_trainers(tables, results.summary, figures),
         *_empty_references(results.summary),
         *_learning(results, figures),
@@ -49,7 +59,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         "Trainers that lack one of the trainings are left out.",
         _spreads(results.spreads),
         *_differences("## Paired differences in Dice, other pairs", results.without_first, "dice"),
-        "## Trainings",
+        f"## {_kind(tables).capitalize()}",
         *(f"![{name}]({name}.png)" for name in figures if name.startswith("curves")),
         "Versions:",
         "\n".join(f"- {line}" for line in versions_of(tables)),
@@ -57,15 +67,22 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _kind(tables: Tables) -> str:
+    """What a row of the table "cells" is. Predictions of unknown origin have no plans."""
+    return "trainings" if (tables.cells.plans != "").any() else "predictions"
+
+
 def _overview(tables: Tables) -> str:
     cells = tables.cells
     finished = cells[cells.state == FINISHED]
     tolerances = "; ".join(f"{row.dataset} {row.nsd_tolerance_mm:g} mm" for row in tables.datasets.itertuples())
-    lines = [
-        f"{len(finished)} of {len(cells)} trainings of the matrix are finished. "
-        f"Trainers are named without `{TRAINER_PREFIX}`. "
-        f"Tolerance of NSD: {tolerances}."
-    ]
+    if _kind(tables) == "trainings":
+        verb = "is" if len(finished) == 1 else "are"
+        number = f"{len(finished)} of {counted(len(cells), 'training')} {verb} finished. "
+        number += f"Trainers are named without `{TRAINER_PREFIX}`. "
+    else:
+        number = f"{counted(len(finished), 'folder')} of predictions. "
+    lines = [f"{number}Tolerance of NSD: {tolerances}."]
     lines += [
         f"\n**{one} and {other} are of the family {family} and have no name of a case in common, by which patients are "
         "told: if they are the same ones, the family's test counts them twice and is not to be trusted.**"
@@ -90,14 +107,15 @@ def _arms(tables: Tables) -> str:
     lines = [
         [
             short_name(row.trainer),
-            row.trainer_class,
-            row.planner,
+            row.trainer_class or NOTHING,
+            row.planner or NOTHING,
             _number(row.width, "g", "x"),
             short_name(row.parameters_of) or NOTHING,
         ]
         for row in tables.trainers.itertuples()
     ]
-    return _table(["trainer", "nnU-Net's class", "planner", "widened by", "widened to the parameters of"], lines)
+    header = ["trainer", "nnU-Net's class", "planner", "widened by", "widened to the parameters of"]
+    return _table(header, lines, may_be_left_out=header[1:])
 
 
 def _trainings(tables: Tables) -> str:
@@ -114,21 +132,51 @@ def _trainings(tables: Tables) -> str:
 
 
 def _explanation(results: Results) -> str:
-    return (
-        f"Here every trainer is compared with {short_name(results.first or 'the first')}. The other pairs have a table "
-        "further down, and all pairs and metrics are in comparisons.csv. Differences are paired: "
-        "cases in the folds and seeds that both trainers "
-        "have finished, values averaged over these first, a case's value being its mean over the labels that its "
-        f"reference contains. Brackets: 95 % bootstrap interval over cases ({RESAMPLES} resamples); neither it nor p "
-        "says how far another training would differ: 'ahead in' says in how many of the trainings first had the higher "
-        "mean. p: Wilcoxon signed-rank, for "
-        "every pair by itself corrected over families with Holm's method; datasets of the same patients are one family "
-        "and have one test, of each patient's mean difference. Better or worse is what the corrected test shows at "
-        f"{SIGNIFICANCE:g}, if the mean points the same way; everything else is '{NO_DIFFERENCE}', which is no proof "
-        "of equality. Nothing is corrected for the number of pairs. Time, parameters, memory: first / second, the "
-        "median over these trainings; of time and memory over those of both on the device that is named under the "
-        "dataset's next table."
-    )
+    if results.first is None:
+        return ""
+    first = short_name(results.first)
+    parts = [
+        f"Here every trainer is compared with {first}. The other pairs have a table "
+        "further down, and all pairs and metrics are in comparisons.csv.\n",
+        "- **Differences** are paired: cases in the folds and seeds that both trainers have finished, values averaged "
+        "over these first, a case's value being its mean over the labels that its reference contains.",
+        "- **Dice, NSD**: the mean difference in points. Brackets: 95 % bootstrap interval over cases "
+        f"({RESAMPLES} resamples). It says what these trainings would show on other cases. Neither it nor p says how "
+        "far another training would differ. 'Ahead in': in how many of the trainings first had the higher mean.",
+    ]
+    if _knows(results.comparisons, ["low_of_trainings"]):
+        parts.append(
+            f"- **{OVER_TRAININGS}**: 95 % interval of a hierarchical bootstrap, which resamples trainings (folds, and "
+            "seeds within them) and the cases within them. It says what other trainings may show. If it contains 0, "
+            "a better or worse may be owed to these trainings alone. Of few trainings it is too narrow: of two it sees "
+            "half of the variance between trainings, of ten nine tenths. '-': one training, which has no such "
+            "interval, or a family."
+        )
+    else:
+        parts.append(
+            "- There is no interval over trainings, because no pair has two trainings in common. Nothing here says how "
+            "far another training would differ."
+        )
+    parts += [
+        "- **p**: Wilcoxon signed-rank over cases. **p (Holm)**: for every pair by itself corrected over families with "
+        "Holm's method; datasets of the same patients are one family and have one test, of each patient's mean "
+        "difference. **p (Holm, pairs)**: corrected over families and pairs together, for the pairs with "
+        f"{first} and for the other pairs by themselves.",
+        f"- **first is** better or worse if p (Holm) is below {SIGNIFICANCE:g} and the mean points the same way; "
+        f"everything else is '{NO_DIFFERENCE}', which is no proof of equality. It is not corrected for the number of "
+        "pairs: for that, look at p (Holm, pairs).",
+        f"- **{OF_MARGIN}** (Dice): two one-sided t tests over cases (TOST), p in brackets, not corrected. "
+        f"'{EQUIVALENT}': the mean difference is shown to be within the margin, at {SIGNIFICANCE:g}. '{DIFFERENT}': "
+        f"its 95 % t interval lies outside. '{INCONCLUSIVE}': neither. A trainer can be better and equivalent: the "
+        "difference is shown, and it is small. Where the interval over trainings leaves the margin, other trainings "
+        "may differ by more.",
+    ]
+    if _knows(results.comparisons, [f"{cost}_ratio" for cost in COSTS]):
+        parts.append(
+            "- **time, parameters, memory**: first / second, the median over these trainings; of time and memory over "
+            "those of both on the device that is named under the dataset's next table."
+        )
+    return "\n".join(parts)
 
 
 def _verdicts(comparisons: Rows) -> str:
@@ -150,8 +198,8 @@ def _verdicts(comparisons: Rows) -> str:
 def _differences(heading: str, comparisons: Rows, metric: str) -> list[str]:
     rows = [row for row in comparisons if row["metric"] == metric]
     title = {"dice": "Dice", "nsd": "NSD"}[metric]
-    header = ["first - second", "dataset", "trainings", "ahead in", "cases", f"{title}, points", "wins/ties/losses"]
-    header += ["p", "p (Holm)", "first is", "time", "parameters", "memory"]
+    header = ["first - second", "dataset", "trainings", "ahead in", "cases", f"{title}, points", OVER_TRAININGS]
+    header += ["wins/ties/losses", "p", "p (Holm)", "p (Holm, pairs)", "first is", OF_MARGIN, *COST_COLUMNS]
     lines = [
         [
             f"{short_name(row['first'])} - {short_name(row['second'])}",
@@ -160,21 +208,30 @@ def _differences(heading: str, comparisons: Rows, metric: str) -> list[str]:
             _number(row["cells_ahead"], "d"),
             str(row["cases"]),
             f"{_points(row['difference'], '+')} {_interval(row['low'], row['high'], '+')}",
+            _interval(row["low_of_trainings"], row["high_of_trainings"], "+") or NOTHING,
             f"{row['wins']}/{row['ties']}/{row['losses']}",
             _number(row["p"], ".2g"),
             _number(row["p_holm"], ".2g"),
+            _number(row["p_of_pairs"], ".3g"),
             f"see family {row['family']}" if row["verdict"] is None else row["verdict"],
+            _equivalence(row),
             *(_number(row[f"{cost}_ratio"], ".2f", "x") for cost in COSTS),
         ]
         for row in rows
     ]
-    return [heading, _table(header, lines)] if lines else []
+    return [heading, _table(header, lines, may_be_left_out=[OVER_TRAININGS, OF_MARGIN, *COST_COLUMNS])] if lines else []
+
+
+def _equivalence(row: dict[str, Any]) -> str:
+    if row["equivalence"] in (None, DIFFERENT):
+        return row["equivalence"] or NOTHING
+    return f"{row['equivalence']} ({_number(row['p_equivalence'], '.2g')})"
 
 
 def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
     parts = []
-    header = ["label", "trainer", "trainings", "cases", "Dice", "NSD", "HD95", "infinite", "s / epoch"]
-    header += ["parameters", "memory GB"]
+    costs_header = ["s / epoch", "parameters", "memory GB"]
+    header = ["label", "trainer", "trainings", "cases", "Dice", "NSD", "HD95", "infinite", *costs_header]
     for key in dict.fromkeys(tuple(row[name] for name in SET) for row in summary):
         rows = [row for row in summary if tuple(row[name] for name in SET) == key]
         if len({row["label"] for row in rows}) == 2:
@@ -199,9 +256,10 @@ def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
         ]
         parts += [
             f"### {_set_name(rows[0])}",
-            _table(header, lines),
-            f"Time and memory: {rows[0]['cost_device'] or UNKNOWN_DEVICE}.",
+            _table(header, lines, may_be_left_out=costs_header),
         ]
+        if _knows(rows, COSTS_OF_DEVICE):
+            parts.append(f"Time and memory: {rows[0]['cost_device'] or UNKNOWN_DEVICE}.")
         if fewer_trainings or fewer_cases:
             fewer = "folds or seeds than others, and so maybe other cases" if fewer_trainings else "cases than others"
             parts.append(
@@ -210,6 +268,25 @@ def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
             )
         parts += [f"![{name}]({name}.png)" for name in figures if name == "_".join(["dice", *key])]
     return parts
+
+
+def _about_costs(results: Results) -> str:
+    text = ""
+    if _knows(results.summary, COSTS):
+        text += (
+            " Costs are medians over trainings, of time and memory over those on the device under the table; '-': not "
+            "known there."
+        )
+    if _knows(results.summary, ["peak_memory_gb"]):
+        text += (
+            " On a GPU, memory is what PyTorch has allocated. On a CPU it is how far the process grew, with what the "
+            "allocator held back: it says what a training needs, and does not rank networks."
+        )
+    return text
+
+
+def _knows(rows: Rows, columns: Iterable[str]) -> bool:
+    return any(not pandas.isna(row[column]) for row in rows for column in columns)
 
 
 def _costs(row: dict[str, Any]) -> list[str]:
@@ -334,7 +411,14 @@ def _set_name(row: dict[str, Any]) -> str:
     return f"{row['dataset']}, {row['configuration']}, {row['set']}"
 
 
-def _table(header: list[str], lines: list[list[str]]) -> str:
+def _table(header: list[str], lines: list[list[str]], may_be_left_out: Sequence[str] = ()) -> str:
+    """may_be_left_out: columns that are not shown if nothing is in them."""
+    columns = [
+        column
+        for column in zip(header, *lines, strict=True)
+        if column[0] not in may_be_left_out or set(column[1:]) != {NOTHING}
+    ]
+    header, *lines = (list(row) for row in zip(*columns, strict=True))
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
 

@@ -169,11 +169,29 @@ class TestRefusals:
 class TestMarkdown:
     def test_what_is_compared_and_measured(self, tables):
         text = markdown(tables, results_of(tables), [])
-        assert "24 of 24 trainings of the matrix are finished" in text
+        assert "24 of 24 trainings are finished" in text
         assert "| XAttnRes - Planned | family Sarcoma, by patient | - | - | 12 |" in text
         assert "| a | Planned | 4 | 12 |" in text
-        assert text.count("1.50x | 2.00x | - |") == 2 * len(DATASETS)
+        # No memory is known, and no trainer is widened.
+        assert text.count("1.50x | 2.00x |\n") == 2 * len(DATASETS)
+        assert "memory |" not in text and "memory GB" not in text and "widened" not in text
         assert "have no name of a case in common" not in text
+
+    def test_every_interval_is_explained(self, tables):
+        text = markdown(tables, results_of(tables), [])
+        row = next(row for row in results_of(tables).comparisons if row["metric"] == "dice")
+        over_trainings = f"[{100 * row['low_of_trainings']:+.2f}, {100 * row['high_of_trainings']:+.2f}]"
+        dice, nsd = (line for line in text.splitlines() if line.startswith("| XAttnRes - Planned | Dataset001_A"))
+        assert over_trainings in dice and over_trainings in nsd
+        assert "| better | different |" in dice and "different" not in nsd
+        assert text.count("margin of 0.5 points |") == 1
+        assert "- **over trainings**: 95 % interval of a hierarchical bootstrap" in text
+
+    def test_a_single_training_shows_no_interval_over_trainings(self, tables):
+        alone = tables_of(tables.cases[(tables.cases.fold == 0) & (tables.cases.seed == 0)].to_dict("records"))
+        text = markdown(alone, results_of(alone), [])
+        assert "There is no interval over trainings, because no pair has two trainings in common." in text
+        assert "over trainings |" not in text
 
     def test_a_family_without_common_names_is_not_to_be_trusted(self, tables):
         renamed = tables.cases.dataset == "Dataset003_MR"
@@ -190,7 +208,7 @@ class TestMarkdown:
         lacks = cells_of(tables.cases, trainer=OURS, fold=1, dataset="Dataset001_A")
         incomplete = tables_of(tables.cases[~lacks].to_dict("records"), unfinished)
         text = markdown(incomplete, results_of(incomplete), [])
-        assert "22 of 24 trainings of the matrix are finished" in text
+        assert "22 of 24 trainings are finished" in text
         assert "- Dataset001_A, small, NoSkip: fold 1 seed 0 (failed), fold 1 seed 1 (waiting)" in text
         assert "| a | XAttnRes | 2* | 6 |" in text
         assert text.count("not to be compared with the other rows") == 1

@@ -249,7 +249,7 @@ class TestReport:
         assert main(["benchmark", "report", str(benchmark), "-o", str(tmp_path / "out")]) == 0
         assert len(read_tables(tmp_path / "out").cases) == 6
         text = (tmp_path / "out" / "report.md").read_text()
-        assert "| wide | nnUNetTrainerPlanned | ExperimentPlanner | 2x | - |" in text
+        assert "| wide | nnUNetTrainerPlanned | ExperimentPlanner | 2x |\n" in text
         assert "| Dataset001_A | small | Planned | nnUNetPlans | 8x16x16 | 2 | 8 16 | 30 | 2 |" in text
         assert f"scipy {scipy.__version__}" in text
         # What measures is not needed for a report on tables.
@@ -315,7 +315,7 @@ class TestTakingOver:
         for _ in range(2):  # the second time it is there already
             take_over(read_tables(tmp_path / "report"), new)
             assert [cell.state(new) for cell in cells] == ["finished", "waiting"]
-        assert re.findall(r"(\d) finished trainings: (\d) taken over, (\d)", capsys.readouterr().out) == [
+        assert re.findall(r"(\d) finished training: (\d) taken over, (\d)", capsys.readouterr().out) == [
             ("1", "1", "0"),
             ("1", "0", "1"),
         ]

@@ -170,7 +170,7 @@ class TestResultFolders:
         out = compare(first, second)
         assert f"Left out: {DATASET} {SECOND} fold 1 seed 0 (missing)" in capsys.readouterr().out.splitlines()
         text = (out / "report.md").read_text()
-        assert "3 of 4 trainings of the matrix are finished" in text
+        assert text.startswith("# Comparison of trainings\n\n3 of 4 trainings are finished.")
         assert f"- {DATASET}, small, DA5: fold 1 seed 0 (missing)" in text
         assert f"- {DATASET}, small, validation: DA5 lacks 1: case_2" in text
         assert list(of_dice(out).cases) == [2]
@@ -241,6 +241,23 @@ class TestFoldersOfPredictions:
         text = Path("out", "report.md").read_text()
         assert "trained: unknown versions; unknown device" in text
         assert "nan" not in text.lower()
+        assert text.startswith("# Comparison of predictions\n\n2 folders of predictions. Tolerance")
+        header = "| label | trainer | trainings | cases | Dice | NSD | HD95 | infinite |"
+        assert text.splitlines().count(header) == 1
+        assert not re.search("time|memory|widened|planner|matrix|benchmark", text.lower())
+
+    def test_references_of_other_cases(self, predictions, references, capsys):
+        for path in predictions[1].glob("case_*"):
+            path.rename(path.with_name(f"other_{path.name}"))
+        message = refused(capsys, *predictions, "--references", references)
+        assert "6 of 6 predictions in" in message and "such as other_case_0.nii.gz: give the references" in message
+        assert message.endswith("gt_segmentations holds case_0.nii.gz")
+
+    def test_a_folder_without_predictions(self, predictions, references, capsys):
+        for path in predictions[1].glob("case_*"):
+            path.rename(path.with_name(f"{path.name}.old"))
+        message = refused(capsys, *predictions, "--references", references)
+        assert "other has no predictions *.nii.gz: give the folder that they are in" in message
 
     @pytest.mark.parametrize(
         "options, message",
@@ -300,7 +317,14 @@ class TestBadInput:
             ),
             (
                 lambda first, second: write_image(label_map(), a_prediction(second).with_name("x.nii.gz")),
-                r"x\.nii\.gz has no reference",
+                r"1 of 4 predictions in .* have no reference in .*gt_segmentations, such as x\.nii\.gz: add it",
+            ),
+            (
+                lambda first, second: (
+                    [shutil.move(second / f"fold_{f}", second / f"fold_{f}_") for f in (0, 1)]
+                    + [shutil.copytree(first / "fold_0", second / "fold_all")]
+                ),
+                r"has no predictions but those of fold_all, which has trained on these cases: train a fold",
             ),
             (
                 lambda first, second: [shutil.rmtree(second / f"fold_{fold}" / "validation") for fold in (0, 1)],

@@ -10,7 +10,14 @@ from scipy import stats
 
 from helpers.benchmark import DATASETS, OURS, PLANNED, case_row, cells_of, tables_of, two_trainers
 from nnunet_xattnres.benchmark.comparisons import compare, unrelated_datasets
-from nnunet_xattnres.benchmark.statistics import BETTER, NO_DIFFERENCE, WORSE
+from nnunet_xattnres.benchmark.statistics import (
+    BETTER,
+    DIFFERENT,
+    EQUIVALENT,
+    INCONCLUSIVE,
+    NO_DIFFERENCE,
+    WORSE,
+)
 from nnunet_xattnres.benchmark.summaries import summarise
 from nnunet_xattnres.benchmark.tables import Tables
 
@@ -108,6 +115,65 @@ class TestDifferences:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             compare(replace(tables, cases=cases))
+
+
+class TestTrainings:
+    def test_the_interval_over_trainings_stands_beside_that_over_cases(self):
+        gain = {0: 0.1, 1: -0.02}
+        rows = [
+            case_row("Dataset001_A", trainer, fold, 0, f"{fold}{case}", 0.5 + gain[fold] * (trainer == OURS))
+            for fold in gain
+            for case in range(30)
+            for trainer in (PLANNED, OURS)
+        ]
+        row = compare(tables_of(rows))[0]
+        assert (row["low_of_trainings"], row["high_of_trainings"]) == (-0.02, 0.1)
+        # Over cases the gain is shown. Another training of the second kind would turn it.
+        assert (row["difference"], row["verdict"]) == (pytest.approx(0.04), BETTER)
+        assert row["low"] > 0
+
+    def test_one_training_and_a_family_have_none(self, tables):
+        alone = one_set([0.01, 0.02])
+        of_family = next(row for row in compare(tables) if not row["dataset"])
+        for row in (compare(alone)[0], of_family):
+            assert np.isnan(row["low_of_trainings"]) and np.isnan(row["high_of_trainings"])
+
+
+class TestPairs:
+    def test_the_second_correction_is_over_families_and_pairs(self):
+        rng = np.random.default_rng(0)
+        trainers = (PLANNED, OURS, "nnUNetTrainerNoSkip")
+        rows = [
+            case_row(dataset, trainer, 0, 0, str(case), rng.uniform(0.4, 0.8))
+            for dataset in ("Dataset001_A", "Dataset004_B")
+            for case in range(9)
+            for trainer in trainers
+        ]
+        found = compare(tables_of(rows))
+        for is_with_first in (True, False):
+            chosen = [row for row in found if (row["second"] == PLANNED) == is_with_first and row["metric"] == "dice"]
+            # Two pairs of two datasets, and one pair of two.
+            assert len(chosen) == (4 if is_with_first else 2)
+            by_p = sorted(chosen, key=lambda row: row["p"])
+            expected, largest = [], 0.0
+            for rank, row in enumerate(by_p):
+                largest = max(largest, min(1.0, (len(by_p) - rank) * row["p"]))
+                expected.append(largest)
+            assert [row["p_of_pairs"] for row in by_p] == pytest.approx(expected, rel=1e-5)
+            assert all(row["p_of_pairs"] >= row["p_holm"] for row in chosen)
+
+    def test_one_pair_has_one_correction(self, tables):
+        for row in compare(tables):
+            assert row["p_of_pairs"] == row["p_holm"]
+
+
+def test_equivalence_is_of_dice_and_of_every_set_and_family(tables):
+    rows = compare(tables)
+    verdicts = [row["equivalence"] for row in rows if row["metric"] == "dice"]
+    # A gain of five points, and none in the others: 0.5 points are shown for them or not.
+    assert verdicts[0] == DIFFERENT and len(verdicts) == 4
+    assert all(verdict in (EQUIVALENT, INCONCLUSIVE) for verdict in verdicts[1:])
+    assert {row["equivalence"] for row in rows if row["metric"] == "nsd"} == {None}
 
 
 class TestFamilies:
