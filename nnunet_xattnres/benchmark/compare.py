@@ -102,7 +102,9 @@ def run_compare(options: Options) -> None:
     written to its folder.
     """
     _check(options)
-    runs = _runs([read_result(folder, options.references) for folder in options.folders], options)
+    results = [read_result(folder, options.references) for folder in options.folders]
+    _check_place(options.output, results)
+    runs = _runs(results, options)
     tables, predictions = _planned(runs, options.folds)
     check_output(options.output, tables)
     check_nifti_files(dict.fromkeys(path for found in predictions for path in (found.reference, found.path)))
@@ -111,20 +113,28 @@ def run_compare(options: Options) -> None:
 
 def _check(options: Options) -> None:
     places = [folder.resolve() for folder in options.folders]
-    output = options.output.resolve()
     for folder, place in zip(options.folders, places, strict=True):
         if places.count(place) > 1:
             raise XAttnResError(f"{folder} is given twice: give every result once")
-        if place in (output, *output.parents):
-            raise XAttnResError(f"{options.output} is in {folder}, which is only read: choose another -o")
     if len(places) == 1:
         raise XAttnResError("there is only one result: give two or more")
     if options.group and len(options.group) != len(places):
         raise XAttnResError(
             f"--group has {counted(len(options.group), 'name')} for {len(places)} results: give one for each"
         )
+    for name in options.group or ():
+        if not name.strip() or not name.isprintable():
+            raise XAttnResError(f"--group has the name {name!r}: give a name that can be read")
     if not 0 < options.nsd_tolerance_mm < math.inf:
         raise XAttnResError("--nsd-tolerance-mm must be a number above 0")
+
+
+def _check_place(output: Path, results: list[Result]) -> None:
+    """Raise `XAttnResError` if the report would go into a folder that is only read."""
+    place = output.resolve()
+    for folder in (folder for result in results for folder in (result.folder, result.references)):
+        if folder.resolve() in (place, *place.parents):
+            raise XAttnResError(f"{output} is in {folder}, which is only read: choose another -o")
 
 
 def _runs(results: list[Result], options: Options) -> list[_Run]:

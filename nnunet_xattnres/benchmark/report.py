@@ -12,18 +12,38 @@ import pandas
 from nnunet_xattnres.benchmark.cells import FINISHED, MATRIX
 from nnunet_xattnres.benchmark.drawing import write_figures
 from nnunet_xattnres.benchmark.markdown import markdown
-from nnunet_xattnres.benchmark.results import Results, results_of, versions_of
-from nnunet_xattnres.benchmark.tables import COLUMNS, OPTIONAL, Tables, has_tables, read_tables, write_csv, write_tables
+from nnunet_xattnres.benchmark.results import LEARNING, Results, results_of, versions_of
+from nnunet_xattnres.benchmark.tables import (
+    COLUMNS,
+    OPTIONAL,
+    Tables,
+    begins_a_report,
+    has_tables,
+    read_tables,
+    write_csv,
+    write_tables,
+)
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import check_writable, make_writable_folder, write_text_atomically
 from nnunet_xattnres.nnunet.installation import check_installed
+
+# Files of a report, beside figures and those of `COLUMNS`.
+OTHER_FILES = (
+    "summary.csv",
+    "comparisons.csv",
+    "spreads.csv",
+    *(f"{name}.csv" for name in LEARNING),
+    "report.json",
+    "report.md",
+)
 
 
 def run_report(origin: Path, output: Path) -> None:
     """Write a report to the folder `output`. origin: a benchmark's folder, or one with the CSV files of a report.
 
     Raises `XAttnResError` if there is nothing to report on, if a file is missing or damaged, if `output` cannot be
-    written to, and if `output` holds a report with trainings that this one lacks.
+    written to, and if `output` holds a report with trainings that this one lacks, or files of others that a report
+    would replace.
     """
     check_installed("statsmodels")
     write_report(_read(origin, partial(check_output, output)), output)
@@ -62,7 +82,8 @@ def _read(origin: Path, check: Callable[[Tables], None]) -> Tables:
 def check_output(output: Path, tables: Tables) -> None:
     """Raise `XAttnResError` if a report on these tables cannot be written to `output`, or must not be.
 
-    It must not go into a benchmark's folder, and not replace a report with trainings that the tables lack.
+    It must not go into a benchmark's folder, and not replace a report with trainings that the tables lack, or files
+    that are not from a report.
 
     A report may be all that is left of a training. tables: those of the new report, maybe before they are measured.
     """
@@ -71,6 +92,10 @@ def check_output(output: Path, tables: Tables) -> None:
     check_writable(output, "-o")
     if not all((output / f"{name}.csv").is_file() for name in COLUMNS if name not in OPTIONAL):
         # No report, or one that was interrupted.
+        names = (*(f"{name}.csv" for name in COLUMNS), *OTHER_FILES)
+        there_already = [output / name for name in names if (output / name).exists()]
+        if there_already and not begins_a_report(output):
+            raise XAttnResError(f"{there_already[0]} is not from a report, which would replace it: choose another -o")
         return
     try:
         there = read_tables(output).finished

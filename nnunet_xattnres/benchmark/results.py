@@ -11,6 +11,7 @@ from nnunet_xattnres.benchmark.tables import Tables
 
 UNKNOWN_DEVICE = "unknown device"
 UNKNOWN_VERSIONS = "unknown versions"
+LEARNING = ("flatness", "steps_to_target")
 Rows = list[dict[str, Any]]
 
 
@@ -39,7 +40,7 @@ class Results:
 
 def results_of(tables: Tables) -> Results:
     has_curves = not tables.label_curves.empty
-    learning = {"flatness": flatness(tables), "steps_to_target": steps_to_target(tables)} if has_curves else {}
+    learning = dict(zip(LEARNING, (flatness(tables), steps_to_target(tables)), strict=True)) if has_curves else {}
     return Results(summarise(tables), compare(tables), spreads(tables), learning)
 
 

@@ -126,6 +126,15 @@ def has_tables(folder: Path) -> bool:
     return (folder / "cases.csv").is_file()
 
 
+def begins_a_report(folder: Path) -> bool:
+    """Whether the table that is written first is there, so that the folder is that of a report, maybe interrupted."""
+    try:
+        with (folder / "cases.csv").open() as file:
+            return file.readline().rstrip("\n").split(",") == list(COLUMNS["cases"])
+    except (OSError, ValueError):
+        return False
+
+
 def make_table(name: str, rows: Iterable[dict[str, Any]]) -> pandas.DataFrame:
     """The table `name` of `COLUMNS`; keys of rows that are no columns are left out."""
     return pandas.DataFrame(list(rows), columns=list(COLUMNS[name])).astype(COLUMNS[name])

@@ -356,6 +356,8 @@ class TestBadInput:
             (["{first}", "{first}/"], "is given twice"),
             (["{first}", "nowhere"], "nowhere is no folder: give an nnU-Net result folder"),
             (["{first}", "{second}", "--group", "one"], "--group has 1 name for 2 results"),
+            (["{first}", "{second}", "--group", "one", " "], "--group has the name ' ': give a name that can be read"),
+            (["{first}", "{second}", "--group", "one", "t\nwo"], r"--group has the name 't\nwo'"),
             (["{first}", "{second}", "--nsd-tolerance-mm", "0"], "--nsd-tolerance-mm must be a number above 0"),
             (["{first}", "{second}", "--nsd-tolerance-mm", "nan"], "--nsd-tolerance-mm must be a number above 0"),
             (["{first}", "{second}", "--folds", "7"], "has no predictions of a finished validation in these folds"),
@@ -391,6 +393,27 @@ class TestBadInput:
         assert main(["compare", str(first), str(second), "-o", output.format(first=first)]) == 1
         assert "which is only read: choose another -o" in capsys.readouterr().err
         assert contents(first) == before
+
+    def test_the_report_does_not_go_to_the_references(self, first, second, references, predictions, capsys):
+        before = contents(references)
+        for given in ((first, second), (*predictions, "--references", references)):
+            assert main(["compare", *map(str, given), "-o", str(references)]) == 1
+            assert "gt_segmentations, which is only read: choose another -o" in capsys.readouterr().err
+        assert contents(references) == before
+
+    @pytest.mark.parametrize("name", ["report.md", "summary.csv", "cases.csv"])
+    def test_a_file_that_is_not_from_a_report_is_not_replaced(self, name, first, second, capsys):
+        Path("out").mkdir()
+        Path("out", name).write_text("mine,dice\n")
+        assert main(["compare", str(first), str(second), "-o", "out"]) == 1
+        assert f"out/{name} is not from a report, which would replace it: choose another -o" in capsys.readouterr().err
+        assert contents(Path("out")) == {Path("out", name): b"mine,dice\n"}
+
+    def test_an_interrupted_report_is_replaced(self, first, second):
+        out = compare(first, second)
+        for path in (out / "versions.csv", out / "report.md"):
+            path.unlink()
+        compare(first, second)
 
     def test_nothing_is_measured_for_a_report_that_cannot_be_written(self, first, second, monkeypatch, capsys):
         Path("file").touch()
