@@ -27,8 +27,8 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
         if file is not None:
             text = f"cannot load trainer {name}, because {file} fails ({reason}): mend that, or remove it"
         elif isinstance(error, RuntimeError):
-            see = f"see `nnunet-xattnres trainers --list`{hint_if_unset('nnUNet_extTrainer')}"
-            text = f"finds no trainer {name}: {suggestion(name, _trainer_names()) or see}"
+            near = suggestion(name, _trainer_names()) or "see `nnunet-xattnres trainers --list`"
+            text = f"finds no trainer {name}: {near}{hint_if_unset('nnUNet_extTrainer')}"
         else:
             text = f"cannot load trainer {name} ({reason}): mend that, or remove what is in the way"
         raise XAttnResError(f"nnU-Net {text}") from None

@@ -117,7 +117,10 @@ def _converted(plans: dict[str, Any], name: str, config: Config, chosen: list[st
     if any(stage not in chosen for stage in manager.next_stage_names or ()):
         # nnU-Net's validation predicts for every next stage that is named here.
         entry["next_stage"] = [stage for stage in manager.next_stage_names if stage in chosen]
-    entry["architecture"] = architecture_with(manager, config)
+    try:
+        entry["architecture"] = architecture_with(manager, config)
+    except XAttnResError as error:
+        raise XAttnResError(f"configuration {name}: {error}") from None
     new = PlansManager(plans | {"configurations": plans["configurations"] | {name: entry}})
     check_can_be_built(new.get_configuration(name))
     return entry

@@ -30,6 +30,13 @@ def test_a_file_in_the_way(monkeypatch, tmp_path, content, reason):
     )
 
 
+@pytest.mark.parametrize("name", ["nnUNetTrainerMine", "Zyx"])
+def test_a_trainer_that_is_not_found_while_the_variable_is_not_set(monkeypatch, name):
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    with pytest.raises(XAttnResError, match=rf"no trainer {name}: .* \(nnUNet_extTrainer is not set in this shell\)$"):
+        find_trainer(name)
+
+
 def test_a_class_whose_bases_are_in_the_wrong_order_is_in_nobodys_way(monkeypatch, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "from nnunet_xattnres.trainer import XAttnResTrainerMixin\n"

@@ -355,7 +355,7 @@ class TestRefusals:
             configurations["2d"]["architecture"]["network_class_name"] = name
 
         edit(preprocessed, to_primus)
-        assert "XAttnRes cannot read in a Primus: choose plans whose architecture" in refuse("-c", "2d")
+        assert "configuration 2d: XAttnRes cannot read in a Primus: choose plans whose architecture" in refuse()
 
     def test_a_class_that_is_not_installed(self, preprocessed, refuse):
         def to_unknown(configurations: dict[str, Any]) -> None:
