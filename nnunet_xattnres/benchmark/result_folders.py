@@ -85,6 +85,10 @@ class Result:
         recorded = recorded_costs(folder)
         version = debug.get("torch_version")
         known = recorded | {"device": recorded["device"] or gpu, "versions": f"torch {version}" if version else ""}
+        if self.planned["iterations"] is not None:
+            # A trainer may ignore the budget in the plans. nnU-Net notes how many iterations it trains.
+            noted = str(debug.get("num_iterations_per_epoch"))
+            known["iterations"] = int(noted) if noted.isdecimal() else None
         try:
             checkpoint = read_checkpoint(folder / FINAL_CHECKPOINT, "its times and parameters are unknown")
             logged = checkpoint["logging"]

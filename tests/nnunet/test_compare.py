@@ -223,6 +223,17 @@ class TestResultFolders:
         assert printed.count("no costs (") == 3
         assert list(cells[cells.seconds_per_epoch.notna()].fold) == [1]
 
+    def test_iterations_are_those_of_the_training_where_the_trainer_ignores_the_plans(self, first, second):
+        for model in (first, second):
+            edit(
+                model / "plans.json", '"batch_size": 2', '"batch_size": 2, "training": {"num_iterations_per_epoch": 10}'
+            )
+        edit(first / "fold_0" / "debug.json", '"device"', '"num_iterations_per_epoch": "250", "device"')
+        cells = read_tables(compare(first, second)).cells
+        # Without a note they are unknown.
+        assert list(cells.iterations.isna()) == [False, True, True, True]
+        assert cells.iterations[0] == 250
+
     def test_parameters_that_are_registered_twice_count_once(self, tmp_path):
         convolution = torch.nn.Conv2d(2, 3, 1)
         network = torch.nn.ModuleList([convolution, convolution, torch.nn.BatchNorm2d(3)])
