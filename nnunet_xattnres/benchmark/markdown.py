@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import pandas
 
@@ -46,7 +47,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         _verdicts(results.with_first),
         *_differences("### Paired differences in Dice", results.with_first, "dice"),
         *_differences("### Paired differences in NSD", results.with_first, "nsd"),
-        *(f"![{name}]({name}.png)" for name in figures if name.startswith("paired")),
+        *(_picture(name) for name in figures if name.startswith("paired")),
         "## Every trainer",
         "Dice and NSD in %, HD95 in mm. Brackets: 95 % bootstrap interval of the mean over cases. HD95 is the median "
         f"over cases; how many are infinite, because a prediction is empty, stands beside it.{_about_costs(results)}",
@@ -60,11 +61,16 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         _spreads(results.spreads),
         *_differences("## Paired differences in Dice, other pairs", results.without_first, "dice"),
         f"## {_kind(tables).capitalize()}",
-        *(f"![{name}]({name}.png)" for name in figures if name.startswith("curves")),
+        *(_picture(name) for name in figures if name.startswith("curves")),
         "Versions:",
         "\n".join(f"- {line}" for line in versions_of(tables)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _picture(name: str) -> str:
+    """A link to a figure. The name of a dataset may hold a space."""
+    return f"![{name}]({quote(name)}.png)"
 
 
 def _kind(tables: Tables) -> str:
@@ -266,7 +272,7 @@ def _trainers(tables: Tables, summary: Rows, figures: list[str]) -> list[str]:
                 f"\\* Fewer {fewer}: not to be compared with the other "
                 "rows; the paired differences are over common ones."
             )
-        parts += [f"![{name}]({name}.png)" for name in figures if name == "_".join(["dice", *key])]
+        parts += [_picture(name) for name in figures if name == "_".join(["dice", *key])]
     return parts
 
 
@@ -386,7 +392,7 @@ def _learning(results: Results, figures: list[str]) -> list[str]:
         _table([*header, "minutes, ratio"], lines) if lines else f"{first} has learned no label.",
         flat,
         _table(["dataset", "label", "trainings", "final pseudo-Dice", "gain, points", "flat"], flat_lines),
-        *(f"![{name}]({name}.png)" for name in figures if name.startswith("learning")),
+        *(_picture(name) for name in figures if name.startswith("learning")),
     ]
 
 

@@ -257,6 +257,12 @@ class TestFoldersOfPredictions:
         assert text.splitlines().count(header) == 1
         assert not re.search("time|memory|widened|planner|matrix|benchmark", text.lower())
 
+    def test_a_dataset_whose_name_holds_a_space(self, predictions, references, monkeypatch):
+        monkeypatch.setattr(report, "write_figures", lambda *given: ["dice_My Study_predictions_gt_segmentations"])
+        folder = references.parent.rename(references.parent.with_name("My Study"))
+        text = (compare(*predictions, "--references", folder / references.name) / "report.md").read_text()
+        assert "](dice_My%20Study_predictions_gt_segmentations.png)" in text
+
     def test_references_of_other_cases(self, predictions, references, capsys):
         for path in predictions[1].glob("case_*"):
             path.rename(path.with_name(f"other_{path.name}"))
