@@ -13,6 +13,11 @@ from nnunet_xattnres.model.plan_classes import carried_config, check_architectur
 from nnunet_xattnres.model.planned_unet import PlannedUNet
 from nnunet_xattnres.model.stage_level import XAttnResUNet
 
+CARRY_ALREADY = (
+    "the plans carry XAttnRes already, as a {}: train them with nnUNetTrainerPlanned or with any trainer of nnU-Net's "
+    "own, or choose the plans that they were made from"
+)
+
 
 def build_network_from_plans(
     configuration: ConfigurationManager,
@@ -54,6 +59,13 @@ def check_can_be_built(configuration: ConfigurationManager) -> None:
         build_network_from_plans(configuration, 1, 2)
 
 
+def check_plans(configuration: ConfigurationManager, config: Config) -> None:
+    """Raise `XAttnResError` if XAttnRes cannot be added to what the plans describe. Nothing is built."""
+    check_architecture(configuration)
+    if carried_config(configuration) is not None and not config.is_planned_network:
+        raise XAttnResError(CARRY_ALREADY.format(configuration.network_arch_class_name.rpartition(".")[2]))
+
+
 def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet | PlannedUNet, config: Config) -> nn.Module:
     """Add XAttnRes to a planned network. If `config` changes nothing, the network itself is returned.
 
@@ -62,10 +74,7 @@ def add_xattnres(planned: PlainConvUNet | ResidualEncoderUNet | PlannedUNet, con
     if config.is_planned_network:
         return planned
     if isinstance(planned, PlannedUNet):
-        raise XAttnResError(
-            f"the plans carry XAttnRes already, as a {type(planned).__name__}: train them with nnUNetTrainerPlanned or "
-            "with any trainer of nnU-Net's own, or choose the plans that they were made from"
-        )
+        raise XAttnResError(CARRY_ALREADY.format(type(planned).__name__))
     return (
         BlockXAttnResUNet(planned, config) if isinstance(config, BlockXAttnResConfig) else XAttnResUNet(planned, config)
     )

@@ -16,9 +16,8 @@ from nnunet_xattnres import __version__
 from nnunet_xattnres.common.errors import XAttnResError, differences
 from nnunet_xattnres.common.files import files_written_atomically, remove_leftovers, temporary_folder
 from nnunet_xattnres.model.block_level import IntraStageAttention
-from nnunet_xattnres.model.build import add_xattnres
+from nnunet_xattnres.model.build import add_xattnres, check_plans
 from nnunet_xattnres.model.config import BlockXAttnResConfig, Config, XAttnResConfig
-from nnunet_xattnres.model.plan_classes import check_architecture
 from nnunet_xattnres.model.planned_unet import PlannedUNet, check_class, uncompiled
 from nnunet_xattnres.model.stage_level import XAttnResUNet
 from nnunet_xattnres.nnunet.planned_network import call_as_nnunet
@@ -82,17 +81,21 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     ) -> None:
         # Not when the class is defined: nnU-Net imports all files of a folder to find one trainer.
         check_bases(type(self))
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        # All that may be refused is looked at before nnU-Net makes the output folder.
+        planned = PlansManager(plans).get_configuration(configuration)
+        check_plans(planned, self.xattnres_config)
+        budget = planned.configuration.get("training", {})
+        _check_budget(budget, configuration)
         # Prediction does not come here, so that a network predicts on machines without its backend.
-        check_backend(self.xattnres_config.backend, self.device.type)
+        check_backend(self.xattnres_config.backend, device.type)
+        self._checkpoint_seconds = 60 * checkpoint_minutes(self.checkpoint_minutes)
+        records = records_weights()
+        super().__init__(plans, configuration, fold, dataset_json, device)
         if self.default_num_epochs is not None:
             self.num_epochs = self.default_num_epochs
-        budget = self.configuration_manager.configuration.get("training", {})
-        _check_budget(budget, configuration)
         for key, value in budget.items():
             setattr(self, key, value)
-        self._checkpoint_seconds = 60 * checkpoint_minutes(self.checkpoint_minutes)
-        self._routing_record = RoutingRecord(self) if records_weights() else None
+        self._routing_record = RoutingRecord(self) if records else None
         self._saved_at = self._epoch_ended_at = monotonic()
         # nnU-Net writes it 20 times in its 1000 epochs.
         self.save_every: int = min(self.save_every, max(1, self.num_epochs // 20))
@@ -107,7 +110,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """The network that the base trainer builds from the plans, with this class's XAttnRes."""
-        check_architecture(configuration_manager)
+        check_plans(configuration_manager, cls.xattnres_config)
         planned = call_as_nnunet(
             super().build_network_architecture,
             plans_manager,

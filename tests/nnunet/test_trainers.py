@@ -1,5 +1,6 @@
 """The trainers: their presets, budgets and checkpoints."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from helpers.phantom_dataset import make_trainer, read_plans
+from helpers.phantom_dataset import PHANTOM, make_trainer, read_plans
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig, XAttnResUNet
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.planned_unet import PlannedUNet
@@ -98,6 +99,35 @@ def test_plans_of_another_architecture_are_refused_before_they_are_built(nnunet_
     manager = PlansManager(plans)
     with pytest.raises(XAttnResError, match="cannot read in a Primus"):
         MyTrainer.build_network_architecture(manager, manager.get_configuration(CONFIGURATION), 1, 3)
+
+
+def _named(network_class: str) -> Callable[[dict], None]:
+    def change(configuration: dict) -> None:
+        configuration["architecture"]["network_class_name"] = network_class
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, variables, message",
+    [
+        (_named("nnunet_xattnres.architectures.PlainConvXAttnResUNet"), {}, "the plans carry XAttnRes already"),
+        (_named("dynamic_network_architectures.architectures.primus.Primus"), {}, "cannot read in a Primus"),
+        (lambda configuration: configuration.update(training={"epochs": 3}), {}, "and nothing else"),
+        (lambda _: None, {"nnUNet_xattnres_record": "maybe"}, "neither true"),
+        (lambda _: None, {"nnUNet_xattnres_checkpoint_minutes": "0"}, "is no positive number"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(nnunet_environment, monkeypatch, change, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    plans = read_plans(nnunet_environment)
+    change(plans["configurations"][CONFIGURATION])
+    dataset_json = json.loads((nnunet_environment.raw / PHANTOM / "dataset.json").read_text())
+    trainer = type("Refused", (XAttnResTrainerMixin,), {})
+    with pytest.raises(XAttnResError, match=message):
+        PlannedNetwork(PHANTOM, plans, CONFIGURATION, dataset_json).make_trainer(trainer, fold=0, device="cpu")
+    assert not list((nnunet_environment.results / PHANTOM).glob("Refused__*"))
 
 
 class TestBudget:
