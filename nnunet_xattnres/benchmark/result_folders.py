@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ MISSING, UNFINISHED = "missing", "validation not finished"
 ONLY_FOLD = 0
 PREDICTIONS = "predictions"
 KINDS = "give an nnU-Net result folder TRAINER__PLANS__CONFIGURATION, or a folder of predictions"
-# Entries of a state dict that are not parameters.
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# Entries of a state dict that are not parameters, although they are no whole numbers.
+BUFFERS = re.compile(r".*\.running_(mean|var)|xattnres\..*\.temperature")
 
 
 @dataclass(frozen=True)
@@ -195,5 +196,5 @@ def _debug_information(folder: Path) -> dict[str, Any]:
 
 def _number_of_parameters(weights: dict[str, torch.Tensor]) -> int:
     """A module that is registered twice has its weights in a state dict twice, in the same memory."""
-    parameters = {w.data_ptr(): w.numel() for name, w in weights.items() if not name.endswith(STATISTICS)}
-    return sum(parameters.values())
+    parameters = {name: w for name, w in weights.items() if w.is_floating_point() and not BUFFERS.fullmatch(name)}
+    return sum({w.data_ptr(): w.numel() for w in parameters.values()}.values())

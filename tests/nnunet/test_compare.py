@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.benchmark import edit, write_image
+from helpers.networks import planned_network
 from helpers.result_folders import (
     DATASET,
     DATASET_JSON,
@@ -21,6 +22,7 @@ from helpers.result_folders import (
     write_references,
     write_result,
 )
+from nnunet_xattnres import BlockXAttnResConfig
 from nnunet_xattnres.benchmark import measuring, report
 from nnunet_xattnres.benchmark.cells import Cell, write_cells
 from nnunet_xattnres.benchmark.result_folders import _number_of_parameters
@@ -28,6 +30,7 @@ from nnunet_xattnres.benchmark.spec import Arm, Configuration, Dataset, Spec, wr
 from nnunet_xattnres.benchmark.tables import read_tables
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.common import samples
+from nnunet_xattnres.model.build import add_xattnres
 
 FIRST, SECOND, THIRD = "nnUNetTrainer", "nnUNetTrainerDA5", "MyTrainer"
 
@@ -237,6 +240,15 @@ class TestResultFolders:
     def test_parameters_that_are_registered_twice_count_once(self, tmp_path):
         convolution = torch.nn.Conv2d(2, 3, 1)
         network = torch.nn.ModuleList([convolution, convolution, torch.nn.BatchNorm2d(3)])
+        self.assert_counted(network, tmp_path)
+
+    def test_buffers_are_no_parameters(self, tmp_path):
+        network = add_xattnres(planned_network(), BlockXAttnResConfig(bank_includes_input=True))
+        network.register_buffer("positions", torch.arange(3))
+        assert any(name.endswith("temperature") for name in network.state_dict())
+        self.assert_counted(network, tmp_path)
+
+    def assert_counted(self, network, tmp_path):
         torch.save(network.state_dict(), tmp_path / "weights.pth")
         weights = torch.load(tmp_path / "weights.pth", mmap=True)
         assert _number_of_parameters(weights) == sum(parameter.numel() for parameter in network.parameters())
