@@ -65,7 +65,7 @@ def _last_attention(preset: str, backend: str) -> tuple[nn.Module, Tensor, list[
     hook = attention.register_forward_pre_hook(lambda _, arguments: given.extend(arguments))
     with torch.no_grad():
         network(torch.randn(1, channels, *configuration.patch_size))
-        described, pool = given
+        described, pool, _ = given
         x = upsample(described)
     hook.remove()
     return attention, x.requires_grad_(), [h.requires_grad_() for h in pool]

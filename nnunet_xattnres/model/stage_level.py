@@ -13,6 +13,10 @@ from nnunet_xattnres.ops.alignment import is_finer, resize
 from nnunet_xattnres.ops.backends import attention_backend
 from nnunet_xattnres.ops.reference import Candidate, Upsampled, upsample
 
+# An average of so many voxels or less is not kept for the backward pass, but computed once more. It is as far as two
+# stages in 2D and one in 3D. The averages of more voxels are small, and take the time to read h.
+LARGEST_AVERAGED = 16
+
 
 class HistoryPool:
     """The global feature history pool H = [h_0, h_1, ...]: the outputs of the stages so far, in order of computation.
@@ -70,9 +74,15 @@ class HistoryAttention(nn.Module):
         for projection in self.projections:
             nn.init.kaiming_normal_(projection, nonlinearity="linear")
 
-    def forward(self, x: Tensor | Upsampled, pool: Sequence[Tensor]) -> Tensor:
-        """x (B, C_t, *size), computed or described; pool of (B, C_k, *size_k), nowhere finer -> (B, C_t, *size)"""
-        sources = [Candidate(h, projection) for h, projection in zip(pool, self.projections, strict=True)]
+    def forward(
+        self, x: Tensor | Upsampled, pool: Sequence[Tensor], averaged_from: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
+        """x (B, C_t, *size), computed or described; pool of (B, C_k, *size_k), nowhere finer -> (B, C_t, *size)
+
+        averaged_from: `Candidate.averaged_from` of every output in the pool. None: of none.
+        """
+        given = zip(pool, self.projections, averaged_from or [None] * len(pool), strict=True)
+        sources = [Candidate(*each) for each in given]
         if self.gamma is None:
             current = x if isinstance(x, Upsampled) else Candidate(x, None)
             return self.attend(self.query, self.norm_scale, [*sources, current], _size(x))
@@ -160,7 +170,17 @@ class XAttnResUNet(PlannedUNet):
         attention = self.xattnres[stage]
         assert isinstance(attention, HistoryAttention)
         # An encoder stage does not read the newest output, which is x itself.
-        return attention(x, pool.at(_size(x), len(attention.projections)))
+        count = len(attention.projections)
+        features = pool.at(_size(x), count)
+        return attention(x, features, [_averaged_from(*pair) for pair in zip(features, pool.outputs, strict=False)])
+
+
+def _averaged_from(features: Tensor, h: Tensor) -> Tensor | None:
+    """The output h that `features` are averaged from, if averaging it once more is worth the memory of its average.
+
+    Where h has a gradient, it is kept for the backward pass anyway: the stage that follows reads it.
+    """
+    return h if h.requires_grad and features.numel() < h.numel() <= LARGEST_AVERAGED * features.numel() else None
 
 
 def _drop_skip_channels(stage: StackedConvBlocks) -> nn.Module:

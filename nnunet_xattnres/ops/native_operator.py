@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.ops.alignment import project
+from nnunet_xattnres.ops.alignment import is_finer, project, resize
 from nnunet_xattnres.ops.context import is_exporting, without_autocast
 from nnunet_xattnres.ops.flops import interpolation_flops, projection_flops, register_flop_formula
 from nnunet_xattnres.ops.interpolation import upsampling_factors
@@ -23,7 +23,7 @@ Shape = Sequence[int]
 
 # Written out, because older PyTorch cannot infer them from annotations with collections.abc.Sequence.
 TENSORS = "Tensor query, Tensor[] features, Tensor[] projections, Tensor[] upsampling"
-FORWARD_SCHEMA = f"({TENSORS}, SymInt[] size, float eps) -> Tensor"
+FORWARD_SCHEMA = f"({TENSORS}, Tensor[] kept, SymInt[] size, float eps) -> Tensor"
 BACKWARD_SCHEMA = (
     f"(Tensor gradient, {TENSORS}, float eps, bool[] features_wanted, bool[] projections_wanted, "
     "bool[] upsampling_wanted) -> (Tensor, Tensor[], Tensor[], Tensor[])"
@@ -40,7 +40,8 @@ def attend_native(
 ) -> Tensor:
     """`attend_reference` in compiled loops over rows of the target. For the arguments see `Attention`.
 
-    For the backward pass, the query and the candidates at their own resolutions are kept.
+    For the backward pass, the query and the candidates at their own resolutions are kept, or what they are averaged
+    from.
 
     `attend_streaming` takes over what the loops do not compute, see `is_served`, and says so once in the log.
 
@@ -74,7 +75,8 @@ def attend_served(
     ordered = sorted(computed(others), key=lambda candidate: candidate.projection is None)
     features = [candidate.features for candidate in ordered]
     projections = [candidate.projection for candidate in ordered if candidate.projection is not None]
-    return attend_on_cpu(scaled_query(query, norm_scale), features, projections, upsampling, size, eps)
+    kept = [each.features if each.averaged_from is None else each.averaged_from for each in ordered]
+    return attend_on_cpu(scaled_query(query, norm_scale), features, projections, upsampling, kept, size, eps)
 
 
 def is_served(query: Tensor, candidates: Sequence[Candidate | Upsampled], key_channels: int | None) -> bool:
@@ -87,7 +89,9 @@ def is_served(query: Tensor, candidates: Sequence[Candidate | Upsampled], key_ch
     dtypes = {query.dtype}
     for candidate in candidates:
         tensors = (
-            (candidate.features, candidate.weight, candidate.bias) if isinstance(candidate, Upsampled) else candidate
+            (candidate.features, candidate.weight, candidate.bias)
+            if isinstance(candidate, Upsampled)
+            else (candidate.features, candidate.projection)
         )
         dtypes |= {tensor.dtype for tensor in tensors if tensor is not None}
     return (
@@ -124,13 +128,15 @@ def attend_on_cpu(
     features: Sequence[Tensor],
     projections: Sequence[Tensor],
     upsampling: Sequence[Tensor],
+    kept: Sequence[Tensor],
     size: Sequence[int],
     eps: float,
 ) -> Tensor:
     """The attention over features (B, C_k, *source_size), each projected and then upsampled to `size`.
 
     query: w * g, (C,). projections: of the first features; the others have none. upsampling: features, weight and bias
-    of a transposed convolution whose output is one more candidate, or nothing. All tensors have one dtype.
+    of a transposed convolution whose output is one more candidate, or nothing. kept: for the backward pass, all
+    features, or what they are the average of. All tensors have one dtype.
     """
     with without_autocast(query):
         values = _values(features, projections, upsampling, size)
@@ -151,9 +157,14 @@ def attend_on_cpu_backward(
     projections_wanted: Sequence[bool],
     upsampling_wanted: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """The gradients of `attend_on_cpu`: of the query, and of those tensors of each list that want one."""
+    """The gradients of `attend_on_cpu`: of the query, and of those tensors of each list that want one.
+
+    features: what was kept. Where they are finer than the target, the gradient is that of their average.
+    """
     with without_autocast(query):
-        values = _values(features, projections, upsampling, gradient.shape[2:])
+        size = gradient.shape[2:]
+        features = [resize(h, size) if is_finer(h.shape[2:], size) else h for h in features]
+        values = _values(features, projections, upsampling, size)
         wanted = [any(pair) for pair in zip_longest(features_wanted, projections_wanted)]
         if upsampling:
             wanted.append(any(upsampling_wanted))
@@ -247,6 +258,7 @@ def _(
     features: Sequence[Tensor],
     projections: Sequence[Tensor],
     upsampling: Sequence[Tensor],
+    kept: Sequence[Tensor],
     size: Sequence[int],
     eps: float,
 ) -> Tensor:
@@ -265,19 +277,27 @@ def _(
     projections_wanted: Sequence[bool],
     upsampling_wanted: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    pairs = (features, features_wanted), (projections, projections_wanted), (upsampling, upsampling_wanted)
-    of_features, of_projections, of_upsampling = (
-        [tensor.new_empty(tensor.shape) for tensor, wanted in zip(*pair, strict=True) if wanted] for pair in pairs
+    shapes = [_averaged_shape(h.shape, gradient.shape) for h in features]
+    of_features = [query.new_empty(shape) for shape, wanted in zip(shapes, features_wanted, strict=True) if wanted]
+    of_projections, of_upsampling = (
+        [tensor.new_empty(tensor.shape) for tensor, wanted in zip(*pair, strict=True) if wanted]
+        for pair in ((projections, projections_wanted), (upsampling, upsampling_wanted))
     )
     return query.new_empty(query.shape), of_features, of_projections, of_upsampling
 
 
+def _averaged_shape(features: Shape, target: Shape) -> Shape:
+    """(B, C_k, *source_size), with the size of the target (B, C, *size) if the source is finer."""
+    return (*features[:2], *target[2:]) if is_finer(features[2:], target[2:]) else features
+
+
 def _save_for_backward(
     ctx: Any,
-    inputs: tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[int], float],
+    inputs: tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[int], float],
     output: Tensor,
 ) -> None:
-    query, *lists, _, ctx.eps = inputs
+    query, _, projections, upsampling, kept, _, ctx.eps = inputs
+    lists = kept, projections, upsampling
     ctx.lengths = [len(tensors) for tensors in lists]
     ctx.save_for_backward(query, *chain(*lists))
 
@@ -292,7 +312,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         [next(of_wanted) if each else None for each in flags]
         for of_wanted, flags in zip(map(iter, gradients), wanted, strict=True)
     )
-    return query_gradient, *complete, None, None
+    return query_gradient, *complete, [None] * ctx.lengths[0], None, None
 
 
 attend_on_cpu.register_autograd(_backward, setup_context=_save_for_backward)
@@ -304,6 +324,7 @@ def _flops(
     features: list[Shape],
     projections: list[Shape],
     upsampling: list[Shape],
+    kept: list[Shape],
     size: Shape,
     *_: Any,
     **__: Any,
@@ -322,6 +343,7 @@ def _backward_flops(
     **__: Any,
 ) -> int:
     # The forward pass once more, and the gradients: two per projection, one adjoint per interpolation.
+    features = [_averaged_shape(shape, gradient) for shape in features]
     interpolations = interpolation_flops(features, query[0], gradient[2:])
     return 3 * _projections_flops(features, projections, upsampling) + 2 * interpolations
 

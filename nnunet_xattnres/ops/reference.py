@@ -30,10 +30,14 @@ class Candidate(NamedTuple):
     """What a target can read: features h_k (B, C_k, *source_size) and the projection (C_t, C_k) of its channels.
 
     The features are at the target's resolution or at a coarser one. Without a projection, C_k = C_t.
+
+    averaged_from: what the features are the area average of, (B, C_k, *finer_size), or None. A backend can keep it for
+        the backward pass in place of the features, which it then averages once more.
     """
 
     features: Tensor
     projection: Tensor | None
+    averaged_from: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +133,8 @@ def attend_reference(
     dtype = torch.promote_types(query.dtype, torch.float32)
     # Under autocast too. Squares overflow float16 above 255, and a v_k may exceed it where the mixture does not.
     with without_autocast(query):
-        given = [(h.to(dtype), None if projection is None else projection.to(dtype)) for h, projection in candidates]
-        aligned = torch.stack([align(h, projection, size) for h, projection in given])  # v_k
+        given = [(each.features.to(dtype), each.projection) for each in candidates]
+        aligned = torch.stack([align(h, None if P is None else P.to(dtype), size) for h, P in given])  # v_k
         keys, values = (aligned, aligned) if key_channels is None else aligned.tensor_split([key_channels], dim=2)
         weights = attention_weights(query, norm_scale, keys, eps)  # a_k
         mixture = (weights.unsqueeze(2) * values).sum(dim=0)

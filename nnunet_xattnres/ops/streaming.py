@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnunet_xattnres.ops.alignment import project
+from nnunet_xattnres.ops.alignment import is_finer, project, resize
 from nnunet_xattnres.ops.context import is_exporting, without_autocast
 from nnunet_xattnres.ops.interpolation import (
     Interpolation,
@@ -47,8 +47,8 @@ def attend_streaming(
 ) -> Tensor:
     """`attend_reference`, chunk by chunk. For the arguments see `Attention`.
 
-    For the backward pass, the query and the candidates at their own resolutions are kept. An exported graph has one
-    chunk.
+    For the backward pass, the query and the candidates at their own resolutions are kept, or what they are averaged
+    from. An exported graph has one chunk.
 
     Raises `XAttnResError` for a candidate that is finer than the target.
     """
@@ -56,7 +56,9 @@ def attend_streaming(
     if is_exporting():
         return _mix_by_chunks(*arguments, _features_and_projections(computed(candidates)))
     features_and_projections, upsampling, dtype = _described(candidates)
-    return _StreamingAttention.apply(*arguments, dtype, *_distinct([*features_and_projections, *upsampling]))
+    averaged_from = [None if isinstance(each, Upsampled) else each.averaged_from for each in candidates]
+    tensors = _distinct([*averaged_from, *features_and_projections, *upsampling])
+    return _StreamingAttention.apply(*arguments, dtype, len(candidates), *tensors)
 
 
 @torch.no_grad()
@@ -98,8 +100,9 @@ def _mix_by_chunks(
 class _StreamingAttention(torch.autograd.Function):
     """The attention and its gradients, one chunk at a time.
 
-    query: w * g. tensors: all features, then all projections, then weight and bias of the last candidate if that is
-    described. dtype: of the last candidate if it is described, which is computed in both passes.
+    query: w * g. tensors: what the features are averaged from, all features, then all projections, then weight and bias
+    of the last candidate if that is described. count: of the candidates. dtype: of the last candidate if it is
+    described, which is computed in both passes.
     """
 
     @staticmethod
@@ -110,9 +113,12 @@ class _StreamingAttention(torch.autograd.Function):
         key_channels: int | None,
         eps: float,
         dtype: torch.dtype,
+        count: int,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(query, *tensors)
+        averaged_from, tensors = tensors[:count], tensors[count:]
+        kept = [h if finer is None else finer for finer, h in zip(averaged_from, tensors, strict=False)]
+        ctx.save_for_backward(query, *kept, *tensors[count:])
         ctx.arguments = size, key_channels, eps, dtype
         with without_autocast(query):
             return _mix_by_chunks(query, size, key_channels, eps, _with_last_computed(tensors, dtype))
@@ -123,10 +129,13 @@ class _StreamingAttention(torch.autograd.Function):
         with without_autocast(query):
             size, key_channels, eps, dtype = ctx.arguments
             *described, weight, _ = tensors
+            count = len(described) // 2
+            for k in range(count - (weight is not None)):
+                if is_finer(tensors[k].shape[2:], size):
+                    tensors[k] = resize(tensors[k], size)
             call = _StreamingCall(query, size, key_channels, eps, _with_last_computed(tensors, dtype))
             query_gradient = torch.zeros_like(call.query)
             needed = ctx.needs_input_grad[-len(tensors) :]
-            count = len(call.alignments)
             of_features = [*needed[: count - 1], any(needed[number] for number in (count - 1, -2, -1))]
             for alignment, *wanted in zip(call.alignments, of_features, needed[count:-2], strict=True):
                 alignment.start_gradients(*wanted)
@@ -166,7 +175,7 @@ class _StreamingAttention(torch.autograd.Function):
         gradients_of_tensors = [*features_gradients, *projection_gradients, *upsampling_gradients]
         return (
             query_gradient.to(query.dtype),
-            *(None,) * 4,
+            *(None,) * (5 + count),
             *(
                 None if gradient is None else gradient.to(tensor.dtype)
                 for tensor, gradient in zip(tensors, gradients_of_tensors, strict=True)

@@ -45,13 +45,15 @@ def _inputs(case: str, dtype: torch.dtype = torch.float64) -> tuple[list[torch.T
 def _candidates(inputs: list[torch.Tensor]) -> list[Candidate]:
     _, _, x, *sources = inputs
     half = len(sources) // 2
-    features = [averaged(h, x.shape[2:]) for h in sources[:half]]
-    return [*map(Candidate, features, sources[half:]), Candidate(x, None)]
+    return [
+        *(averaged(h, P, x.shape[2:]) for h, P in zip(sources[:half], sources[half:], strict=True)),
+        Candidate(x, None),
+    ]
 
 
-def averaged(h: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def averaged(h: torch.Tensor, projection: torch.Tensor | None, size: Sequence[int]) -> Candidate:
     """What the history pool gives: features that are finer than the target are averaged."""
-    return resize(h, size) if is_finer(h.shape[2:], size) else h
+    return Candidate(resize(h, size), projection, h) if is_finer(h.shape[2:], size) else Candidate(h, projection)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -155,6 +157,16 @@ def test_a_described_candidate_is_not_kept(attend, autocast):
 
 
 @pytest.mark.parametrize("attend", ATTENTIONS[1:])
+def test_an_average_is_not_kept_where_what_it_is_the_average_of_is_given(attend):
+    inputs, size = _inputs("3d")
+    candidates = _candidates(inputs)
+    finer = [candidate.averaged_from for candidate in candidates if candidate.averaged_from is not None]
+    assert finer
+    kept = saved_bytes(lambda: attend(*inputs[:2], candidates, size), [*inputs, *finer])
+    assert kept <= 3 * inputs[0].nbytes
+
+
+@pytest.mark.parametrize("attend", ATTENTIONS[1:])
 def test_a_described_candidate_compiles(attend):
     torch._dynamo.reset()
     inputs = _upsampled_inputs("3d")
@@ -233,7 +245,7 @@ def test_streaming_weights_equal_those_of_the_formulas(case, key_channels, field
     query_channels = key_channels or CHANNELS
     query = torch.randn(3, query_channels, *size, dtype=torch.float64) if field else inputs[0][:query_channels]
     norm_scale, candidates = inputs[1][:query_channels], _candidates(inputs)
-    keys = torch.stack([align(features, projection, size) for features, projection in candidates])
+    keys = torch.stack([align(each.features, each.projection, size) for each in candidates])
     expected = attention_weights(query, norm_scale, keys[:, :, :key_channels])
     weights = streaming_weights(query, norm_scale, candidates, size, key_channels)
     assert not weights.requires_grad
@@ -265,10 +277,12 @@ def test_large_scores_stay_finite_and_choose_one_candidate(attend):
 @pytest.mark.parametrize("attend", ATTENTIONS)
 def test_under_autocast_squares_do_not_overflow(attend):
     inputs, size = _inputs("2d", torch.float32)
-    candidates = [Candidate(1000 * h.detach().half(), P) for h, P in _candidates(inputs)]
+    candidates = [Candidate(1000 * h.detach().half(), P) for h, P, _ in _candidates(inputs)]
     with torch.autocast("cpu", torch.float16):
         out = attend(inputs[0], inputs[1], candidates, size)
-    expected = attend(inputs[0], inputs[1], [Candidate(h.float(), P) for h, P in candidates], size)
+    expected = attend(
+        inputs[0], inputs[1], [Candidate(each.features.float(), each.projection) for each in candidates], size
+    )
     torch.testing.assert_close(out.float(), expected, atol=0.02 * expected.abs().max().item(), rtol=0)
     gradients = torch.autograd.grad(out.float().mean(), [inputs[0], inputs[-1]])
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -297,7 +311,7 @@ def test_the_largest_half_precision_values_stay_finite(attend, source_size, size
     ]
     query, norm_scale = torch.randn(CHANNELS, requires_grad=True), torch.ones(CHANNELS, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
-        candidates = [Candidate(averaged(h, size), None) for h in features]
+        candidates = [averaged(h, None, size) for h in features]
         out = attend(query, norm_scale, candidates, size)
     # On a CPU, autocast averages three axes in single precision.
     assert out.half().isfinite().all()
@@ -317,8 +331,8 @@ def test_in_half_precision_the_mixture_is_finite_wherever_it_fits(attend):
         Candidate(1e4 * torch.randn(2, 4, *size).half(), 4 * torch.randn(CHANNELS, 4)) for size in ((8, 8), (4, 4))
     ]
     candidates.append(Candidate(torch.randn(2, CHANNELS, 8, 8).half(), None))
-    exact = [Candidate(h.double(), None if P is None else P.double()) for h, P in candidates]
-    assert max(align(h, P, (8, 8)).abs().max() for h, P in exact) > 65504
+    exact = [Candidate(h.double(), None if P is None else P.double()) for h, P, _ in candidates]
+    assert max(align(h, P, (8, 8)).abs().max() for h, P, _ in exact) > 65504
     expected = attend_reference(query.double(), norm_scale.double(), exact, (8, 8))
     with torch.autocast("cpu", torch.float16):
         out = attend(query, norm_scale, candidates, (8, 8))
@@ -354,7 +368,10 @@ def test_a_network_may_have_parameters_of_half_precision(attend, dtype):
 
 def _saved_bytes(attend, num_sources: int, key_channels: int | None, field: bool) -> int:
     sources = [(torch.randn(1, 8, 2, 2, 2), torch.randn(8, 8, requires_grad=True)) for _ in range(num_sources)]
-    candidates = [*map(Candidate._make, sources), Candidate(torch.randn(1, 8, 16, 16, 16, requires_grad=True), None)]
+    candidates = [
+        *(Candidate(*each) for each in sources),
+        Candidate(torch.randn(1, 8, 16, 16, 16, requires_grad=True), None),
+    ]
     query_channels = key_channels or 8
     query = torch.randn(1, query_channels, 16, 16, 16) if field else torch.randn(query_channels)
     # A field comes scaled.

@@ -216,7 +216,7 @@ def silenced(patch: pytest.MonkeyPatch, attention: torch.nn.Module, index: int) 
     """The formulas with the score of one candidate lowered to minus infinity."""
 
     def attend(query, norm_scale, candidates, size, key_channels=None, eps=EPS):
-        aligned = torch.stack([align(features, projection, size) for features, projection in computed(candidates)])
+        aligned = torch.stack([align(features, projection, size) for features, projection, _ in computed(candidates)])
         keys, values = (aligned, aligned) if key_channels is None else aligned.tensor_split([key_channels], dim=2)
         weights = attention_weights(query, norm_scale, keys, eps).log()
         weights[index] = -torch.inf

@@ -114,7 +114,7 @@ class TestValues:
     def test_what_is_frozen_gets_no_gradient(self, frozen):
         size = (4, 6, 4)
         inputs = make_inputs(size, [(1, 1, 1), (2, 2, 2)])
-        for features, projection in inputs[2][:-1]:
+        for features, projection, _ in inputs[2][:-1]:
             features.requires_grad_(frozen == "projections")
             projection.requires_grad_(frozen == "features")
         assert_equals_reference(inputs, size)
@@ -124,7 +124,7 @@ class TestValues:
         query, norm_scale, candidates = make_inputs(size, [(1, 1, 1), (2, 2, 2)], channels=1)
         strided = [
             Candidate(h.detach().to(memory_format=torch.channels_last_3d).requires_grad_(), projection)
-            for h, projection in candidates
+            for h, projection, _ in candidates
         ]
         sliced = Candidate(torch.randn(2, 2, 4, 6, 4, dtype=torch.float64)[:, 1:].requires_grad_(), None)
         assert_equals_reference((query, norm_scale, [*strided, sliced]), size)
@@ -161,7 +161,7 @@ class TestValues:
             features = candidate.features
             damaged = features.detach().clone()
             damaged[0, :, at[0], at[1]] = value
-            replaced = [Candidate(damaged if h is features else h, P) for h, P in candidates]
+            replaced = [Candidate(damaged if h is features else h, P) for h, P, _ in candidates]
             expected = attend_reference(query, norm_scale, replaced, size).isfinite()
             assert torch.equal(attend_native(query, norm_scale, replaced, size).isfinite(), expected)
 
@@ -182,7 +182,7 @@ def _sum_in_child(queue, threads: int) -> None:
 
 def _small_call() -> tuple[torch.Tensor, torch.Tensor, list[Candidate], tuple[int, ...]]:
     query, norm_scale, candidates = make_inputs((8, 8), [(2, 2)])
-    detached = [Candidate(h.detach(), None if P is None else P.detach()) for h, P in candidates]
+    detached = [Candidate(h.detach(), None if P is None else P.detach()) for h, P, _ in candidates]
     return query.detach(), norm_scale.detach(), detached, (8, 8)
 
 
@@ -210,7 +210,9 @@ class TestOperator:
         projections = [candidate.projection for candidate in candidates[:-1]]
         upsampling = [torch.randn(shape, dtype=torch.float64) for shape in [(2, 3, 2, 2), (3, 5, 2, 2), (5,)]]
         scaled = (query * norm_scale).detach().requires_grad_()
-        torch.library.opcheck(attend_on_cpu, (scaled, features, projections, upsampling, [4, 4], 1e-6))
+        finer = features[0].detach().repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        kept = [finer, *features[1:]]
+        torch.library.opcheck(attend_on_cpu, (scaled, features, projections, upsampling, kept, [4, 4], 1e-6))
 
     def test_it_compiles_as_a_whole_for_all_shapes(self):
         torch._dynamo.reset()
@@ -248,16 +250,16 @@ class TestFallback:
         key_channels, scale = None, norm_scale
         if reason == "dtype":
             query, scale = query.bfloat16(), norm_scale.bfloat16()
-            candidates = [Candidate(h.bfloat16(), None if P is None else P.bfloat16()) for h, P in candidates]
+            candidates = [Candidate(h.bfloat16(), None if P is None else P.bfloat16()) for h, P, _ in candidates]
         elif reason == "mixed":
-            candidates = [Candidate(h.float(), P) for h, P in candidates]
+            candidates = [Candidate(h.float(), P) for h, P, _ in candidates]
         elif reason == "field":
             query, scale = torch.randn(2, 5, 4, 4, dtype=torch.float64), None
         else:
             query, key_channels, scale = query[:2], 2, norm_scale[:2]
         with caplog.at_level(logging.WARNING):
             outputs = [attend_native(query, scale, candidates, (4, 4), key_channels) for _ in range(2)]
-        exact = [Candidate(h.double(), None if P is None else P.double()) for h, P in candidates]
+        exact = [Candidate(h.double(), None if P is None else P.double()) for h, P, _ in candidates]
         exact_scale = None if scale is None else scale.double()
         expected = attend_reference(query.double(), exact_scale, exact, (4, 4), key_channels)
         torch.testing.assert_close(outputs[0].double(), expected, atol=0.05, rtol=0.05)

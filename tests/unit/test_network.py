@@ -29,6 +29,7 @@ from helpers.networks import (
 )
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig, XAttnResUNet
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.model import stage_level
 from nnunet_xattnres.model.build import add_xattnres
 from nnunet_xattnres.model.stage_level import HistoryAttention, HistoryPool
 from nnunet_xattnres.ops import alignment
@@ -312,6 +313,25 @@ def test_the_pool_gives_every_stage_what_the_formula_says(strides):
                         assert features is source
                     else:
                         np.testing.assert_allclose(features[0], formulas.resize(source[0].numpy(), size), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "size, factor, is_frozen, expected",
+    [
+        ((16, 16), 1, False, False),
+        ((16, 16), 2, False, True),
+        ((16, 16), 4, False, True),
+        ((16, 16), 8, False, False),
+        ((8, 8, 8), 2, False, True),
+        ((8, 8, 8), 4, False, False),
+        ((8, 8, 8), 2, True, False),
+    ],
+)
+def test_large_averages_of_what_is_kept_anyway_are_computed_again(size, factor, is_frozen, expected):
+    """The output of a frozen stage is not kept, so its average takes less memory."""
+    h = torch.zeros(1, 2, *size, requires_grad=not is_frozen)
+    features = alignment.resize(h, [extent // factor for extent in size])
+    assert stage_level._averaged_from(features, h) is (h if expected else None)
 
 
 @pytest.mark.parametrize(
