@@ -207,8 +207,10 @@ def _planned(runs: list[_Run], folds: list[int] | None) -> tuple[Tables, list[Pr
                 curves[name] += rows
             predictions += run.predictions(cell)
         else:
-            title = "{dataset} {trainer} fold {fold} seed {seed}".format(**cell)
-            print(f"Left out: {title} ({state})")
+            title = "{dataset} {trainer} fold {fold}".format(**cell)
+            # The user knows no seeds: they number the runs that share a name.
+            repeat = f" seed {cell['seed']}" if any(run.seed for run in runs) else ""
+            print(f"Left out: {title}{repeat} ({state})")
         cells.append(UNKNOWN | run.result.planned | costs | cell | {"state": state})
     _check_common_cases(runs, predictions)
     setups = {run.name: run.result for run in reversed(runs)}

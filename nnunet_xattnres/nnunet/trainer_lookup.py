@@ -36,7 +36,8 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
 
 def failing_file(error: BaseException) -> str | None:
     """The file in a folder that nnU-Net searches whose import raised the error. None if there is no such file."""
-    files = [frame.filename for frame in extract_tb(error.__traceback__)]
+    # Only importing runs a module's own code. A searched folder may hold Python, nnU-Net and this plugin, too.
+    files = [frame.filename for frame in extract_tb(error.__traceback__) if frame.name == "<module>"]
     if isinstance(error, SyntaxError) and error.filename:
         files.append(error.filename)
     folders = [folder.absolute() for folder in _trainer_folders()]

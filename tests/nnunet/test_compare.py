@@ -171,7 +171,7 @@ class TestResultFolders:
         shutil.rmtree(second / "fold_1")
         (second / "fold_0" / "validation" / "case_2.nii.gz").unlink()
         out = compare(first, second)
-        assert f"Left out: {DATASET} {SECOND} fold 1 seed 0 (missing)" in capsys.readouterr().out.splitlines()
+        assert f"Left out: {DATASET} {SECOND} fold 1 (missing)" in capsys.readouterr().out.splitlines()
         text = (out / "report.md").read_text()
         assert text.startswith("# Comparison of trainings\n\n3 of 4 trainings are finished.")
         assert f"- {DATASET}, small, DA5: fold 1 seed 0 (missing)" in text
@@ -189,16 +189,17 @@ class TestResultFolders:
         (first / "fold_all").mkdir()
         out = compare(first, second)
         printed = capsys.readouterr().out
-        assert "DA5 fold 1 seed 0 (validation not finished)" in printed
+        assert "DA5 fold 1 (validation not finished)" in printed
         assert "fold_all is left out" in printed
         assert list(of_dice(out).cases) == [3]
 
     def test_folds_can_be_chosen(self, first, second):
         assert set(read_tables(compare(first, second, "--folds", 1)).cases.fold) == {1}
 
-    def test_repeats_show_the_spread_of_one_setup(self, root, first, second):
+    def test_repeats_show_the_spread_of_one_setup(self, root, first, second, capsys):
         again = write_result(root / "again", FIRST, 7)
         out = compare(first, again, second, "--group", "plain", "plain", "more")
+        assert f"Left out: {DATASET} more fold 0 seed 1 (missing)" in capsys.readouterr().out.splitlines()
         tables = read_tables(out)
         assert set(tables.cases[tables.cases.trainer == "plain"].seed) == {0, 1}
         assert "more: fold 0 seed 1 (missing), fold 1 seed 1 (missing)" in (out / "report.md").read_text()

@@ -1,7 +1,12 @@
 """`find_trainer`: the class behind a name, or one line."""
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 
+import nnunet_xattnres
 from nnunet_xattnres.benchmark.spec import Arm
 from nnunet_xattnres.benchmark.spec_check import _check_arm
 from nnunet_xattnres.cli import main
@@ -35,6 +40,14 @@ def test_a_trainer_that_is_not_found_while_the_variable_is_not_set(monkeypatch, 
     monkeypatch.delenv("nnUNet_extTrainer", raising=False)
     with pytest.raises(XAttnResError, match=rf"no trainer {name}: .* \(nnUNet_extTrainer is not set in this shell\)$"):
         find_trainer(name)
+
+
+def test_a_file_in_the_way_where_a_searched_folder_holds_this_plugin(monkeypatch, tmp_path):
+    broken = tmp_path / "a_broken.py"
+    broken.write_text("raise ValueError('no licence')")
+    monkeypatch.setenv("nnUNet_extTrainer", f"{tmp_path}{os.pathsep}{Path(nnunet_xattnres.__file__).parents[1]}")
+    with pytest.raises(XAttnResError, match=re.escape(f"because {broken} fails")):
+        find_trainer("nnUNetTrainerXAttnRes")
 
 
 def test_a_class_whose_bases_are_in_the_wrong_order_is_in_nobodys_way(monkeypatch, tmp_path, capsys):
