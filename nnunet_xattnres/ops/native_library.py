@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunet_xattnres.common.errors import XAttnResError
 
 FILE = Path(__file__).with_name("native_attention.so")
-ABI = 2
+ABI = 3
 
 
 class Values(NamedTuple):
@@ -52,6 +52,19 @@ class _Call(Structure):
         ("channels", c_int64),
         ("size", c_int64 * 3),
         ("eps", c_double),
+        ("is_double", c_int64),
+        ("threads", c_int64),
+        ("parallel", c_void_p),
+    )
+
+
+class _Average(Structure):
+    _fields_ = (
+        ("values", c_void_p),
+        ("output", c_void_p),
+        ("planes", c_int64),
+        ("size", c_int64 * 3),
+        ("factor", c_int64 * 3),
         ("is_double", c_int64),
         ("threads", c_int64),
         ("parallel", c_void_p),
@@ -131,6 +144,28 @@ def mix_gradients(
     query_gradient = torch.empty_like(query)
     _run("backward", query, values, gradients, gradient.shape[2:], eps, gradient, query_gradient)
     return query_gradient, gradients
+
+
+def average(features: Tensor, factors: Sequence[int]) -> Tensor:
+    """The area average of whole cells: (B, C, *source_size) -> (B, C, *size). features: contiguous.
+
+    factors: by which each axis of the source is longer than that of the result.
+    """
+    size = [extent // factor for extent, factor in zip(features.shape[2:], factors, strict=True)]
+    averaged = features.new_empty(*features.shape[:2], *size)
+    call = _Average(
+        features.data_ptr(),
+        averaged.data_ptr(),
+        features.shape[0] * features.shape[1],
+        _three_axes(size),
+        _three_axes(factors),
+        features.dtype == torch.float64,
+        torch.get_num_threads(),
+        parallel_runner(),
+    )
+    if library().nnunet_xattnres_average(byref(call)):
+        raise MemoryError("the average cannot allocate its buffers")
+    return averaged
 
 
 def _is_overwritten(values: Values, size: tuple[int, ...]) -> bool:

@@ -30,19 +30,19 @@ static void *run(void *argument) {
     return NULL;
 }
 
-void run_in_parallel(const call *call, void (*work)(void *), void *argument) {
-    if (call->threads > 1 && call->parallel) {
-        call->parallel(work, argument, (unsigned)call->threads, 0);
+void run_in_parallel(int64_t threads, parallel_runner parallel, void (*work)(void *), void *argument) {
+    if (threads > 1 && parallel) {
+        parallel(work, argument, (unsigned)threads, 0);
         return;
     }
     /* The calling thread works too, and alone if no thread can be started. */
     task task = {work, argument};
-    pthread_t *threads = call->threads > 1 ? malloc(sizeof *threads * (size_t)(call->threads - 1)) : NULL;
+    pthread_t *others = threads > 1 ? malloc(sizeof *others * (size_t)(threads - 1)) : NULL;
     int64_t started = 0;
-    while (threads && started < call->threads - 1 && !pthread_create(&threads[started], NULL, run, &task)) started++;
+    while (others && started < threads - 1 && !pthread_create(&others[started], NULL, run, &task)) started++;
     work(argument);
-    for (int64_t thread = 0; thread < started; thread++) pthread_join(threads[thread], NULL);
-    free(threads);
+    for (int64_t other = 0; other < started; other++) pthread_join(others[other], NULL);
+    free(others);
 }
 
 EXPORT int nnunet_xattnres_abi(void) { return ABI; }
@@ -55,4 +55,9 @@ EXPORT int nnunet_xattnres_forward(const call *call) {
 EXPORT int nnunet_xattnres_backward(const call *call) {
     const kernels *kernels = kernels_here();
     return (call->is_double ? kernels->backward_double : kernels->backward_float)(call);
+}
+
+EXPORT int nnunet_xattnres_average(const average *average) {
+    const kernels *kernels = kernels_here();
+    return (average->is_double ? kernels->average_double : kernels->average_float)(average);
 }

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Raised with every change of the structures below. Python refuses a library of another number. */
-#define ABI 2
+#define ABI 3
 
 /* ONLY_BASELINE is for tests. */
 #if defined(__x86_64__) && !defined(ONLY_BASELINE)
@@ -46,15 +46,29 @@ typedef struct {
     parallel_runner parallel; /* NULL: threads of our own */
 } call;
 
+/* The area average of whole cells of factor z * factor y * factor x voxels. The channels of all batch items are planes. */
+typedef struct {
+    const void *values; /* (planes, z, y, x) */
+    void *output;       /* (planes, size z, size y, size x), each size times its factor being that of the values */
+    int64_t planes;
+    int64_t size[3];
+    int64_t factor[3];
+    int64_t is_double;
+    int64_t threads;
+    parallel_runner parallel;
+} average;
+
 /* Return 0, or 1 if there is too little memory. */
 typedef struct {
     int (*forward_float)(const call *);
     int (*forward_double)(const call *);
     int (*backward_float)(const call *);
     int (*backward_double)(const call *);
+    int (*average_float)(const average *);
+    int (*average_double)(const average *);
 } kernels;
 
-/* Runs `work(argument)` on the threads of a call. */
-void run_in_parallel(const call *call, void (*work)(void *), void *argument);
+/* Runs `work(argument)` on that many threads. parallel: NULL for threads of our own. */
+void run_in_parallel(int64_t threads, parallel_runner parallel, void (*work)(void *), void *argument);
 
 #endif

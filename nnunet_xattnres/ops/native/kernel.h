@@ -658,7 +658,7 @@ static int NAME(forward)(const call *call) {
     NAME(job) job;
     int failed = NAME(prepare)(&job, call, 0);
     if (!failed) {
-        run_in_parallel(call, NAME(work_forward), &job);
+        run_in_parallel(call->threads, call->parallel, NAME(work_forward), &job);
         failed = job.failed;
     }
     NAME(finish)(&job);
@@ -669,12 +669,12 @@ static int NAME(backward)(const call *call) {
     NAME(job) job;
     int failed = NAME(prepare)(&job, call, 1);
     if (!failed) {
-        run_in_parallel(call, NAME(work_backward), &job);
+        run_in_parallel(call->threads, call->parallel, NAME(work_backward), &job);
         failed = job.failed;
     }
     if (!failed) {
         job.next = 0;
-        run_in_parallel(call, NAME(work_on_halos), &job);
+        run_in_parallel(call->threads, call->parallel, NAME(work_on_halos), &job);
         REAL *query_gradient = call->output;
         for (int64_t c = 0; c < call->channels; c++) {
             double sum = 0;
@@ -685,6 +685,51 @@ static int NAME(backward)(const call *call) {
     }
     NAME(finish)(&job);
     return failed;
+}
+
+typedef struct {
+    const average *average;
+    int64_t next; /* the next plane z of the output that a thread takes */
+    int failed;
+} NAME(average_job);
+
+static void NAME(work_on_average)(void *argument) {
+    NAME(average_job) *job = argument;
+    const average *call = job->average;
+    const int64_t *size = call->size, *factor = call->factor;
+    const int64_t columns = size[2] * factor[2], rows = size[1] * factor[1];
+    const REAL share = (REAL)1 / (REAL)(factor[0] * factor[1] * factor[2]);
+    REAL *restrict sums = malloc(sizeof(REAL) * (size_t)columns);
+    if (!sums) {
+        __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    int64_t number;
+    while ((number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < call->planes * size[0])
+        for (int64_t y = 0; y < size[1]; y++) {
+            REAL *restrict to = (REAL *)call->output + (number * size[1] + y) * size[2];
+            for (int64_t row = 0; row < factor[0] * factor[1]; row++) {
+                const int64_t z = number * factor[0] + row / factor[1];
+                const REAL *restrict from =
+                    (const REAL *)call->values + (z * rows + y * factor[1] + row % factor[1]) * columns;
+                for (int64_t x = 0; x < columns; x++) sums[x] = row ? sums[x] + from[x] : from[x];
+            }
+            if (factor[2] == 2) /* the usual one, which a compiler vectorises */
+                for (int64_t x = 0; x < size[2]; x++) to[x] = share * (sums[2 * x] + sums[2 * x + 1]);
+            else
+                for (int64_t x = 0; x < size[2]; x++) {
+                    REAL sum = 0;
+                    for (int64_t i = 0; i < factor[2]; i++) sum += sums[x * factor[2] + i];
+                    to[x] = share * sum;
+                }
+        }
+    free(sums);
+}
+
+static int NAME(average)(const average *call) {
+    NAME(average_job) job = {call, 0, 0};
+    run_in_parallel(call->threads, call->parallel, NAME(work_on_average), &job);
+    return job.failed;
 }
 
 #undef LANES

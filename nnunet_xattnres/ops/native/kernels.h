@@ -43,4 +43,4 @@ static inline float exponential(float x) {
 #define SQRT sqrt
 #include "kernel.h"
 
-const kernels KERNELS = {forward_float, forward_double, backward_float, backward_double};
+const kernels KERNELS = {forward_float, forward_double, backward_float, backward_double, average_float, average_double};
