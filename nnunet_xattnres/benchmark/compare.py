@@ -62,7 +62,7 @@ class _Run:
                 f"no predictions *{self.references.file_ending}: give the folder that they are in, as "
                 "nnUNetv2_predict writes them"
             )
-        if not self.result.predictions:
+        if not self.result.predictions and (self.result.folder / "fold_all" / "validation").is_dir():
             return (
                 "no predictions but those of fold_all, which has trained on these cases: train a fold (`nnUNetv2_train "
                 "... 0`), or predict other cases with it and compare folders of predictions (--references)"

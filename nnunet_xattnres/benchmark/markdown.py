@@ -97,8 +97,11 @@ def _overview(tables: Tables) -> str:
     unfinished = cells[cells.state != FINISHED]
     if len(unfinished):
         lines.append("\n**Not finished, and therefore in no number:**\n")
+        several_seeds = cells.seed.nunique() > 1
         for (dataset, configuration, trainer), of_arm in unfinished.groupby([*SET[:2], "trainer"], sort=False):
-            missing = ", ".join(f"fold {row.fold} seed {row.seed} ({row.state})" for row in of_arm.itertuples())
+            missing = ", ".join(
+                f"fold {row.fold}{f' seed {row.seed}' * several_seeds} ({row.state})" for row in of_arm.itertuples()
+            )
             lines.append(f"- {dataset}, {configuration}, {short_name(trainer)}: {missing}")
     lacking = lacking_cases(tables.cases)
     if lacking:
