@@ -25,6 +25,7 @@ from nnunet_xattnres.benchmark.tables import (
 )
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import check_writable, make_writable_folder, write_text_atomically
+from nnunet_xattnres.nnunet.folders import check_not_of_nnunet
 from nnunet_xattnres.nnunet.installation import check_installed
 
 # Files of a report, beside figures and those of `COLUMNS`.
@@ -89,6 +90,7 @@ def check_output(output: Path, tables: Tables) -> None:
     """
     if (output / MATRIX).exists():
         raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
+    check_not_of_nnunet(output, "-o", "report")
     check_writable(output, "-o")
     if not all((output / f"{name}.csv").is_file() for name in COLUMNS if name not in OPTIONAL):
         # No report, or one that was interrupted.
