@@ -251,6 +251,36 @@ class TestResultFolders:
         assert list(cells.iterations.isna()) == [False, True, True, True]
         assert cells.iterations[0] == 250
 
+    def test_an_old_architecture_that_nnunet_does_not_know(self, first, second):
+        old = '"UNet_class_name": "MyUNet", "UNet_base_num_features": 8'
+        edit(second / "plans.json", '"architecture": {"arch_kwargs": {"features_per_stage": [8, 16]}}', old)
+        cells = read_tables(compare(first, second)).cells
+        assert list(cells.features) == ["8 16", "", "8 16", ""]
+        assert set(cells.patch_size) == {"8x16x16"}
+
+    def test_regions(self, root, first, second):
+        regions = {"background": 0, "whole": [1, 2], "b": 2}
+        for model in (first, second):
+            content = DATASET_JSON | {"labels": regions, "regions_class_order": [1, 2]}
+            (model / "dataset.json").write_text(json.dumps(content))
+        cases = read_tables(compare(first, second)).cases
+        assert list(dict.fromkeys(cases.label)) == ["whole", "b"]
+        voxels = {"whole": {int((label_map() > 0).sum())}, "b": {int((label_map() == 2).sum())}}
+        assert cases.groupby("label").reference_voxels.agg(set).to_dict() == voxels
+
+    def test_an_equivalence_of_empty_predictions_is_not_silent(self, first, second):
+        paths = sorted(first.parent.glob("*/fold_*/validation/*.nii.gz"))
+        for path in paths:
+            write_image(0 * label_map(), path, SPACING)
+        text = (compare(first, second) / "report.md").read_text()
+        assert "equivalent (0)" in text
+        assert f"- DA5 - nnUNetTrainer, {DATASET}, small, validation: 6 of 6 cases" in text
+        for path in paths:
+            write_image(label_map(), path, SPACING)
+        text = (compare(first, second) / "report.md").read_text()
+        assert "equivalent (0)" in text
+        assert "Left empty by both" not in text
+
     def test_parameters_that_are_registered_twice_count_once(self, tmp_path):
         convolution = torch.nn.Conv2d(2, 3, 1)
         network = torch.nn.ModuleList([convolution, convolution, torch.nn.BatchNorm2d(3)])
@@ -481,5 +511,7 @@ class TestBadInput:
     def test_a_report_is_not_replaced_by_one_that_lacks_trainings(self, first, second, capsys):
         compare(first, second)
         assert main(["compare", str(first), str(second), "--folds", "0", "-o", "out"]) == 1
-        assert "would lack (2 of 4)" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert "would lack (2 of 4)" in message
+        assert message.endswith("or give the results, --folds and --group that it was made from\n")
         compare(first, second)
