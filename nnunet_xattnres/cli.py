@@ -229,7 +229,9 @@ def _add_warm_start(commands: Commands) -> None:
         metavar="MODEL_FOLDER_OR_CHECKPOINT",
         help="the trained network: a folder with plans.json, dataset.json and fold_*, or a .pth file",
     )
-    warm_start.add_argument("-f", dest="fold", metavar="FOLD", help="fold of the model folder (default: its only one)")
+    warm_start.add_argument(
+        "-f", dest="fold", metavar="FOLD", help="fold of the model folder (default: the only finished one)"
+    )
     _add_trainer(warm_start, "nnUNetTrainerXAttnResFinetune")
     warm_start.add_argument(
         "-d", required=True, dest="dataset", metavar="DATASET", help="name or number of the dataset to train on"
@@ -264,7 +266,9 @@ def _add_inspect(commands: Commands) -> None:
         metavar="MODEL_FOLDER",
         help="in nnUNet_results: TRAINER__PLANS__CONFIGURATION",
     )
-    inspect.add_argument("-f", dest="fold", required=True, metavar="FOLD", help="a number, or all")
+    inspect.add_argument(
+        "-f", dest="fold", metavar="FOLD", help="a number, or all (default: the only one that has the checkpoint)"
+    )
     inspect.add_argument(
         "-chk",
         dest="checkpoint",

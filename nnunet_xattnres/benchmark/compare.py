@@ -20,6 +20,7 @@ from nnunet_xattnres.common.text import counted
 from nnunet_xattnres.nnunet.datasets import check_nifti_files
 
 REMEDY = "get the prediction again, or remove it, and its case is left out"
+KEEP_RESULTS = "give the results, --folds and --group that it was made from"
 # Columns of text of the table "cells".
 UNKNOWN = dict.fromkeys(("plans", "patch_size", "features", "device", "versions"), "")
 
@@ -62,7 +63,7 @@ class _Run:
                 f"no predictions *{self.references.file_ending}: give the folder that they are in, as "
                 "nnUNetv2_predict writes them"
             )
-        if not self.result.predictions:
+        if not self.result.predictions and (self.result.folder / "fold_all" / "validation").is_dir():
             return (
                 "no predictions but those of fold_all, which has trained on these cases: train a fold (`nnUNetv2_train "
                 "... 0`), or predict other cases with it and compare folders of predictions (--references)"
@@ -106,7 +107,7 @@ def run_compare(options: Options) -> None:
     _check_place(options.output, results)
     runs = _runs(results, options)
     tables, predictions = _planned(runs, options.folds)
-    check_output(options.output, tables)
+    check_output(options.output, tables, KEEP_RESULTS)
     check_nifti_files(dict.fromkeys(path for found in predictions for path in (found.reference, found.path)))
     write_report(replace(tables, cases=measured_cases(predictions)), options.output)
 

@@ -97,6 +97,20 @@ def lacking_cases(cases: pandas.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
+def cases_left_empty(tables: Tables, first: str, second: str) -> pandas.DataFrame:
+    """A row per set: `SET`, the common cases of two trainers, and the number that both leave empty.
+
+    Left empty: in all common folds and seeds, nothing is predicted of the labels that the reference contains.
+    """
+    present = tables.cases[tables.cases.reference_voxels > 0]
+    predicted = present.groupby([*CELL, "set", "case"], sort=False).predicted_voxels.sum().reset_index()
+    ours, theirs = (predicted[predicted.trainer == trainer] for trainer in (first, second))
+    both = ours.merge(theirs, on=[*SET, "fold", "seed", "case"], suffixes=("", "_of_second"))
+    both["empty"] = both.predicted_voxels + both.predicted_voxels_of_second == 0
+    per_case = both.groupby([*SET, "case"], sort=False)["empty"].all()
+    return per_case.groupby(SET, sort=False).agg(cases="size", empty="sum").reset_index()
+
+
 def _pair(values: pandas.DataFrame, first: str, second: str) -> pandas.DataFrame:
     """A row per case, fold and seed that both trainers have, with the differences of the metrics."""
     keys = ["family", *SET, "fold", "seed", "case"]

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pandas
 
 from nnunet_xattnres.benchmark.cells import FINISHED
-from nnunet_xattnres.benchmark.comparisons import MARGIN, lacking_cases, unrelated_datasets
+from nnunet_xattnres.benchmark.comparisons import MARGIN, cases_left_empty, lacking_cases, unrelated_datasets
 from nnunet_xattnres.benchmark.costs import COSTS, COSTS_OF_DEVICE
 from nnunet_xattnres.benchmark.learning_curves import FLAT, LEARNED, WINDOW
 from nnunet_xattnres.benchmark.results import UNKNOWN_DEVICE, Results, Rows, versions_of
@@ -46,6 +46,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         _explanation(results),
         _verdicts(results.with_first),
         *_differences("### Paired differences in Dice", results.with_first, "dice"),
+        _left_empty(tables, results.with_first),
         *_differences("### Paired differences in NSD", results.with_first, "nsd"),
         *(_picture(name) for name in figures if name.startswith("paired")),
         "## Every trainer",
@@ -60,6 +61,7 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         "Trainers that lack one of the trainings are left out.",
         _spreads(results.spreads),
         *_differences("## Paired differences in Dice, other pairs", results.without_first, "dice"),
+        _left_empty(tables, results.without_first),
         f"## {_kind(tables).capitalize()}",
         *(_picture(name) for name in figures if name.startswith("curves")),
         "Versions:",
@@ -97,8 +99,11 @@ def _overview(tables: Tables) -> str:
     unfinished = cells[cells.state != FINISHED]
     if len(unfinished):
         lines.append("\n**Not finished, and therefore in no number:**\n")
+        several_seeds = cells.seed.nunique() > 1
         for (dataset, configuration, trainer), of_arm in unfinished.groupby([*SET[:2], "trainer"], sort=False):
-            missing = ", ".join(f"fold {row.fold} seed {row.seed} ({row.state})" for row in of_arm.itertuples())
+            missing = ", ".join(
+                f"fold {row.fold}{f' seed {row.seed}' * several_seeds} ({row.state})" for row in of_arm.itertuples()
+            )
             lines.append(f"- {dataset}, {configuration}, {short_name(trainer)}: {missing}")
     lacking = lacking_cases(tables.cases)
     if lacking:
@@ -226,6 +231,25 @@ def _differences(heading: str, comparisons: Rows, metric: str) -> list[str]:
         for row in rows
     ]
     return [heading, _table(header, lines, may_be_left_out=[OVER_TRAININGS, OF_MARGIN, *COST_COLUMNS])] if lines else []
+
+
+def _left_empty(tables: Tables, comparisons: Rows) -> str:
+    """A note on pairs that are equivalent, if cases in which both predict nothing contribute to that."""
+    lines = []
+    for row in comparisons:
+        if row["equivalence"] == EQUIVALENT and row["dataset"]:
+            of_pair = cases_left_empty(tables, row["first"], row["second"])
+            (of_set,) = of_pair[(of_pair[SET] == [row[name] for name in SET]).all(axis=1)].itertuples()
+            if of_set.empty:
+                pair = f"{short_name(row['first'])} - {short_name(row['second'])}"
+                lines.append(f"- {pair}, {_set_name(row)}: {of_set.empty} of {counted(of_set.cases, 'case')}")
+    if not lines:
+        return ""
+    text = (
+        f"**Left empty by both**, which predict nothing of the labels there. The difference of such a case is 0 and "
+        f"adds to '{EQUIVALENT}', although it says nothing of how well the two segment:"
+    )
+    return "\n".join([text, "", *lines])
 
 
 def _equivalence(row: dict[str, Any]) -> str:

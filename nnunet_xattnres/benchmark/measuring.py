@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -119,13 +119,25 @@ def measuring_versions() -> pandas.DataFrame:
 
 def planned_columns(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     """The columns of the table "cells" that follow from nnU-Net's plans."""
-    planned = PlansManager(plans).get_configuration(configuration)
+    planned = _configuration(plans, configuration)
+    features = planned.configuration["architecture"].get("arch_kwargs", {}).get("features_per_stage", ())
     return {
         "patch_size": "x".join(map(str, planned.patch_size)),
         "batch_size": planned.batch_size,
-        "features": " ".join(map(str, planned.network_arch_init_kwargs.get("features_per_stage", ()))),
+        "features": " ".join(map(str, np.atleast_1d(features))),
         "iterations": planned.configuration.get("training", {}).get("num_iterations_per_epoch"),
     }
+
+
+def _configuration(plans: dict[str, Any], name: str) -> ConfigurationManager:
+    """The configuration, without an architecture where nnU-Net's reader does not know that of its older format."""
+    try:
+        return PlansManager(plans).get_configuration(name)
+    except (RuntimeError, KeyError):
+        if name not in plans["configurations"]:
+            raise
+    known = {"architecture": {}} | plans["configurations"][name]
+    return PlansManager(plans | {"configurations": plans["configurations"] | {name: known}}).get_configuration(name)
 
 
 def label_curve_rows(

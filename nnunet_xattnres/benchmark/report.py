@@ -25,6 +25,7 @@ from nnunet_xattnres.benchmark.tables import (
 )
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import check_writable, make_writable_folder, write_text_atomically
+from nnunet_xattnres.nnunet.folders import check_not_of_nnunet
 from nnunet_xattnres.nnunet.installation import check_installed
 
 # Files of a report, beside figures and those of `COLUMNS`.
@@ -36,6 +37,7 @@ OTHER_FILES = (
     "report.json",
     "report.md",
 )
+KEEP_TRAININGS = "let `nnunet-xattnres benchmark run` continue from it first"
 
 
 def run_report(origin: Path, output: Path) -> None:
@@ -79,16 +81,18 @@ def _read(origin: Path, check: Callable[[Tables], None]) -> Tables:
     return collect(origin, check)
 
 
-def check_output(output: Path, tables: Tables) -> None:
+def check_output(output: Path, tables: Tables, remedy: str = KEEP_TRAININGS) -> None:
     """Raise `XAttnResError` if a report on these tables cannot be written to `output`, or must not be.
 
     It must not go into a benchmark's folder, and not replace a report with trainings that the tables lack, or files
     that are not from a report.
 
     A report may be all that is left of a training. tables: those of the new report, maybe before they are measured.
+    remedy: what else than another -o keeps the trainings that the tables lack.
     """
     if (output / MATRIX).exists():
         raise XAttnResError(f"{output} is the folder of a benchmark: choose another -o")
+    check_not_of_nnunet(output, "-o", "report")
     check_writable(output, "-o")
     if not all((output / f"{name}.csv").is_file() for name in COLUMNS if name not in OPTIONAL):
         # No report, or one that was interrupted.
@@ -106,7 +110,7 @@ def check_output(output: Path, tables: Tables) -> None:
     if lost:
         raise XAttnResError(
             f"{output} is a report with trainings that this one would lack ({len(lost)} of {len(there)}): choose "
-            "another -o, or let `nnunet-xattnres benchmark run` continue from it first"
+            f"another -o, or {remedy}"
         )
 
 

@@ -143,7 +143,11 @@ def _result_folder(folder: Path, references: Path | None) -> Result:
                 f"there are no references of {dataset} as {references}: export another nnUNet_preprocessed, or give "
                 "their folder with --references"
             )
-    numbers = {path.name.removeprefix("fold_"): path / "validation" for path in sorted(folder.glob("fold_*"))}
+    # nnU-Net makes the folder of a fold before it refuses a training.
+    begun = [
+        path for path in sorted(folder.glob("fold_*")) if (path / "validation").is_dir() or any(path.glob("*.pth"))
+    ]
+    numbers = {path.name.removeprefix("fold_"): path / "validation" for path in begun}
     if "all" in numbers:
         print(f"{folder}: fold_all is left out, because it has trained on the cases that it has predicted")
     return Result(

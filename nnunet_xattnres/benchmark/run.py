@@ -12,6 +12,7 @@ from nnunet_xattnres.benchmark.spec_check import check_spec
 from nnunet_xattnres.benchmark.tables import read_tables
 from nnunet_xattnres.common.files import make_writable_folder
 from nnunet_xattnres.common.text import shell_command
+from nnunet_xattnres.nnunet.folders import check_not_of_nnunet
 
 
 def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> None:
@@ -26,6 +27,7 @@ def run_benchmark(spec_file: Path, root: Path, report: Path | None = None) -> No
     spec, inputs = check_spec(read_spec(spec_file))
     if earlier is not None:
         check_names(earlier, spec)
+    check_not_of_nnunet(root, "-o", "benchmark")
     make_writable_folder(root, "-o")
     root = root.resolve()
     machine = make_machine(root, spec.executor)

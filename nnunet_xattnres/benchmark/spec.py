@@ -32,7 +32,9 @@ PLANNED = ("2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres")
 # Beyond these limits a number is taken for a slip.
 WIDTHS = (0.25, 8.0)
 LARGEST_BATCH = 10_000
-LIKENESS_OF_A_SLIP = 0.9
+# A letter too many: 2dd is like 2d by 0.8, a longer name more.
+LIKENESS_OF_A_SLIP, LIKENESS_OF_A_SHORT_SLIP = 0.9, 0.8
+SHORT = 3
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -282,7 +284,8 @@ class Spec(_Entry):
         planned = [*PLANNED]
         for configuration in self.configurations:
             # A base that resembles none of these may be a configuration that another planner plans.
-            near = suggestion(configuration.base, planned, LIKENESS_OF_A_SLIP)
+            likeness = LIKENESS_OF_A_SLIP if len(configuration.base) > SHORT else LIKENESS_OF_A_SHORT_SLIP
+            near = suggestion(configuration.base, planned, likeness)
             if near and configuration.base not in planned:
                 raise XAttnResError(
                     f"configuration {configuration.name}: nnU-Net plans no {configuration.base}: {near}"

@@ -24,9 +24,18 @@ class Parser(argparse.ArgumentParser):
         known = list(self._option_string_actions)
         for argument in takewhile(lambda argument: argument != "--", arguments):
             name = argument.partition("=")[0]
-            if name.startswith("--") and not any(option.startswith(name) for option in known):
+            if not self._may_be_known(name):
                 near = suggestion(name, known, likeness=0.6)
                 self.error(f"there is no option {name}{near and f': {near}'}")
+
+    def _may_be_known(self, name: str) -> bool:
+        """Whether it is an option, the beginning of a long one, a short one with its value, or no option at all."""
+        known = self._option_string_actions
+        if name.startswith("--"):
+            return any(option.startswith(name) for option in known)
+        # argparse would take -c for -chk.
+        is_option = name.startswith("-") and name != "-" and " " not in name
+        return not is_option or name in known or name[:2] in known or bool(self._negative_number_matcher.match(name))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")

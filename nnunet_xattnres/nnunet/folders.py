@@ -6,6 +6,8 @@ from pathlib import Path
 
 from nnunet_xattnres.common.errors import XAttnResError, suggestion
 
+VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
 
 def nnunet_folder(variable: str) -> Path:
     """The folder that an environment variable names. Raises `XAttnResError` if it is not set or names no folder."""
@@ -25,6 +27,19 @@ def hint_if_unset(variable: str, path: Path | None = None) -> str:
     if os.environ.get(variable) or (path is not None and path.exists()):
         return ""
     return f" ({variable} is not set in this shell)"
+
+
+def check_not_of_nnunet(folder: Path, option: str, better: str) -> None:
+    """Raise `XAttnResError` if the folder is one of nnU-Net's own: that of a variable, or of a dataset in it.
+
+    option: for the folder. better: what to give instead.
+    """
+    for variable in filter(os.environ.get, VARIABLES):
+        root = Path(os.environ[variable])
+        if folder.resolve() in (place.resolve() for place in (root, *(root / name for name in _datasets(root)))):
+            raise XAttnResError(
+                f"{folder} is nnU-Net's own folder ({variable}): choose another {option}, such as {option} {better}"
+            )
 
 
 def dataset_folder(dataset: str, variable: str = "nnUNet_preprocessed") -> Path:

@@ -16,6 +16,7 @@ from torch import nn
 
 from nnunet_xattnres.common.errors import XAttnResError, one_line, suggestion
 from nnunet_xattnres.common.files import read_json
+from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.model.config import Config
 from nnunet_xattnres.model.plan_classes import (
     architecture_with,
@@ -146,6 +147,9 @@ def from_dataset(dataset: str, configuration: str, plans_name: str) -> PlannedNe
 def plans_of_dataset(dataset: str, plans_name: str) -> Path:
     """The file of the plans of a dataset in nnUNet_preprocessed. Raises `XAttnResError` if there is none."""
     folder = dataset_folder(dataset)
+    if not plans_name or "/" in plans_name or "\\" in plans_name:
+        option = shell_command("-p", plans_name)
+        raise XAttnResError(f"{option} is no name of plans: give that of a file in {folder}, without .json")
     path = folder / f"{plans_name}.json"
     if not path.is_file():
         others = [file.stem for file in sorted(folder.glob("*.json")) if "lans" in file.stem]

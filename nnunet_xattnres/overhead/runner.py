@@ -151,7 +151,7 @@ def _all_planned(options: Options) -> list[PlannedNetwork]:
         raise XAttnResError("say whose plans: one of -d DATASET, --preset NAME ... and --plans FILE")
     if options.plans is not None and options.plans_name is not None:
         raise XAttnResError("-p goes with -d or --preset: leave it out, --plans FILE says which plans")
-    plans_name = options.plans_name or "nnUNetPlans"
+    plans_name = "nnUNetPlans" if options.plans_name is None else options.plans_name
     if options.plans is not None:
         all_planned = [from_file(options.plans, options.configuration)]
     elif options.dataset is not None:

@@ -35,6 +35,7 @@ from nnunet_xattnres.nnunet.datasets import (
     reader_for,
 )
 from nnunet_xattnres.nnunet.derived_configurations import TrainingBudget, add_small_configuration, reduced_patch_size
+from nnunet_xattnres.nnunet.folders import check_not_of_nnunet
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.tools.demo_report import PicturedCase, dice_per_case, dice_table, draw_cases, spread_over_ranking
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
@@ -68,6 +69,7 @@ def run_demo(data: Path | None, workdir: Path, trainer: str, baseline: bool) -> 
     trainers = list(dict.fromkeys([trainer, BASELINE] if baseline else [trainer]))
     for name in trainers:
         check_trainer(name)
+    check_not_of_nnunet(workdir, "--workdir", "xattnres_demo")
     make_writable_folder(workdir, "--workdir")
     nnunet = NnUNet(workdir.resolve(), choose_device())
     print("The commands below, and any other of nnU-Net's, work in a shell with these variables:")

@@ -51,9 +51,13 @@ def run_plans(options: Options) -> None:
     not fit together, and if the name belongs to another file.
     """
     config = _config(options)
-    name = (options.output or _default_name(options, config)).removesuffix(".json")
-    if not NAME.fullmatch(name) or name in NAMES_OF_NNUNET:
-        raise XAttnResError(f"-o {name} is no name for plans: {NAME_RULE}, and no name of nnU-Net's own files")
+    given = _default_name(options, config) if options.output is None else options.output
+    name = given.removesuffix(".json")
+    # A file system may ignore case.
+    if not NAME.fullmatch(name) or name.lower() in NAMES_OF_NNUNET:
+        raise XAttnResError(
+            f"{shell_command('-o', given)} is no name for plans: {NAME_RULE}, and no name of nnU-Net's own files"
+        )
     source = plans_of_dataset(options.dataset, options.plans_name)
     plans = read_json(source, "give plans of nnU-Net")
     there = plans.get("configurations")

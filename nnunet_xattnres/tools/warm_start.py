@@ -25,7 +25,7 @@ from nnunet_xattnres.common.files import check_writable, folder_written_atomical
 from nnunet_xattnres.common.processes import environment_with
 from nnunet_xattnres.common.text import shell_command
 from nnunet_xattnres.model.config import XAttnResConfig
-from nnunet_xattnres.nnunet.folders import hint_if_unset
+from nnunet_xattnres.nnunet.folders import check_not_of_nnunet, hint_if_unset
 from nnunet_xattnres.nnunet.planned_network import (
     PlannedNetwork,
     all_of_dataset,
@@ -34,7 +34,7 @@ from nnunet_xattnres.nnunet.planned_network import (
     from_file,
 )
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
-from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, finished_folds, read_checkpoint
+from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, checkpoints_of_folds, choose_fold, read_checkpoint
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 
 # `nnUNetv2_train --c` continues from this file. It prefers checkpoint_final.pth, also to what it has trained since.
@@ -182,8 +182,8 @@ def check_same_network(trained: TrainedNetwork, target: PlannedNetwork) -> None:
         if planned.carried == target.carried and _network(planned) == _network(trained.planned)
     ]
     if fitting:
-        _, plans_name, _, configuration = min(fitting)
-        raise XAttnResError(f"{problem}; choose -p {plans_name} -c {configuration}")
+        choices = [f"-p {plans_name} -c {configuration}" for _, plans_name, _, configuration in sorted(fitting)]
+        raise XAttnResError(f"{problem}; choose {' or '.join(choices)}")
     # With the plans of the trained network, the channels are still those of the dataset.
     moved = replace(trained.planned, dataset_json=target.dataset_json)
     if moved.num_input_channels != trained.planned.num_input_channels:
@@ -249,14 +249,12 @@ def _preprocessing(dataset: str, plans_name: str, configuration: str) -> list[st
 
 def _checkpoint_in(folder: Path, fold: str | None) -> tuple[str, Path]:
     """The fold and its final checkpoint."""
-    checkpoints = finished_folds(folder)
+    checkpoints = checkpoints_of_folds(folder)
     if not checkpoints:
         raise XAttnResError(f"{folder} has no fold_*/{FINAL_CHECKPOINT}: name a model folder, or a checkpoint itself")
-    if fold is None and len(checkpoints) > 1:
-        raise XAttnResError(f"{folder} has several folds: choose one of them with -f: {', '.join(checkpoints)}")
-    if fold is not None and fold not in checkpoints:
-        raise XAttnResError(f"{folder} has no finished fold {fold}: choose from {', '.join(checkpoints)}")
-    chosen = fold or next(iter(checkpoints))
+    chosen = choose_fold(folder, fold)
+    if chosen not in checkpoints:
+        raise XAttnResError(f"{folder} has no finished fold {chosen}: choose from {', '.join(checkpoints)}")
     return chosen, checkpoints[chosen]
 
 
@@ -274,6 +272,7 @@ def _architecture(planned: PlannedNetwork) -> dict[str, Any]:
 
 
 def _check_output(output: Path) -> None:
+    check_not_of_nnunet(output, "-o", "warm")
     check_writable(output, "-o")
     if output.is_dir() and any(output.iterdir()):
         raise XAttnResError(f"{output} is there already and not an empty folder: choose another -o")

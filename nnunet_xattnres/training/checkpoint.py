@@ -29,10 +29,23 @@ WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 REQUIRED_KEYS = {"trainer_name": str, "init_args": dict, "network_weights": dict}
 
 
-def finished_folds(model_folder: Path) -> dict[str, Path]:
-    """The final checkpoints of an nnU-Net model folder, by fold: a number, or "all"."""
-    files = sorted(model_folder.glob(f"fold_*/{FINAL_CHECKPOINT}"))
-    return {file.parent.name.removeprefix("fold_"): file for file in files}
+def checkpoints_of_folds(model_folder: Path, name: str = FINAL_CHECKPOINT) -> dict[str, Path]:
+    """The checkpoints of this name in an nnU-Net model folder, by fold: a number, or "all"."""
+    files = [folder / name for folder in sorted(model_folder.glob("fold_*"))]
+    return {file.parent.name.removeprefix("fold_"): file for file in files if file.is_file()}
+
+
+def choose_fold(model_folder: Path, fold: str | None, name: str = FINAL_CHECKPOINT) -> str | None:
+    """The fold that the user has chosen. Otherwise the only one that has a checkpoint of this name; None without one.
+
+    Raises `XAttnResError` if several folds have one.
+    """
+    if fold is not None:
+        return fold
+    folds = list(checkpoints_of_folds(model_folder, name))
+    if len(folds) > 1:
+        raise XAttnResError(f"{model_folder} has {name} in several folds: choose one with -f: {', '.join(folds)}")
+    return folds[0] if folds else None
 
 
 def read_checkpoint(path: Path, remedy: str, trusted: bool | None = None) -> dict[str, Any]:

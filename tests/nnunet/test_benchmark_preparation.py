@@ -103,6 +103,12 @@ class TestRun:
         assert main([*benchmark_run(SPEC, tmp_path)[:-1], "/proc"]) == 1
         assert "choose another -o" in capsys.readouterr().err
 
+    def test_a_folder_that_is_nnunets_own(self, data, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("nnUNet_raw", str(tmp_path / "out"))
+        assert main(benchmark_run(SPEC, tmp_path)) == 1
+        assert "(nnUNet_raw): choose another -o, such as -o benchmark" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
     def test_a_spec_that_cannot_be_planned_does_not_take_the_folder(self, tiny, steps, tmp_path):
         for name in (TINY, "Dataset124_Tiny"):
             (tmp_path / "data").mkdir(exist_ok=True)

@@ -174,7 +174,8 @@ class TestResultFolders:
         assert f"Left out: {DATASET} {SECOND} fold 1 (missing)" in capsys.readouterr().out.splitlines()
         text = (out / "report.md").read_text()
         assert text.startswith("# Comparison of trainings\n\n3 of 4 trainings are finished.")
-        assert f"- {DATASET}, small, DA5: fold 1 seed 0 (missing)" in text
+        # The user has named no seeds.
+        assert f"- {DATASET}, small, DA5: fold 1 (missing)" in text
         assert f"- {DATASET}, small, validation: DA5 lacks 1: case_2" in text
         assert list(of_dice(out).cases) == [2]
 
@@ -186,12 +187,24 @@ class TestResultFolders:
 
     def test_a_fold_that_is_not_validated_to_the_end_is_left_out(self, first, second, capsys):
         (second / "fold_1" / "validation" / "summary.json").unlink()
-        (first / "fold_all").mkdir()
+        (first / "fold_all" / "validation").mkdir(parents=True)
         out = compare(first, second)
         printed = capsys.readouterr().out
         assert "DA5 fold 1 (validation not finished)" in printed
         assert "fold_all is left out" in printed
         assert list(of_dice(out).cases) == [3]
+
+    def test_the_folder_of_a_training_that_was_refused_is_no_fold(self, first, second, capsys):
+        for name in ("fold_2", "fold_all"):
+            (first / name).mkdir()
+        (first / "fold_2" / "training_log.txt").touch()
+        text = (compare(first, second) / "report.md").read_text()
+        assert "\n\n4 of 4 trainings are finished" in text
+        assert "Left out" not in capsys.readouterr().out
+        # A training that was begun is.
+        (first / "fold_2" / "checkpoint_latest.pth").touch()
+        assert main(["compare", str(first), str(second), "-o", "begun"]) == 0
+        assert f"Left out: {DATASET} {FIRST} fold 2 (missing)" in capsys.readouterr().out.splitlines()
 
     def test_folds_can_be_chosen(self, first, second):
         assert set(read_tables(compare(first, second, "--folds", 1)).cases.fold) == {1}
@@ -237,6 +250,36 @@ class TestResultFolders:
         # Without a note they are unknown.
         assert list(cells.iterations.isna()) == [False, True, True, True]
         assert cells.iterations[0] == 250
+
+    def test_an_old_architecture_that_nnunet_does_not_know(self, first, second):
+        old = '"UNet_class_name": "MyUNet", "UNet_base_num_features": 8'
+        edit(second / "plans.json", '"architecture": {"arch_kwargs": {"features_per_stage": [8, 16]}}', old)
+        cells = read_tables(compare(first, second)).cells
+        assert list(cells.features) == ["8 16", "", "8 16", ""]
+        assert set(cells.patch_size) == {"8x16x16"}
+
+    def test_regions(self, root, first, second):
+        regions = {"background": 0, "whole": [1, 2], "b": 2}
+        for model in (first, second):
+            content = DATASET_JSON | {"labels": regions, "regions_class_order": [1, 2]}
+            (model / "dataset.json").write_text(json.dumps(content))
+        cases = read_tables(compare(first, second)).cases
+        assert list(dict.fromkeys(cases.label)) == ["whole", "b"]
+        voxels = {"whole": {int((label_map() > 0).sum())}, "b": {int((label_map() == 2).sum())}}
+        assert cases.groupby("label").reference_voxels.agg(set).to_dict() == voxels
+
+    def test_an_equivalence_of_empty_predictions_is_not_silent(self, first, second):
+        paths = sorted(first.parent.glob("*/fold_*/validation/*.nii.gz"))
+        for path in paths:
+            write_image(0 * label_map(), path, SPACING)
+        text = (compare(first, second) / "report.md").read_text()
+        assert "equivalent (0)" in text
+        assert f"- DA5 - nnUNetTrainer, {DATASET}, small, validation: 6 of 6 cases" in text
+        for path in paths:
+            write_image(label_map(), path, SPACING)
+        text = (compare(first, second) / "report.md").read_text()
+        assert "equivalent (0)" in text
+        assert "Left empty by both" not in text
 
     def test_parameters_that_are_registered_twice_count_once(self, tmp_path):
         convolution = torch.nn.Conv2d(2, 3, 1)
@@ -357,6 +400,12 @@ class TestBadInput:
                 r"has no predictions but those of fold_all, which has trained on these cases: train a fold",
             ),
             (
+                lambda first, second: [
+                    (shutil.rmtree(second / f"fold_{fold}"), (second / f"fold_{fold}").mkdir()) for fold in (0, 1)
+                ],
+                "has no predictions of a finished validation",
+            ),
+            (
                 lambda first, second: [shutil.rmtree(second / f"fold_{fold}" / "validation") for fold in (0, 1)],
                 "has no predictions of a finished validation",
             ),
@@ -431,6 +480,14 @@ class TestBadInput:
             assert "gt_segmentations, which is only read: choose another -o" in capsys.readouterr().err
         assert contents(references) == before
 
+    def test_the_report_does_not_go_into_a_folder_of_nnunet(self, root, first, second, capsys, monkeypatch):
+        monkeypatch.setenv("nnUNet_results", str(root / "nnUNet_results"))
+        before = contents(root)
+        for output in (root / "nnUNet_preprocessed", root / "nnUNet_preprocessed" / DATASET, first.parents[1]):
+            assert main(["compare", str(first), str(second), "-o", str(output)]) == 1
+            assert f"{output} is nnU-Net's own folder (nnUNet_" in capsys.readouterr().err
+        assert contents(root) == before
+
     @pytest.mark.parametrize("name", ["report.md", "summary.csv", "cases.csv"])
     def test_a_file_that_is_not_from_a_report_is_not_replaced(self, name, first, second, capsys):
         Path("out").mkdir()
@@ -454,5 +511,7 @@ class TestBadInput:
     def test_a_report_is_not_replaced_by_one_that_lacks_trainings(self, first, second, capsys):
         compare(first, second)
         assert main(["compare", str(first), str(second), "--folds", "0", "-o", "out"]) == 1
-        assert "would lack (2 of 4)" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert "would lack (2 of 4)" in message
+        assert message.endswith("or give the results, --folds and --group that it was made from\n")
         compare(first, second)

@@ -40,6 +40,14 @@ def test_unwritable_workdir(raw, tmp_path):
         run_demo(raw, tmp_path / "file" / "work", TRAINER, baseline=False)
 
 
+def test_a_workdir_that_is_nnunets_own(raw, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    with pytest.raises(
+        XAttnResError, match=r"\(nnUNet_raw\): choose another --workdir, such as --workdir xattnres_demo"
+    ):
+        run_demo(raw, tmp_path, TRAINER, baseline=False)
+
+
 class RecordingNnUNet(NnUNet):
     """Notes the commands instead of running them."""
 

@@ -500,6 +500,31 @@ class TestMistakes:
         assert "does not exist: choose with -f and -chk from " in error
         assert error.endswith("from fold_0/checkpoint_best.pth, fold_0/checkpoint_final.pth")
 
+    def test_which_fold(self, model, image, tmp_path, capsys):
+        shutil.copytree(model / "fold_0", model / "fold_3")
+        error = self.complaint(capsys, tmp_path, "-m", model, "-i", image)
+        assert error.endswith("has checkpoint_final.pth in several folds: choose one with -f: 0, 3")
+        (model / "fold_3" / FINAL_CHECKPOINT).rename(model / "fold_3" / "checkpoint_best.pth")
+        for options, fold in (((), "0"), (("-chk", "checkpoint_best.pth"), "3")):
+            error = self.complaint(capsys, tmp_path, "-m", model, "-i", image, "--targets", "D9", *options)
+            assert "no target D9" in error
+            checkpoint = options[1] if options else FINAL_CHECKPOINT
+            assert Model(model, None, checkpoint, None, CPU).fold == fold
+        error = self.complaint(capsys, tmp_path, "-m", model, "-i", image, "-chk", "checkpoint_latest.pth")
+        assert error.endswith("from fold_0/checkpoint_final.pth, fold_3/checkpoint_best.pth")
+
+    @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
+    def test_the_folders_of_nnunet_stay_its_own(self, model, image, tmp_path, capsys, monkeypatch, variable):
+        dataset = tmp_path / "nnunet" / PHANTOM
+        dataset.mkdir(parents=True)
+        monkeypatch.setenv(variable, str(dataset.parent))
+        for output in (dataset.parent, dataset):
+            assert inspect("-m", model, "-i", image, "-o", output) == 1
+            assert capsys.readouterr().err.endswith(
+                f"{output} is nnU-Net's own folder ({variable}): choose another -o, such as -o attention_maps\n"
+            )
+        assert list(dataset.parent.rglob("*")) == [dataset]
+
     def test_a_checkpoint_of_a_trainer_that_nobody_knows(self, model, image, tmp_path, capsys):
         file = model / "fold_0" / FINAL_CHECKPOINT
         checkpoint = torch.load(file, weights_only=False)

@@ -261,6 +261,8 @@ def refuse(monkeypatch, capsys, outputs, plans_file):
         (["-d", "17"], "knows no dataset 17"),
         (["-d", "hippocampus"], "did you mean Dataset004_Hippocampus?"),
         (["-d", "4", "-p", "nnUNetPlan"], "did you mean nnUNetPlans?"),
+        (["-d", "4", "-p", "../nnUNetPlans"], "-p ../nnUNetPlans is no name of plans"),
+        (["-d", "4", "-p", ""], "-p '' is no name of plans"),
         (["-d", "4", "-c", "3d_fulres"], "did you mean 3d_fullres?"),
         (["-d", "4", "-c", "nothing like it"], "choose from 3d_fullres, small"),
         (["--preset", "msd04", "--trainers", "nnUNetTrainerXAtnRes"], "did you mean nnUNetTrainerXAttnRes"),

@@ -330,6 +330,9 @@ class TestPlansThatCarryXAttnRes:
         assert f"choose -p {plans} -c {CONFIGURATION}" in refuse(plain.parents[1])
         assert main(["plans", "-d", "901", "--preset", "Finetune", "-p", plans, "-o", "fitting"]) == 0
         assert f"choose -p fitting -c {CONFIGURATION}" in refuse(plain.parents[1], *options)
+        assert main(["plans", "-d", "901", "--preset", "Finetune", "-p", plans, "-o", "other"]) == 0
+        both = [f"-p {name} -c {CONFIGURATION}" for name in ("fitting", "other")]
+        assert refuse(plain.parents[1], *options).endswith(f"; choose {' or '.join(both)}\n")
 
 
 class TestReadingCheckpoints:
@@ -478,11 +481,15 @@ class TestRefusals:
         (tmp_path / "out" / "mine.txt").touch()
         assert "out is there already and not an empty folder: choose another -o" in refuse(plain_checkpoint)
 
+    def test_an_output_that_is_nnunets_own(self, plain_checkpoint, nnunet_environment, refuse):
+        results = os.environ["nnUNet_results"]
+        assert f"{results} is nnU-Net's own folder (nnUNet_results)" in refuse(plain_checkpoint, "-o", results)
+
     def test_which_fold(self, nnunet_environment, tmp_path, refuse):
         model = tmp_path / "model"
         for fold in (0, 3):
             save_untrained(model, nnUNetTrainer, nnunet_environment.preprocessed, fold)
-        assert "has several folds: choose one of them with -f: 0, 3" in refuse(model)
+        assert "has checkpoint_final.pth in several folds: choose one with -f: 0, 3" in refuse(model)
         assert "has no finished fold 1: choose from 0, 3" in refuse(model, "-f", "1")
         checkpoint = model / "fold_0" / "checkpoint_final.pth"
         assert "-f chooses a fold of a model folder" in refuse(checkpoint, "-f", "3")

@@ -368,9 +368,13 @@ class TestRefusals:
     def test_a_name_of_other_plans(self, refuse, name):
         assert f"{name}.json is there already and differs: choose another -o" in refuse("-o", name)
 
-    @pytest.mark.parametrize("name", ["a__b", "../mine", "dataset", "splits_final"])
+    @pytest.mark.parametrize("name", ["a__b", "../mine", "''", "dataset", "Dataset", "splits_final"])
     def test_a_name_that_is_none(self, refuse, name):
-        assert f"-o {name} is no name for plans: use letters" in refuse("-o", name)
+        assert f"-o {name} is no name for plans: use letters" in refuse("-o", name.strip("'"))
+
+    @pytest.mark.parametrize("name", ["../Dataset901_Phantom/nnUNetPlans", "''"])
+    def test_a_name_of_the_original_plans_that_is_none(self, refuse, name):
+        assert f"-p {name} is no name of plans: give that of a file in" in refuse("-p", name.strip("'"), "-o", "mine")
 
     def test_options_that_do_not_go_together(self, refuse):
         assert "--kv-ratio is an option of block-level presets, and NoSkip is none" in refuse(

@@ -28,6 +28,8 @@ from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 
 pytestmark = pytest.mark.feature("Train, continue, validate, predict, export, install")
 
+PROBABILITIES = "--save_probabilities"
+
 
 @pytest.fixture
 def here(nnunet: NnUNet, tmp_path: Path) -> InProcess:
@@ -82,8 +84,12 @@ def train_until_killed(nnunet: NnUNet, command: tuple[str, ...], checkpoint: Pat
     return torch.load(checkpoint, weights_only=False)
 
 
-def read_segmentations(folder: Path) -> dict[str, np.ndarray]:
-    return {file.name: sitk.GetArrayFromImage(sitk.ReadImage(file)) for file in sorted(folder.glob("*.nii.gz"))}
+def read_predictions(folder: Path) -> dict[str, np.ndarray]:
+    """Segmentations and probabilities. The first may be of background alone after so short a training."""
+    segmentations = {file.name: sitk.GetArrayFromImage(sitk.ReadImage(file)) for file in folder.glob("*.nii.gz")}
+    probabilities = {file.name: np.load(file)["probabilities"] for file in folder.glob("*.npz")}
+    assert all(array.std() > 0 for array in probabilities.values())
+    return segmentations | probabilities
 
 
 @pytest.mark.long
@@ -109,7 +115,7 @@ def test_a_life_of_a_model(here: InProcess, tmp_path: Path, trainer: str, config
     (left / "checkpoint_latest.pth").write_bytes(b"half a checkpoint")
 
     set_num_epochs(here, configuration, done + 2)
-    here.run(*train, "--c", log="continue")
+    here.run(*train, "--c", "--npz", log="continue")
     continued = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert killed["trainer_name"] == continued["trainer_name"] == trainer
     assert continued["current_epoch"] == done + 2
@@ -121,11 +127,11 @@ def test_a_life_of_a_model(here: InProcess, tmp_path: Path, trainer: str, config
     assert all(read[epoch] == recorded[epoch] for epoch in range(done))
     assert read[done - 1] != read[done]
 
-    validated = read_segmentations(fold / "validation")
-    assert validated.keys() == {"phantom_002.nii.gz"}
+    validated = read_predictions(fold / "validation")
+    assert validated.keys() == {"phantom_002.nii.gz", "phantom_002.npz"}
     shutil.rmtree(fold / "validation")
-    here.run(*train, "--val", log="validate")
-    assert_equal(read_segmentations(fold / "validation"), validated)
+    here.run(*train, "--val", "--npz", log="validate")
+    assert_equal(read_predictions(fold / "validation"), validated)
 
     assert_predicts_elsewhere(here, model, tmp_path)
 
@@ -142,7 +148,7 @@ def test_a_life_of_a_model_of_plans_that_carry_xattnres(
     fold = model.folder(here.results) / "fold_0"
     trained = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert any(key.startswith("xattnres.") for key in trained["network_weights"])
-    assert read_segmentations(fold / "validation").keys() == {"phantom_002.nii.gz"}
+    assert read_predictions(fold / "validation").keys() == {"phantom_002.nii.gz"}
     assert_predicts_elsewhere(here, model, tmp_path)
 
 
@@ -154,9 +160,10 @@ def assert_predicts_elsewhere(here: NnUNet, model: Model, tmp_path: Path) -> Non
     sitk.WriteImage(whole[:, :, 16:24], images / "part_0000.nii.gz")
     predicted, installed = tmp_path / "predicted", tmp_path / "installed"
     folder = ("-m", str(model.folder(here.results)), "-i", str(images), "-o", str(predicted), "-f", "0")
-    here.run("nnUNetv2_predict_from_modelfolder", *folder, "-device", "cpu", log="predict")
-    segmentations = read_segmentations(predicted)
-    assert segmentations["part.nii.gz"].shape == (8, *whole.GetSize()[1::-1])
+    here.run("nnUNetv2_predict_from_modelfolder", *folder, "-device", "cpu", PROBABILITIES, log="predict")
+    predictions = read_predictions(predicted)
+    assert predictions.keys() == {"part.nii.gz", "part.npz"}
+    assert predictions["part.nii.gz"].shape == (8, *whole.GetSize()[1::-1])
 
     archive = tmp_path / "model.zip"
     which = ("-d", "901", "-c", model.configuration, "-f", "0", "-tr", model.trainer, "-p", model.plans)
@@ -165,10 +172,13 @@ def assert_predicts_elsewhere(here: NnUNet, model: Model, tmp_path: Path) -> Non
     elsewhere.results.mkdir(parents=True)
     InProcess(elsewhere.workdir, "cpu").run("nnUNetv2_install_pretrained_model_from_zip", str(archive), log="install")
     alone = {"nnUNet_npp": "0", "nnUNet_nps": "0"}
-    elsewhere.run(*model.predict_command(("0",), images, installed, "cpu"), log="predict", environment=alone)
-    assert_equal(read_segmentations(installed), segmentations)
+    predict = model.predict_command(("0",), images, installed, "cpu", PROBABILITIES)
+    elsewhere.run(*predict, log="predict", environment=alone)
+    assert_equal(read_predictions(installed), predictions)
 
 
 def assert_equal(these: dict[str, np.ndarray], those: dict[str, np.ndarray]) -> None:
     assert these.keys() == those.keys()
-    assert all(np.array_equal(these[name], those[name]) for name in those)
+    for name, array in those.items():
+        # The last digit of a probability may differ between processes.
+        np.testing.assert_allclose(these[name], array, rtol=0, atol=1e-6, err_msg=name)

@@ -137,6 +137,7 @@ def slurm(**keys):
         (configuration(), ": configurations, small: it is the same as its base 2d: say what it changes"),
         (configuration(iterations=4), ": configurations, small: it has iterations and no epochs: say both"),
         (configuration(base="3d_fullress", features=4), "nnU-Net plans no 3d_fullress: did you mean 3d_fullres?"),
+        (configuration(base="2dd", features=4), "nnU-Net plans no 2dd: did you mean 2d?"),
         # Trainers
         ({"trainers": PLANNED}, f": trainers: must be a list, not '{PLANNED}'"),
         (

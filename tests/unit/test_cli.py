@@ -57,7 +57,10 @@ def test_a_missing_nnunet_is_an_error(monkeypatch, capsys):
         (["benchmark", "run", "--contine-from", "x"], "benchmark run: there is no option --contine-from: did you mean"),
         (["doctor", "--everything"], "doctor: there is no option --everything; see nnunet-xattnres doctor --help"),
         (["doctor", "it"], "nnunet-xattnres doctor: unrecognized arguments: it; see nnunet-xattnres doctor --help"),
-        (["doctor", "-x"], "nnunet-xattnres doctor: unrecognized arguments: -x; see nnunet-xattnres doctor --help"),
+        (["doctor", "-x"], "nnunet-xattnres doctor: there is no option -x; see nnunet-xattnres doctor --help"),
+        # Not taken for the beginning of -chk.
+        (["inspect", "-c", "2d"], "inspect: there is no option -c: did you mean -chk?; see"),
+        (["inspect", "-ch=2d"], "inspect: there is no option -ch: did you mean -chk"),
         (["trianers", "--lst"], "'trianers' (choose from"),
         (["overhead", "--repeats", "x"], "nnunet-xattnres overhead: argument --repeats: invalid int value: 'x'; see"),
         (["overhead", "--backend", "tritn"], "; see nnunet-xattnres overhead --help"),
@@ -76,6 +79,9 @@ def test_options_can_be_shortened_and_values_can_begin_with_dashes(capsys):
     assert main(["trainers", "--li"]) == 0
     assert main(["overhead", "--preset=msd04", "--json=--x/y", "--rep", "0"]) == 1
     assert "--repeats must be from 1" in capsys.readouterr().err
+    for repeats in (["--repeats=-1"], ["--repeats", "-1"]):
+        assert main(["overhead", "--preset", "msd04", "-c3d_fullres", "-p=nnUNetPlans", *repeats]) == 1
+        assert "--repeats must be from 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("installed", ["2.8.0", "2.9rc1", "2.10.3+local"])

@@ -15,6 +15,7 @@ from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import check_writable, temporary_folder
 from nnunet_xattnres.common.processes import termination_as_exception
 from nnunet_xattnres.nnunet.datasets import check_nifti_files
+from nnunet_xattnres.nnunet.folders import check_not_of_nnunet
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
 from nnunet_xattnres.routing.recording import RECORD, RoutingHistory
 from nnunet_xattnres.tools.inspection.case import inspect_case
@@ -34,6 +35,7 @@ class Options:
     """The options of the command.
 
     model: a model folder in nnUNet_results, TRAINER__PLANS__CONFIGURATION. fold: a number, or "all".
+        None for the only one that has the checkpoint.
     checkpoint: the name of a file in the folder of the fold.
     images: folders, or files named as nnU-Net expects them.
     output: the parent of the folders that are written, one for every case.
@@ -47,7 +49,7 @@ class Options:
     """
 
     model: Path
-    fold: str
+    fold: str | None
     checkpoint: str
     images: list[Path]
     output: Path
@@ -78,6 +80,7 @@ def run_inspect(options: Options) -> None:
     history = _history_of(model) if options.pdf else None
     beside_the_cases = [*(REPORT_FILES if options.knock_out else ()), *([TRAINING_PICTURE] if history else ())]
     _check_replaceable(options.output, list(cases), beside_the_cases)
+    check_not_of_nnunet(options.output, "-o", "attention_maps")
     check_writable(options.output, "-o")
     with _errors_explained("the images", device):
         check_nifti_files(Path(file) for files in cases.values() for file in files)

@@ -27,7 +27,7 @@ from nnunet_xattnres.nnunet.planned_network import PlannedNetwork, from_file
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
 from nnunet_xattnres.ops.alignment import resize
 from nnunet_xattnres.tools.inspection.regions import LabelMap, Volume
-from nnunet_xattnres.training.checkpoint import read_checkpoint
+from nnunet_xattnres.training.checkpoint import choose_fold, read_checkpoint
 from nnunet_xattnres.training.mixin import check_preset
 
 # nnU-Net blends tiles in half precision. The corner of a tile can have the weight 6e-8, the smallest number of that
@@ -81,7 +81,8 @@ def shares(blended: Tensor) -> Iterator[Tensor]:
 class Model:
     """One fold of a trained model, to inspect cases with nnU-Net's own preprocessing and inference.
 
-    folder: the model folder. checkpoint_name: of a file in the fold's folder. targets: their names. None: all.
+    folder: the model folder. fold: None for the only one that has the checkpoint. checkpoint_name: of a file in the
+        fold's folder. targets: their names. None: all.
     trust_checkpoint: see `read_checkpoint`.
     sources: the names of the sources of every chosen target.
 
@@ -92,14 +93,14 @@ class Model:
     def __init__(
         self,
         folder: Path,
-        fold: str,
+        fold: str | None,
         checkpoint_name: str,
         targets: list[str] | None,
         device: torch.device,
         trust_checkpoint: bool = False,
     ) -> None:
-        self.fold = fold
-        self.folder = folder / f"fold_{fold}"
+        self.fold = choose_fold(folder, fold, checkpoint_name) or "*"  # there is none, which is said below
+        self.folder = folder / f"fold_{self.fold}"
         checkpoint = _read_checkpoint(folder, self.folder / checkpoint_name, trust_checkpoint)
         self.checkpoint_name = checkpoint_name
         self.trainer = checkpoint["trainer_name"]
