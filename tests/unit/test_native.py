@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from helpers.memory import saved_bytes
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops import native_library, native_operator
+from nnunet_xattnres.ops.alignment import average_on_cpu, resize
 from nnunet_xattnres.ops.backends import attention_backend, check_backend, chosen_backend
 from nnunet_xattnres.ops.native_operator import attend_native, attend_on_cpu
 from nnunet_xattnres.ops.reference import Candidate, attend_reference
@@ -200,6 +202,43 @@ def test_a_child_process_computes_the_same(method):
     child.join(120)
     assert child.exitcode == 0
     assert queue.get() == expected
+
+
+@needs_library
+class TestValuesOfAverages:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(
+        "source_size, factors",
+        [
+            ((12, 9), (4, 3)),
+            ((6, 10), (1, 2)),
+            ((8, 6, 10), (2, 3, 5)),
+            ((8, 6, 10), (2, 1, 1)),
+            ((4, 2, 70), (2, 2, 2)),
+        ],
+    )
+    def test_they_equal_those_of_pytorch(self, source_size, factors, dtype):
+        pool = F.avg_pool2d if len(factors) == 2 else F.avg_pool3d
+        features = torch.randn(*source_size[::-1], 3, 2, dtype=dtype).permute(*range(len(factors) + 1, -1, -1))
+        torch.testing.assert_close(average_on_cpu(features, factors), pool(features, factors))
+
+    def test_of_nothing_it_is_nothing(self):
+        assert average_on_cpu(torch.empty(0, 3, 4, 4), (2, 2)).shape == (0, 3, 2, 2)
+
+    def test_a_voxel_that_is_not_finite_stays_in_its_cell(self):
+        features = torch.zeros(1, 1, 4, 6)
+        features[0, 0, 1, 2] = torch.inf
+        assert average_on_cpu(features, (2, 2))[0, 0].isinf().nonzero().tolist() == [[0, 1]]
+
+    def test_the_operator_is_registered_as_pytorch_wants_it(self):
+        torch.library.opcheck(average_on_cpu, (torch.randn(1, 2, 4, 6), [2, 3]))
+
+    def test_pytorch_averages_without_the_library(self, monkeypatch):
+        features = torch.randn(1, 2, 4, 6)
+        expected = resize(features, (2, 3))
+        monkeypatch.setattr(native_library, "is_available", lambda: False)
+        monkeypatch.setattr(native_library, "library", None)
+        torch.testing.assert_close(resize(features, (2, 3)), expected)
 
 
 @needs_library

@@ -32,7 +32,7 @@ from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model import stage_level
 from nnunet_xattnres.model.build import add_xattnres
 from nnunet_xattnres.model.stage_level import HistoryAttention, HistoryPool
-from nnunet_xattnres.ops import alignment
+from nnunet_xattnres.ops import alignment, native_library
 from nnunet_xattnres.ops.reference import attention_weights
 
 ARRANGEMENTS = {
@@ -92,7 +92,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize(
     "config", [ARRANGEMENTS["skips"], ARRANGEMENTS["residual"], BlockXAttnResConfig(bank_includes_input=True)]
 )
-def test_an_apple_gpu_can_compute_it(config):
+def test_an_apple_gpu_can_compute_it(config, monkeypatch):
     """There is none here. PyTorch's own list says which operations MPS has; it has no float64."""
     path = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
     listed = {entry["func"].partition("(")[0]: entry for entry in yaml.load(path.read_text(), yaml.CSafeLoader)}
@@ -101,7 +101,8 @@ def test_an_apple_gpu_can_compute_it(config):
         entry = listed[listed[name].get("structured_delegate", name)]
         return "dispatch" not in entry or any(re.search("MPS|Composite", kernels) for kernels in entry["dispatch"])
 
-    # On a CPU, "auto" is another backend than on MPS.
+    # What is of a CPU alone: the compiled library, and what "auto" chooses.
+    monkeypatch.setattr(native_library, "is_available", lambda: False)
     network = add_xattnres(planned_network(ISOTROPIC_3D, ResidualEncoderUNet), replace(config, backend="streaming"))
     with Operations() as operations, network.routing():
         network(torch.randn(2, 1, *smallest_image(ISOTROPIC_3D, (2, 2, 2)))).sum().backward()

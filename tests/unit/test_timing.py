@@ -51,7 +51,7 @@ def test_a_backend_that_differs_from_the_reference_is_out(call, backends, what):
     def wrong(query, norm_scale, candidates, size):
         if what == "output":
             return 1.1 * attend_reference(query, norm_scale, candidates, size)
-        features, projection = candidates[0]
+        features, projection, _ = candidates[0]
         half_of_the_gradient = (features + features.detach()) / 2
         return attend_reference(query, norm_scale, [Candidate(half_of_the_gradient, projection), *candidates[1:]], size)
 
