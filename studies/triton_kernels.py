@@ -21,6 +21,7 @@ from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from triton import JITFunction, knobs
@@ -61,12 +62,8 @@ class Compiler:
             compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
             self.launches.append((compiled, grid, list(arguments)))
 
-        driver.set_active(self)
-        JITFunction.run = compile_only
-        try:
+        with patch.object(driver, "_active", self), patch.object(JITFunction, "run", compile_only):
             launched()
-        finally:
-            JITFunction.run = run
 
 
 def main(presets: tuple[str, ...]) -> None:
@@ -76,17 +73,20 @@ def main(presets: tuple[str, ...]) -> None:
         for dtype in DTYPES:
             with torch.device("meta"):
                 query = torch.empty(channels)
-                sources = [torch.empty(batch_size, channels, *each, dtype=dtype) for each in source_sizes]
+                coarse = [
+                    torch.empty(batch_size, *each, channels, dtype=dtype) for each in source_sizes if each != size
+                ]
+                fine = [torch.empty(batch_size, channels, *each, dtype=dtype) for each in source_sizes if each == size]
                 gradient = torch.empty(batch_size, channels, *size, dtype=dtype)
             passes = {
-                "forward": partial(mix, query, sources, size, EPS),
-                "backward": partial(mix_gradients, gradient, query, sources, EPS),
+                "forward": partial(mix, query, coarse, fine, size, EPS),
+                "backward": partial(mix_gradients, gradient, query, coarse, fine, EPS),
             }
             for architecture in ARCHITECTURES:
                 for name, launched in passes.items():
                     compiler = Compiler(architecture)
                     compiler.record(launched)
-                    print(f"{preset}, {len(sources)} candidates, {dtype}, sm_{architecture}, {name}")
+                    print(f"{preset}, {len(source_sizes)} candidates, {dtype}, sm_{architecture}, {name}")
                     print_kernels(compiler, outputs)
 
 

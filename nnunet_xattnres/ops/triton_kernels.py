@@ -1,7 +1,9 @@
 """Triton kernels of the stage-level attention. They read a source at its own resolution and upsample it in registers.
 
-Shapes: query (C,), sources u_k (B, C, *source_size), all of one dtype, and mixture and gradient (B, C, *size) at the
-resolution of the target. All tensors are contiguous. The kernels have three axes: a 2D image is a 3D image of depth 1.
+Shapes: query (C,); sources u_k, of one dtype, which are (B, *source_size, C) where coarse, and (B, C, *size) where they
+have the target's resolution; mixture and gradient (B, C, *size). All tensors are contiguous. Coarse sources have
+channels last, so that a thread loads 16 bytes at a time. The kernels have three axes: a 2D image is a 3D image of
+depth 1.
 
 A factor is the size of the target divided by that of a source, per axis. Along an axis of factor F, target position p
 lies at (p + 1/2) / F - 1/2 on the grid of the source, clamped to the ends of the grid. The two source positions around
@@ -45,55 +47,62 @@ SUM_TILES = 64
 Size = tuple[int, int, int]
 
 
-def mix(query: Tensor, sources: Sequence[Tensor], size: Sequence[int], eps: float) -> Tensor:
-    """out(p) = sum_k a_k(p) v_k(p)"""
-    batch_size, channels = sources[0].shape[:2]
-    mixture = sources[0].new_empty(batch_size, channels, *size)
+def mix(query: Tensor, coarse: Sequence[Tensor], fine: Sequence[Tensor], size: Sequence[int], eps: float) -> Tensor:
+    """out(p) = sum_k a_k(p) v_k(p). coarse, fine: the sources, those at the resolution of the target in `fine`."""
+    mixture = query.new_empty(_batch(coarse, fine), len(query), *size, dtype=(*coarse, *fine)[0].dtype)
     with torch.cuda.device_of(mixture):
         _mix_kernel[_grid(mixture)](
             query,
-            tuple(sources),
+            tuple(coarse),
+            tuple(fine),
             mixture,
             *_three_axes(size),
-            **_tile_options(sources, size, eps, _precision(query, sources)),
+            **_tile_options(query, coarse, mixture, eps),
         )
     return mixture
 
 
 def mix_gradients(
-    gradient: Tensor, query: Tensor, sources: Sequence[Tensor], eps: float
-) -> tuple[Tensor, list[Tensor]]:
+    gradient: Tensor, query: Tensor, coarse: Sequence[Tensor], fine: Sequence[Tensor], eps: float
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradients of `mix` with respect to query and sources. gradient: that of the result."""
     size = gradient.shape[2:]
-    precision = _precision(query, sources)
+    options = _tile_options(query, coarse, gradient, eps)
+    sources = [*coarse, *fine]
+    precision = _precision(query, gradient)
     coefficients = gradient.new_empty(len(sources), 3, len(gradient), prod(size), dtype=precision)
     with torch.cuda.device_of(gradient):
         _coefficients_kernel[_grid(gradient)](
             query,
-            tuple(sources),
+            tuple(coarse),
+            tuple(fine),
             gradient,
             coefficients,
             *_three_axes(size),
-            **_tile_options(sources, size, eps, precision),
+            **options,
             BLOCK_SOURCES=triton.next_power_of_2(len(sources)),
         )
         query_parts, source_gradients = zip(
             *(
-                _source_gradient(query, source, gradient, of_source)
-                for source, of_source in zip(sources, coefficients, strict=True)
+                _source_gradient(query, source, gradient, of_source, channels_last=k < len(coarse))
+                for k, (source, of_source) in enumerate(zip(sources, coefficients, strict=True))
             ),
             strict=True,
         )
-    return torch.cat(query_parts).sum(dim=0).to(query.dtype), list(source_gradients)
+    query_gradient = torch.cat(query_parts).sum(dim=0).to(query.dtype)
+    return query_gradient, list(source_gradients[: len(coarse)]), list(source_gradients[len(coarse) :])
 
 
-def _source_gradient(query: Tensor, source: Tensor, gradient: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+def _source_gradient(
+    query: Tensor, source: Tensor, gradient: Tensor, coefficients: Tensor, channels_last: bool
+) -> tuple[Tensor, Tensor]:
     """What one source adds to the gradient of the query, (parts, C), to be summed over parts, and its own gradient.
 
     coefficients: a, b and n of this source, (3, B, positions).
     """
-    batch_size, channels, *source_size = source.shape
-    factors = _factors(source, gradient.shape[2:])
+    batch_size, channels, *size = gradient.shape
+    source_size = source.shape[1:-1] if channels_last else source.shape[2:]
+    factors = _factors(source_size, size)
     # A tile has up to 16 target positions along x for each of its source positions, and as many of those as fit.
     tile_x = min(triton.next_power_of_2(factors[2]), 16)
     tile_sources = SUM_POSITIONS // tile_x
@@ -127,6 +136,7 @@ def _source_gradient(query: Tensor, source: Tensor, gradient: Tensor, coefficien
         PARTS=parts // splits,
         TILE_X=tile_x,
         TILE_SOURCES=tile_sources,
+        CHANNELS_LAST=channels_last,
         CHANNELS=channels,
         BLOCK_CHANNELS=block_channels,
         PRECISION=_TRITON_DTYPES[precision],
@@ -137,9 +147,13 @@ def _source_gradient(query: Tensor, source: Tensor, gradient: Tensor, coefficien
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _precision(query: Tensor, sources: Sequence[Tensor]) -> torch.dtype:
+def _batch(coarse: Sequence[Tensor], fine: Sequence[Tensor]) -> int:
+    return len((*coarse, *fine)[0])
+
+
+def _precision(query: Tensor, target: Tensor) -> torch.dtype:
     """The dtype of all arithmetic: float32, or float64 where an argument is float64."""
-    return torch.promote_types(torch.promote_types(query.dtype, sources[0].dtype), torch.float32)
+    return torch.promote_types(torch.promote_types(query.dtype, target.dtype), torch.float32)
 
 
 def _three_axes(size: Sequence[int]) -> Size:
@@ -147,8 +161,8 @@ def _three_axes(size: Sequence[int]) -> Size:
     return z, y, x
 
 
-def _factors(source: Tensor, size: Sequence[int]) -> Size:
-    return _three_axes([target // extent for extent, target in zip(source.shape[2:], size, strict=True)])
+def _factors(source_size: Sequence[int], size: Sequence[int]) -> Size:
+    return _three_axes([target // extent for extent, target in zip(source_size, size, strict=True)])
 
 
 def _tile_positions(channels: int) -> int:
@@ -161,18 +175,18 @@ def _grid(target: Tensor) -> tuple[int, int]:
     return triton.cdiv(prod(size), _tile_positions(channels)), batch_size
 
 
-def _tile_options(sources: Sequence[Tensor], size: Sequence[int], eps: float, precision: torch.dtype) -> dict[str, Any]:
-    channels = sources[0].shape[1]
+def _tile_options(query: Tensor, coarse: Sequence[Tensor], target: Tensor, eps: float) -> dict[str, Any]:
+    channels, *size = target.shape[1:]
     block_channels = triton.next_power_of_2(channels)
     tile = _tile_positions(channels)
     return {
-        "FACTORS": tuple(_factors(source, size) for source in sources),
+        "FACTORS": tuple(_factors(source.shape[1:-1], size) for source in coarse),
         "CHANNELS": channels,
         "BLOCK_CHANNELS": block_channels,
         "TILE": tile,
         # A compile-time constant, because Triton passes floats as float32.
         "EPS": eps,
-        "PRECISION": _TRITON_DTYPES[precision],
+        "PRECISION": _TRITON_DTYPES[_precision(query, target)],
         "num_warps": max(4, block_channels * tile // ELEMENTS_PER_WARP),
     }
 
@@ -180,7 +194,8 @@ def _tile_options(sources: Sequence[Tensor], size: Sequence[int], eps: float, pr
 @triton.jit
 def _mix_kernel(
     query,
-    sources,
+    coarse,
+    fine,
     mixture,
     size_z,
     size_y,
@@ -200,26 +215,29 @@ def _mix_kernel(
     # Softmax in one pass: the sums are relative to the largest score so far.
     largest = tl.full((TILE,), -float("inf"), PRECISION)
     total = tl.zeros((TILE,), PRECISION)
-    weighted = tl.zeros((BLOCK_CHANNELS, TILE), PRECISION)
-    for k in range(len(FACTORS)):
-        v = _upsample(sources, k, item, position, channel, inside, size_z, size_y, size_x, FACTORS, CHANNELS, PRECISION)
+    weighted = tl.zeros((TILE, BLOCK_CHANNELS), PRECISION)
+    for k in range(len(FACTORS) + len(fine)):
+        v = _value(
+            coarse, fine, k, item, position, channel, inside, size_z, size_y, size_x, FACTORS, CHANNELS, PRECISION
+        )
         score, _ = _score(q, v, CHANNELS, EPS)
         new_largest = tl.maximum(largest, score)
         rescale = tl.exp(largest - new_largest)
         weight = tl.exp(score - new_largest)
         total = total * rescale + weight
-        weighted = weighted * rescale[None, :] + weight[None, :] * v
+        weighted = weighted * rescale[:, None] + weight[:, None] * v
         largest = new_largest
 
-    at = channel[:, None] * positions + position[None, :]
-    out = (weighted / total[None, :]).to(mixture.dtype.element_ty)
+    out = (weighted / total[:, None]).to(mixture.dtype.element_ty)
+    at = channel[None, :] * positions + position[:, None]
     tl.store(mixture + item * CHANNELS * positions + at, out, mask=inside)
 
 
 @triton.jit
 def _coefficients_kernel(
     query,
-    sources,
+    coarse,
+    fine,
     gradient,
     coefficients,
     size_z,
@@ -237,22 +255,25 @@ def _coefficients_kernel(
     positions = size_z * size_y * size_x
     item, position, channel, inside = _tile(positions, CHANNELS, BLOCK_CHANNELS, TILE)
     q = tl.load(query + channel, mask=channel < CHANNELS, other=0.0).to(PRECISION)
-    at = channel[:, None] * positions + position[None, :]
+    at = channel[None, :] * positions + position[:, None]
     g = tl.load(gradient + item * CHANNELS * positions + at, mask=inside, other=0.0).to(PRECISION)
 
     # The scores e_k, the factors r_k and the products d_k of all sources stay in registers.
+    SOURCES: tl.constexpr = len(FACTORS) + len(fine)
     row = tl.arange(0, BLOCK_SOURCES)[:, None]
     scores = tl.full((BLOCK_SOURCES, TILE), -float("inf"), PRECISION)
     inverse_rms = tl.zeros((BLOCK_SOURCES, TILE), PRECISION)
     products = tl.zeros((BLOCK_SOURCES, TILE), PRECISION)
-    for k in range(len(FACTORS)):
-        v = _upsample(sources, k, item, position, channel, inside, size_z, size_y, size_x, FACTORS, CHANNELS, PRECISION)
+    for k in range(SOURCES):
+        v = _value(
+            coarse, fine, k, item, position, channel, inside, size_z, size_y, size_x, FACTORS, CHANNELS, PRECISION
+        )
         score, inverse_rms_k = _score(q, v, CHANNELS, EPS)
         inverse_rms = tl.where(row == k, inverse_rms_k[None, :], inverse_rms)
         scores = tl.where(row == k, score[None, :], scores)
-        products = tl.where(row == k, tl.sum(g * v, axis=0)[None, :], products)
+        products = tl.where(row == k, tl.sum(g * v, axis=1)[None, :], products)
 
-    is_source = row < len(FACTORS)
+    is_source = row < SOURCES
     a = tl.exp(scores - tl.max(scores, axis=0)[None, :])
     a = a / tl.sum(a, axis=0)[None, :]
     b = a * (products - tl.sum(a * products, axis=0)[None, :]) * inverse_rms
@@ -284,6 +305,7 @@ def _source_gradient_kernel(
     PARTS: tl.constexpr,
     TILE_X: tl.constexpr,
     TILE_SOURCES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -313,6 +335,8 @@ def _source_gradient_kernel(
     size_y = source_y * FACTOR_Y
     size_x = source_x * FACTOR_X
     positions = source_z * FACTOR_Z * size_y * size_x
+    of_channel = channel if CHANNELS_LAST else channel * source_positions
+    of_position: tl.constexpr = CHANNELS if CHANNELS_LAST else 1
     q = tl.load(query + channel, mask=channel < CHANNELS, other=0.0).to(PRECISION)
     source += item * CHANNELS * source_positions
     gradient += item * CHANNELS * positions
@@ -376,7 +400,7 @@ def _source_gradient_kernel(
             z = _corner(own_z, half_z, k // (HALVES_X * HALVES_Y), source_z)
             y = _corner(own_y, half_y, k // HALVES_X % HALVES_Y, source_y)
             x = _corner(own_x, half_x, k % HALVES_X, source_x)
-            at = channel[:, None] * source_positions + ((z * source_y + y) * source_x + x)[None, :]
+            at = of_channel[:, None] + ((z * source_y + y) * source_x + x)[None, :] * of_position
             u = tl.load(source + at, mask=own_inside, other=0.0).to(PRECISION)
             along_tap = tl.sum(tl.where(tap[:, None] == k, along_taps_of_source, 0.0), axis=0)
             from_values += along_tap[None, :] * u
@@ -384,7 +408,7 @@ def _source_gradient_kernel(
     along_query_of_source = tl.sum(tl.reshape(along_query, (TILE_SOURCES, TILE_X)), axis=1)
     from_gradient_of_source = tl.sum(tl.reshape(from_gradient, (BLOCK_CHANNELS, TILE_SOURCES, TILE_X)), axis=2)
     du = from_gradient_of_source + along_query_of_source[None, :] * q[:, None] - from_values
-    at = channel[:, None] * source_positions + own[None, :]
+    at = of_channel[:, None] + own[None, :] * of_position
     part_of_item = (split * items + item) * CHANNELS
     tl.store(source_parts + part_of_item * source_positions + at, du.to(source_parts.dtype.element_ty), mask=own_inside)
     # dq is the sum of b_k(p) v_k(p) over p. That is the sum of along_query_of_source u_k over source positions.
@@ -398,25 +422,26 @@ def _source_gradient_kernel(
 def _tile(positions, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, TILE: tl.constexpr):
     """The batch item, target positions and channels of a program, and the mask of those that exist.
 
-    The mask is (channels, positions).
+    The mask is (positions, channels).
     """
     item = tl.program_id(1).to(tl.int64)
     position = tl.program_id(0) * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, BLOCK_CHANNELS)
-    inside = (channel < CHANNELS)[:, None] & (position < positions)[None, :]
+    inside = (position < positions)[:, None] & (channel < CHANNELS)[None, :]
     return item, position, channel, inside
 
 
 @triton.jit
 def _score(q, v, CHANNELS: tl.constexpr, EPS: tl.constexpr):
-    """The score e_k(p), and its factor r_k(p). v: v_k, (channels, positions)."""
-    inverse_rms = tl.rsqrt(tl.sum(v * v, axis=0) / CHANNELS + EPS)
-    return tl.sum(q[:, None] * v, axis=0) * inverse_rms, inverse_rms
+    """The score e_k(p), and its factor r_k(p). v: v_k, (positions, channels)."""
+    inverse_rms = tl.rsqrt(tl.sum(v * v, axis=1) / CHANNELS + EPS)
+    return tl.sum(q[None, :] * v, axis=1) * inverse_rms, inverse_rms
 
 
 @triton.jit
-def _upsample(
-    sources,
+def _value(
+    coarse,
+    fine,
     k,
     item,
     position,
@@ -429,35 +454,44 @@ def _upsample(
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """v_k(p) of a tile of target positions, (channels, positions).
+    """v_k(p) of a tile of target positions, (positions, channels). Coarse sources come first.
 
     The loops over sources and taps are not unrolled: a compiler that sees all loads at once spills registers.
     """
-    source = sources[0]
-    factor_z, factor_y, factor_x = FACTORS[0]
-    for other in tl.static_range(1, len(FACTORS)):
-        source = tl.where(k == other, sources[other], source)
-        factor_z = tl.where(k == other, FACTORS[other][0], factor_z)
-        factor_y = tl.where(k == other, FACTORS[other][1], factor_y)
-        factor_x = tl.where(k == other, FACTORS[other][2], factor_x)
-    source_z = size_z // factor_z
-    source_y = size_y // factor_y
-    source_x = size_x // factor_x
-    source_positions = source_z * source_y * source_x
-    source += item * CHANNELS * source_positions
-    below_z, fraction_z = _below(position // (size_x * size_y), factor_z, PRECISION)
-    below_y, fraction_y = _below(position // size_x % size_y, factor_y, PRECISION)
-    below_x, fraction_x = _below(position % size_x, factor_x, PRECISION)
-    taps_y = tl.minimum(factor_y, 2)
-    taps_x = tl.minimum(factor_x, 2)
     v = tl.zeros(inside.shape, PRECISION)
-    for tap in range(tl.minimum(factor_z, 2) * taps_y * taps_x):
-        z, weight_z = _tap(below_z, fraction_z, tap // (taps_y * taps_x), source_z)
-        y, weight_y = _tap(below_y, fraction_y, tap // taps_x % taps_y, source_y)
-        x, weight_x = _tap(below_x, fraction_x, tap % taps_x, source_x)
-        at = channel[:, None] * source_positions + ((z * source_y + y) * source_x + x)[None, :]
-        u = tl.load(source + at, mask=inside, other=0.0).to(PRECISION)
-        v += (weight_z * weight_y * weight_x)[None, :] * u
+    if k < len(FACTORS):
+        if len(FACTORS) > 0:
+            source = coarse[0]
+            factor_z, factor_y, factor_x = FACTORS[0]
+            for other in tl.static_range(1, len(FACTORS)):
+                source = tl.where(k == other, coarse[other], source)
+                factor_z = tl.where(k == other, FACTORS[other][0], factor_z)
+                factor_y = tl.where(k == other, FACTORS[other][1], factor_y)
+                factor_x = tl.where(k == other, FACTORS[other][2], factor_x)
+            source_z = size_z // factor_z
+            source_y = size_y // factor_y
+            source_x = size_x // factor_x
+            source += item * CHANNELS * source_z * source_y * source_x
+            below_z, fraction_z = _below(position // (size_x * size_y), factor_z, PRECISION)
+            below_y, fraction_y = _below(position // size_x % size_y, factor_y, PRECISION)
+            below_x, fraction_x = _below(position % size_x, factor_x, PRECISION)
+            taps_y = tl.minimum(factor_y, 2)
+            taps_x = tl.minimum(factor_x, 2)
+            for tap in range(tl.minimum(factor_z, 2) * taps_y * taps_x):
+                z, weight_z = _tap(below_z, fraction_z, tap // (taps_y * taps_x), source_z)
+                y, weight_y = _tap(below_y, fraction_y, tap // taps_x % taps_y, source_y)
+                x, weight_x = _tap(below_x, fraction_x, tap % taps_x, source_x)
+                at = ((z * source_y + y) * source_x + x)[:, None] * CHANNELS + channel[None, :]
+                u = tl.load(source + at, mask=inside, other=0.0).to(PRECISION)
+                v += (weight_z * weight_y * weight_x)[:, None] * u
+    else:
+        if len(fine) > 0:
+            source = fine[0]
+            for other in tl.static_range(1, len(fine)):
+                source = tl.where(k == len(FACTORS) + other, fine[other], source)
+            positions = size_z * size_y * size_x
+            at = channel[None, :] * positions + position[:, None]
+            v = tl.load(source + item * CHANNELS * positions + at, mask=inside, other=0.0).to(PRECISION)
     return v
 
 

@@ -175,11 +175,11 @@ def test_two_runs_are_identical_to_the_bit():
 
 
 def test_the_operators_pass_opcheck():
-    shapes = [(3,), (1, 3, 1, 2), (1, 3, 1, 1)]
-    query, *sources = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes)
-    torch.library.opcheck(attend_upsampled, (query, sources, (1, 2), 1e-6))
-    gradient, query, *sources = (torch.randn(shape, device=DEVICE) for shape in [(1, 3, 1, 2), *shapes])
-    torch.library.opcheck(attend_upsampled_backward, (gradient, query, sources, 1e-6))
+    shapes = [(3,), (1, 1, 1, 3), (1, 3, 1, 2)]
+    query, coarse, fine = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes)
+    torch.library.opcheck(attend_upsampled, (query, [coarse], [fine], (1, 2), 1e-6))
+    gradient, query, coarse, fine = (torch.randn(shape, device=DEVICE) for shape in [(1, 3, 1, 2), *shapes])
+    torch.library.opcheck(attend_upsampled_backward, (gradient, query, [coarse], [fine], 1e-6))
 
 
 def test_torch_compile_traces_it_in_one_graph():
