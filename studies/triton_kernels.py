@@ -4,9 +4,8 @@
 
 compiles the kernels of the attention before the last decoder stage of each preset, 3d_fullres, at its batch size.
 ptxas says how many registers a thread has, how many bytes it spills, and the shared memory. Loads are counted in the
-PTX, by following one thread of a program in the middle of the grid: its integers are computed, and what it loads is
-unknown. They are loads of global memory by all threads, also those that a mask switches off, for each element of the
-output.
+PTX, by following one thread of some programs all over the grid: its integers are computed, what it loads is unknown.
+They are loads of global memory by all threads, also those that a mask switches off, for each element of the output.
 """
 
 import operator
@@ -17,7 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,8 @@ PRESETS = ("msd03", "msd04")
 ARCHITECTURES = (80, 90)
 DTYPES = (torch.bfloat16, torch.float32)
 WARP = 32
+# Programs to follow along every axis of a grid.
+SAMPLE = 4
 
 
 class Compiler:
@@ -109,8 +110,7 @@ def print_kernels(compiler: Compiler, outputs: int) -> None:
     total: Counter[int] = Counter()
     by_name: dict[str, list[tuple[tuple[int, int, int], Counter[int]]]] = {}
     for compiled, grid, arguments in compiler.launches:
-        loads = Thread(compiled, grid, arguments).loads()
-        of_launch = Counter({width: count * threads(compiled, grid) for width, count in loads.items()})
+        of_launch = loads_of_launch(compiled, grid, arguments)
         total += of_launch
         by_name.setdefault(compiled.metadata.name, []).append((resources(compiled), of_launch))
     for name, launches in by_name.items():
@@ -128,8 +128,12 @@ def loads_per_output(loads: Counter[int], outputs: int) -> str:
     return f"loads per output element {loads.total() / outputs:.2f} ({by_width})"
 
 
-def threads(compiled: Any, grid: tuple[int, ...]) -> int:
-    return prod(grid) * compiled.metadata.num_warps * WARP
+def loads_of_launch(compiled: Any, grid: tuple[int, ...], arguments: list[Any]) -> Counter[int]:
+    """Loads of global memory by all threads, by their width in bytes."""
+    programs = list(product(*(range(0, count, max(1, count // SAMPLE)) for count in grid)))
+    loads = sum((Thread(compiled, grid, program, arguments).loads() for program in programs), Counter[int]())
+    threads = prod(grid) * compiled.metadata.num_warps * WARP
+    return Counter({width: count * threads // len(programs) for width, count in loads.items()})
 
 
 def resources(compiled: Any) -> tuple[int, int, int]:
@@ -177,17 +181,17 @@ UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
 
 class Thread:
-    """The first thread of a program in the middle of the grid."""
+    """The first thread of one program of a grid."""
 
-    def __init__(self, compiled: Any, grid: tuple[int, ...], arguments: list[Any]) -> None:
+    def __init__(self, compiled: Any, grid: tuple[int, ...], program: tuple[int, ...], arguments: list[Any]) -> None:
         ptx = compiled.asm["ptx"]
         body = ptx[ptx.index("{", ptx.index(".entry")) + 1 : ptx.rindex("}")]
         body = re.sub(r"//.*", "", body)
         self.lines = [line.strip() for line in re.split(r"[;\n]", body) if line.strip() not in ("", "{", "}")]
         self.labels = {line.rstrip(":"): n for n, line in enumerate(self.lines) if line.endswith(":")}
         self.values: dict[str, int | None] = {f"%tid.{axis}": 0 for axis in "xyz"}
-        for axis, programs in zip("xyz", (*grid, 1, 1), strict=False):
-            self.values |= {f"%ctaid.{axis}": programs // 2, f"%nctaid.{axis}": programs}
+        for axis, programs, number in zip("xyz", (*grid, 1, 1), (*program, 0, 0), strict=False):
+            self.values |= {f"%ctaid.{axis}": number, f"%nctaid.{axis}": programs}
         for n, value in enumerate(_run_time_arguments(compiled, arguments)):
             self.values[f"{compiled.metadata.name}_param_{n}"] = value
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the stage-level attention. They read a source at its own resolution and upsample it in registers.
+"""Triton kernels of the stage-level attention. They upsample sources in registers, along z and y before along x.
 
 Shapes: query (C,); sources u_k, of one dtype, which are (B, *source_size, C) where coarse, and (B, C, *size) where they
 have the target's resolution; mixture and gradient (B, C, *size). All tensors are contiguous. Coarse sources have
@@ -14,14 +14,18 @@ aligned source is, with d_k = < dout , v_k >,
 
     dv_k = a_k dout + b_k q - n_k v_k      b_k = a_k (d_k - sum_j a_j d_j) r_k,  n_k = b_k e_k r_k / C
 
-The backward pass has two kernels. The first writes the coefficients a_k, b_k and n_k of every source and every target
-position. The second computes du_k: for every source position, it sums dv_k over the target positions that have it as a
+A plane is the target positions of one batch item and one z. `_rows_kernel` interpolates the coarse sources along z and
+y, once for every coarse position of a row. It does so for some planes at a time, so that the result takes little
+memory. Then tiles of a plane need only interpolate along x.
+
+The backward pass has two more kernels. The first writes the coefficients a_k, b_k and n_k of all sources and target
+positions. The second computes du_k: for every source position, it sums dv_k over the target positions that have it as a
 tap, times its weight there. In the term n_k v_k, v_k is a weighted sum of taps. The kernel therefore sums n_k times the
 weights of each tap, which has no channels, and multiplies every sum by the features of its tap once. All sums have a
 fixed order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -39,6 +43,11 @@ MIN_TILE_POSITIONS, MAX_TILE_POSITIONS = 16, 128
 # Offsets within a batch item, and between coefficients, are 32-bit integers.
 MAX_ELEMENTS = 2**31 - 1
 
+# `_rows_kernel`: elements of a program. Rows of at most so many bytes are held at once, or those of one plane.
+ROW_ELEMENTS = 1024
+ROWS_BYTES = 2**26
+MAX_PLANES = 2**16 - 1
+
 # `_source_gradient_kernel`: channels and target positions of a tile, and the most tiles that one part of a sum takes.
 SUM_CHANNELS = 32
 SUM_POSITIONS = 64
@@ -49,16 +58,12 @@ Size = tuple[int, int, int]
 
 def mix(query: Tensor, coarse: Sequence[Tensor], fine: Sequence[Tensor], size: Sequence[int], eps: float) -> Tensor:
     """out(p) = sum_k a_k(p) v_k(p). coarse, fine: the sources, those at the resolution of the target in `fine`."""
-    mixture = query.new_empty(_batch(coarse, fine), len(query), *size, dtype=(*coarse, *fine)[0].dtype)
+    sources = [*coarse, *fine]
+    mixture = sources[0].new_empty(len(sources[0]), len(query), *size)
+    options = _tile_options(query, coarse, mixture, eps)
     with torch.cuda.device_of(mixture):
-        _mix_kernel[_grid(mixture)](
-            query,
-            tuple(coarse),
-            tuple(fine),
-            mixture,
-            *_three_axes(size),
-            **_tile_options(query, coarse, mixture, eps),
-        )
+        for first, planes, rows in _interpolate_rows(coarse, mixture, options["PRECISION"]):
+            _mix_kernel[_grid(mixture, planes)](query, rows, tuple(fine), mixture, first, *_planes(size), **options)
     return mixture
 
 
@@ -72,16 +77,19 @@ def mix_gradients(
     precision = _precision(query, gradient)
     coefficients = gradient.new_empty(len(sources), 3, len(gradient), prod(size), dtype=precision)
     with torch.cuda.device_of(gradient):
-        _coefficients_kernel[_grid(gradient)](
-            query,
-            tuple(coarse),
-            tuple(fine),
-            gradient,
-            coefficients,
-            *_three_axes(size),
-            **options,
-            BLOCK_SOURCES=triton.next_power_of_2(len(sources)),
-        )
+        for first, planes, rows in _interpolate_rows(coarse, gradient, options["PRECISION"]):
+            _coefficients_kernel[_grid(gradient, planes)](
+                query,
+                rows,
+                tuple(fine),
+                gradient,
+                coefficients,
+                first,
+                len(gradient),
+                *_planes(size),
+                **options,
+                BLOCK_SOURCES=triton.next_power_of_2(len(sources)),
+            )
         query_parts, source_gradients = zip(
             *(
                 _source_gradient(query, source, gradient, of_source, channels_last=k < len(coarse))
@@ -91,6 +99,39 @@ def mix_gradients(
         )
     query_gradient = torch.cat(query_parts).sum(dim=0).to(query.dtype)
     return query_gradient, list(source_gradients[: len(coarse)]), list(source_gradients[len(coarse) :])
+
+
+def _interpolate_rows(
+    coarse: Sequence[Tensor], target: Tensor, precision: tl.dtype
+) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
+    """Chunks of the planes (batch item, z) of the target: the first one, their number, and the rows of all sources.
+
+    The rows (planes, y, source_x, C) of a source are interpolated along z and y. Every chunk overwrites those before.
+    """
+    batch_size, channels, *size = target.shape
+    size_z, size_y, size_x = _three_axes(size)
+    factors = [_factors(source.shape[1:-1], size) for source in coarse]
+    row_shapes = [(size_y, size_x // factor_x, channels) for *_, factor_x in factors]
+    planes = batch_size * size_z
+    most = max(1, ROWS_BYTES // max(1, target.element_size() * sum(map(prod, row_shapes))))
+    at_once = min(planes, most, MAX_PLANES)
+    rows = tuple(target.new_empty(at_once, *shape) for shape in row_shapes)
+    for first in range(0, planes, at_once or 1):
+        count = min(at_once, planes - first)
+        if rows:
+            _rows_kernel[triton.cdiv(max(map(prod, row_shapes)), ROW_ELEMENTS), count, len(rows)](
+                tuple(coarse),
+                rows,
+                first,
+                size_z,
+                size_y,
+                size_x,
+                *zip(*factors, strict=True),
+                CHANNELS=channels,
+                BLOCK=ROW_ELEMENTS,
+                PRECISION=precision,
+            )
+        yield first, count, rows
 
 
 def _source_gradient(
@@ -147,10 +188,6 @@ def _source_gradient(
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _batch(coarse: Sequence[Tensor], fine: Sequence[Tensor]) -> int:
-    return len((*coarse, *fine)[0])
-
-
 def _precision(query: Tensor, target: Tensor) -> torch.dtype:
     """The dtype of all arithmetic: float32, or float64 where an argument is float64."""
     return torch.promote_types(torch.promote_types(query.dtype, target.dtype), torch.float32)
@@ -159,6 +196,12 @@ def _precision(query: Tensor, target: Tensor) -> torch.dtype:
 def _three_axes(size: Sequence[int]) -> Size:
     z, y, x = (1, *size)[-3:]
     return z, y, x
+
+
+def _planes(size: Sequence[int]) -> Size:
+    """The number of planes of an image, the positions of a plane, and those of a row."""
+    z, y, x = _three_axes(size)
+    return z, y * x, x
 
 
 def _factors(source_size: Sequence[int], size: Sequence[int]) -> Size:
@@ -170,9 +213,8 @@ def _tile_positions(channels: int) -> int:
     return min(max(positions, MIN_TILE_POSITIONS), MAX_TILE_POSITIONS)
 
 
-def _grid(target: Tensor) -> tuple[int, int]:
-    batch_size, channels, *size = target.shape
-    return triton.cdiv(prod(size), _tile_positions(channels)), batch_size
+def _grid(target: Tensor, planes: int) -> tuple[int, int]:
+    return triton.cdiv(_planes(target.shape[2:])[1], _tile_positions(target.shape[1])), planes
 
 
 def _tile_options(query: Tensor, coarse: Sequence[Tensor], target: Tensor, eps: float) -> dict[str, Any]:
@@ -180,7 +222,7 @@ def _tile_options(query: Tensor, coarse: Sequence[Tensor], target: Tensor, eps: 
     block_channels = triton.next_power_of_2(channels)
     tile = _tile_positions(channels)
     return {
-        "FACTORS": tuple(_factors(source.shape[1:-1], size) for source in coarse),
+        "FACTORS_X": tuple(_factors(source.shape[1:-1], size)[2] for source in coarse),
         "CHANNELS": channels,
         "BLOCK_CHANNELS": block_channels,
         "TILE": tile,
@@ -191,16 +233,58 @@ def _tile_options(query: Tensor, coarse: Sequence[Tensor], target: Tensor, eps: 
     }
 
 
-@triton.jit
-def _mix_kernel(
-    query,
+@triton.jit(do_not_specialize=["first"])
+def _rows_kernel(
     coarse,
-    fine,
-    mixture,
+    rows,
+    first,
     size_z,
     size_y,
     size_x,
-    FACTORS: tl.constexpr,
+    FACTORS_Z: tl.constexpr,
+    FACTORS_Y: tl.constexpr,
+    FACTORS_X: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The rows of a source in one plane (batch item, z) of the target: interpolated along z and y."""
+    k = tl.program_id(2)
+    factor_z = _select(FACTORS_Z, k)
+    factor_y = _select(FACTORS_Y, k)
+    source_z = size_z // factor_z
+    source_y = size_y // factor_y
+    row = size_x // _select(FACTORS_X, k) * CHANNELS
+    plane = first + tl.program_id(1)
+    source = _select(coarse, k) + (plane // size_z).to(tl.int64) * source_z * source_y * row
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) * BLOCK >= size_y * row:
+        return
+    inside = element < size_y * row
+    below_z, fraction_z = _below(plane % size_z, factor_z, PRECISION)
+    below_y, fraction_y = _below(element // row, factor_y, PRECISION)
+    taps_y = tl.minimum(factor_y, 2)
+    u = tl.zeros((BLOCK,), PRECISION)
+    for tap in range(tl.minimum(factor_z, 2) * taps_y):
+        z, weight_z = _tap(below_z, fraction_z, tap // taps_y, source_z)
+        y, weight_y = _tap(below_y, fraction_y, tap % taps_y, source_y)
+        at = (z * source_y + y) * row + element % row
+        u += weight_z * weight_y * tl.load(source + at, mask=inside, other=0.0).to(PRECISION)
+    to = _select(rows, k) + tl.program_id(1).to(tl.int64) * size_y * row + element
+    tl.store(to, u.to(to.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _mix_kernel(
+    query,
+    rows,
+    fine,
+    mixture,
+    first,
+    size_z,
+    plane_size,
+    size_x,
+    FACTORS_X: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
@@ -208,18 +292,15 @@ def _mix_kernel(
     PRECISION: tl.constexpr,
 ):
     """Forward pass: out(p) = sum_k a_k(p) v_k(p) for a tile of target positions."""
-    positions = size_z * size_y * size_x
-    item, position, channel, inside = _tile(positions, CHANNELS, BLOCK_CHANNELS, TILE)
+    position, channel, inside, at = _tile(first, size_z, plane_size, CHANNELS, BLOCK_CHANNELS, TILE)
     q = tl.load(query + channel, mask=channel < CHANNELS, other=0.0).to(PRECISION)
 
     # Softmax in one pass: the sums are relative to the largest score so far.
     largest = tl.full((TILE,), -float("inf"), PRECISION)
     total = tl.zeros((TILE,), PRECISION)
     weighted = tl.zeros((TILE, BLOCK_CHANNELS), PRECISION)
-    for k in range(len(FACTORS) + len(fine)):
-        v = _value(
-            coarse, fine, k, item, position, channel, inside, size_z, size_y, size_x, FACTORS, CHANNELS, PRECISION
-        )
+    for k in range(len(rows) + len(fine)):
+        v = _value(rows, fine, k, position, channel, inside, at, plane_size, size_x, FACTORS_X, CHANNELS, PRECISION)
         score, _ = _score(q, v, CHANNELS, EPS)
         new_largest = tl.maximum(largest, score)
         rescale = tl.exp(largest - new_largest)
@@ -228,22 +309,22 @@ def _mix_kernel(
         weighted = weighted * rescale[:, None] + weight[:, None] * v
         largest = new_largest
 
-    out = (weighted / total[:, None]).to(mixture.dtype.element_ty)
-    at = channel[None, :] * positions + position[:, None]
-    tl.store(mixture + item * CHANNELS * positions + at, out, mask=inside)
+    tl.store(mixture + at, (weighted / total[:, None]).to(mixture.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _coefficients_kernel(
     query,
-    coarse,
+    rows,
     fine,
     gradient,
     coefficients,
+    first,
+    items,
     size_z,
-    size_y,
+    plane_size,
     size_x,
-    FACTORS: tl.constexpr,
+    FACTORS_X: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
@@ -252,22 +333,18 @@ def _coefficients_kernel(
     BLOCK_SOURCES: tl.constexpr,
 ):
     """Backward pass, first kernel: a_k(p), b_k(p) and n_k(p) of all sources for a tile of target positions."""
-    positions = size_z * size_y * size_x
-    item, position, channel, inside = _tile(positions, CHANNELS, BLOCK_CHANNELS, TILE)
+    position, channel, inside, at = _tile(first, size_z, plane_size, CHANNELS, BLOCK_CHANNELS, TILE)
     q = tl.load(query + channel, mask=channel < CHANNELS, other=0.0).to(PRECISION)
-    at = channel[None, :] * positions + position[:, None]
-    g = tl.load(gradient + item * CHANNELS * positions + at, mask=inside, other=0.0).to(PRECISION)
+    g = tl.load(gradient + at, mask=inside, other=0.0).to(PRECISION)
 
     # The scores e_k, the factors r_k and the products d_k of all sources stay in registers.
-    SOURCES: tl.constexpr = len(FACTORS) + len(fine)
+    SOURCES: tl.constexpr = len(rows) + len(fine)
     row = tl.arange(0, BLOCK_SOURCES)[:, None]
     scores = tl.full((BLOCK_SOURCES, TILE), -float("inf"), PRECISION)
     inverse_rms = tl.zeros((BLOCK_SOURCES, TILE), PRECISION)
     products = tl.zeros((BLOCK_SOURCES, TILE), PRECISION)
     for k in range(SOURCES):
-        v = _value(
-            coarse, fine, k, item, position, channel, inside, size_z, size_y, size_x, FACTORS, CHANNELS, PRECISION
-        )
+        v = _value(rows, fine, k, position, channel, inside, at, plane_size, size_x, FACTORS_X, CHANNELS, PRECISION)
         score, inverse_rms_k = _score(q, v, CHANNELS, EPS)
         inverse_rms = tl.where(row == k, inverse_rms_k[None, :], inverse_rms)
         scores = tl.where(row == k, score[None, :], scores)
@@ -278,12 +355,13 @@ def _coefficients_kernel(
     a = a / tl.sum(a, axis=0)[None, :]
     b = a * (products - tl.sum(a * products, axis=0)[None, :]) * inverse_rms
     n = b * tl.where(is_source, scores, 0.0) * inverse_rms / CHANNELS
-    items = tl.num_programs(1)
-    at = coefficients + (row * 3 * items + item) * positions + position[None, :]
-    kept = is_source & (position < positions)[None, :]
+    plane = first + tl.program_id(1)
+    of_coefficient = items * size_z * plane_size
+    at = coefficients + row * 3 * of_coefficient + plane * plane_size + position[None, :]
+    kept = is_source & (position < plane_size)[None, :]
     tl.store(at, a, mask=kept)
-    tl.store(at + items * positions, b, mask=kept)
-    tl.store(at + 2 * items * positions, n, mask=kept)
+    tl.store(at + of_coefficient, b, mask=kept)
+    tl.store(at + 2 * of_coefficient, n, mask=kept)
 
 
 @triton.jit
@@ -419,16 +497,34 @@ def _source_gradient_kernel(
 
 
 @triton.jit
-def _tile(positions, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, TILE: tl.constexpr):
-    """The batch item, target positions and channels of a program, and the mask of those that exist.
+def _select(tensors, k):
+    """Number k of a tuple."""
+    selected = tensors[0]
+    for other in tl.static_range(1, len(tensors)):
+        selected = tl.where(k == other, tensors[other], selected)
+    return selected
 
-    The mask is (positions, channels).
+
+@triton.jit
+def _tile(
+    first,
+    size_z,
+    plane_size,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The positions of a tile in a plane of the target, its channels, the mask of those that exist, and where they are.
+
+    Mask and offsets (of mixture, gradient and fine sources) are (positions, channels).
     """
-    item = tl.program_id(1).to(tl.int64)
+    plane = first + tl.program_id(1)
     position = tl.program_id(0) * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, BLOCK_CHANNELS)
-    inside = (position < positions)[:, None] & (channel < CHANNELS)[None, :]
-    return item, position, channel, inside
+    inside = (position < plane_size)[:, None] & (channel < CHANNELS)[None, :]
+    item = (plane // size_z).to(tl.int64) * CHANNELS * size_z * plane_size
+    at = channel[None, :] * (size_z * plane_size) + (plane % size_z * plane_size + position)[:, None]
+    return position, channel, inside, item + at
 
 
 @triton.jit
@@ -440,17 +536,16 @@ def _score(q, v, CHANNELS: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _value(
-    coarse,
+    rows,
     fine,
     k,
-    item,
     position,
     channel,
     inside,
-    size_z,
-    size_y,
+    at,
+    plane_size,
     size_x,
-    FACTORS: tl.constexpr,
+    FACTORS_X: tl.constexpr,
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -459,39 +554,19 @@ def _value(
     The loops over sources and taps are not unrolled: a compiler that sees all loads at once spills registers.
     """
     v = tl.zeros(inside.shape, PRECISION)
-    if k < len(FACTORS):
-        if len(FACTORS) > 0:
-            source = coarse[0]
-            factor_z, factor_y, factor_x = FACTORS[0]
-            for other in tl.static_range(1, len(FACTORS)):
-                source = tl.where(k == other, coarse[other], source)
-                factor_z = tl.where(k == other, FACTORS[other][0], factor_z)
-                factor_y = tl.where(k == other, FACTORS[other][1], factor_y)
-                factor_x = tl.where(k == other, FACTORS[other][2], factor_x)
-            source_z = size_z // factor_z
-            source_y = size_y // factor_y
+    if k < len(rows):
+        if len(rows) > 0:
+            factor_x = _select(FACTORS_X, k)
             source_x = size_x // factor_x
-            source += item * CHANNELS * source_z * source_y * source_x
-            below_z, fraction_z = _below(position // (size_x * size_y), factor_z, PRECISION)
-            below_y, fraction_y = _below(position // size_x % size_y, factor_y, PRECISION)
-            below_x, fraction_x = _below(position % size_x, factor_x, PRECISION)
-            taps_y = tl.minimum(factor_y, 2)
-            taps_x = tl.minimum(factor_x, 2)
-            for tap in range(tl.minimum(factor_z, 2) * taps_y * taps_x):
-                z, weight_z = _tap(below_z, fraction_z, tap // (taps_y * taps_x), source_z)
-                y, weight_y = _tap(below_y, fraction_y, tap // taps_x % taps_y, source_y)
-                x, weight_x = _tap(below_x, fraction_x, tap % taps_x, source_x)
-                at = ((z * source_y + y) * source_x + x)[:, None] * CHANNELS + channel[None, :]
-                u = tl.load(source + at, mask=inside, other=0.0).to(PRECISION)
-                v += (weight_z * weight_y * weight_x)[:, None] * u
+            source = _select(rows, k) + tl.program_id(1).to(tl.int64) * (plane_size // factor_x * CHANNELS)
+            below, fraction = _below(position % size_x, factor_x, PRECISION)
+            for tap in range(tl.minimum(factor_x, 2)):
+                x, weight = _tap(below, fraction, tap, source_x)
+                from_row = (position // size_x * source_x + x)[:, None] * CHANNELS + channel[None, :]
+                v += weight[:, None] * tl.load(source + from_row, mask=inside, other=0.0).to(PRECISION)
     else:
         if len(fine) > 0:
-            source = fine[0]
-            for other in tl.static_range(1, len(fine)):
-                source = tl.where(k == len(FACTORS) + other, fine[other], source)
-            positions = size_z * size_y * size_x
-            at = channel[None, :] * positions + position[:, None]
-            v = tl.load(source + item * CHANNELS * positions + at, mask=inside, other=0.0).to(PRECISION)
+            v = tl.load(_select(fine, k - len(rows)) + at, mask=inside, other=0.0).to(PRECISION)
     return v
 
 

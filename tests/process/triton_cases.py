@@ -71,6 +71,12 @@ def test_sums_of_several_parts_equal_the_reference(monkeypatch):
     _assert_equals_reference(*_inputs("2d, several tiles along x"))
 
 
+@pytest.mark.parametrize("case", ["2d, one source", "3d"])
+def test_planes_in_several_chunks_equal_the_reference(case, monkeypatch):
+    monkeypatch.setattr(kernels, "ROWS_BYTES", 1)
+    _assert_equals_reference(*_inputs(case))
+
+
 def test_values_as_small_as_eps_equal_the_reference():
     inputs, size = _inputs("2d, one source")
     inputs = [inputs[0], inputs[1], *((1e-4 * tensor).detach().requires_grad_() for tensor in inputs[2:])]
