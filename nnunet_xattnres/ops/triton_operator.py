@@ -17,9 +17,13 @@ from nnunet_xattnres.ops.reference import EPS, Candidate, Upsampled, computed, s
 from nnunet_xattnres.ops.streaming import attend_streaming
 from nnunet_xattnres.ops.triton_kernels import INTERPRETED, MAX_CHANNELS, MAX_ELEMENTS, mix, mix_gradients
 
+Shape = Sequence[int]
+
 # Written out, because older PyTorch cannot infer them from annotations with collections.abc.Sequence.
-FORWARD_SCHEMA = "(Tensor query, Tensor[] sources, SymInt[] size, float eps) -> Tensor"
-BACKWARD_SCHEMA = "(Tensor gradient, Tensor query, Tensor[] sources, float eps) -> (Tensor, Tensor[])"
+FORWARD_SCHEMA = "(Tensor query, Tensor[] coarse, Tensor[] fine, SymInt[] size, float eps) -> Tensor"
+BACKWARD_SCHEMA = (
+    "(Tensor gradient, Tensor query, Tensor[] coarse, Tensor[] fine, float eps) -> (Tensor, Tensor[], Tensor[])"
+)
 
 
 def attend_triton(
@@ -46,12 +50,23 @@ def attend_triton(
     beyond_stage_level = query.ndim > 1 or key_channels is not None
     if beyond_stage_level or len(query) > MAX_CHANNELS or _largest_offset(len(query), candidates, size) > MAX_ELEMENTS:
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
-    candidates = computed(candidates)
-    for candidate in candidates:
-        upsampling_factors(candidate.features.shape[2:], size)
-    sources = [project(candidate.features, candidate.projection) for candidate in candidates]
-    dtype = reduce(torch.promote_types, [source.dtype for source in sources])
-    return attend_upsampled(scaled_query(query, norm_scale), [source.to(dtype) for source in sources], size, eps)
+    coarse, fine = [], []
+    for features, projection in computed(candidates):
+        if any(factor > 1 for factor in upsampling_factors(features.shape[2:], size)):
+            coarse.append(_project_channels_last(features, projection))
+        else:
+            fine.append(project(features, projection))
+    dtype = reduce(torch.promote_types, [source.dtype for source in (*coarse, *fine)])
+    coarse, fine = ([source.to(dtype) for source in sources] for sources in (coarse, fine))
+    return attend_upsampled(scaled_query(query, norm_scale), coarse, fine, size, eps)
+
+
+def _project_channels_last(features: Tensor, projection: Tensor | None) -> Tensor:
+    """(B, C_k, *source_size) -> (B, *source_size, C_t), as the matrix product comes out."""
+    voxels = features.flatten(2).mT
+    if projection is not None:
+        voxels = torch.bmm(voxels, projection.T.expand(len(features), -1, -1))
+    return voxels.unflatten(1, features.shape[2:])
 
 
 def check_device(device: str) -> None:
@@ -67,56 +82,73 @@ def _largest_offset(channels: int, candidates: Sequence[Candidate | Upsampled], 
 # `custom_op`, not `triton_op`: torch.compile must not look inside, because it may keep aligned sources for the backward
 # pass. It could not trace kernels under Triton's interpreter either, and the tests run those.
 @torch.library.custom_op("nnunet_xattnres::attend_upsampled", mutates_args=(), schema=FORWARD_SCHEMA)
-def attend_upsampled(query: Tensor, sources: Sequence[Tensor], size: Sequence[int], eps: float) -> Tensor:
-    """The attention over `sources`, (B, C, *source_size) and of one dtype, each upsampled to `size`.
+def attend_upsampled(
+    query: Tensor, coarse: Sequence[Tensor], fine: Sequence[Tensor], size: Sequence[int], eps: float
+) -> Tensor:
+    """The attention over sources of one dtype: `coarse` ones, each upsampled to `size`, and `fine` ones of that size.
 
-    query: w * g, (C,). All arithmetic is in float32, or in float64 where an argument is, with or without autocast.
+    query: w * g, (C,). coarse: (B, *source_size, C). fine: (B, C, *size). All arithmetic is in float32, or in float64
+    where an argument is, with or without autocast.
     """
-    return mix(query.contiguous(), [source.contiguous() for source in sources], size, eps)
+    return mix(query.contiguous(), _contiguous(coarse), _contiguous(fine), size, eps)
 
 
 @torch.library.custom_op("nnunet_xattnres::attend_upsampled_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def attend_upsampled_backward(
-    gradient: Tensor, query: Tensor, sources: Sequence[Tensor], eps: float
-) -> tuple[Tensor, list[Tensor]]:
+    gradient: Tensor, query: Tensor, coarse: Sequence[Tensor], fine: Sequence[Tensor], eps: float
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradients of `attend_upsampled` with respect to query and sources."""
-    return mix_gradients(gradient.contiguous(), query.contiguous(), [source.contiguous() for source in sources], eps)
+    return mix_gradients(gradient.contiguous(), query.contiguous(), _contiguous(coarse), _contiguous(fine), eps)
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
 
 
 @attend_upsampled.register_fake
-def _(query: Tensor, sources: Sequence[Tensor], size: Sequence[int], eps: float) -> Tensor:
-    return sources[0].new_empty(*sources[0].shape[:2], *size)
+def _(query: Tensor, coarse: Sequence[Tensor], fine: Sequence[Tensor], size: Sequence[int], eps: float) -> Tensor:
+    one = (*coarse, *fine)[0]
+    return one.new_empty(one.shape[0], query.shape[0], *size)
 
 
 @attend_upsampled_backward.register_fake
-def _(gradient: Tensor, query: Tensor, sources: Sequence[Tensor], eps: float) -> tuple[Tensor, list[Tensor]]:
-    return torch.empty_like(query, memory_format=torch.contiguous_format), [
-        torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources
-    ]
+def _(
+    gradient: Tensor, query: Tensor, coarse: Sequence[Tensor], fine: Sequence[Tensor], eps: float
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    of_coarse, of_fine = ([source.new_empty(source.shape) for source in sources] for sources in (coarse, fine))
+    return query.new_empty(query.shape), of_coarse, of_fine
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor], Sequence[int], float], output: Tensor) -> None:
-    query, sources, _, ctx.eps = inputs
-    ctx.save_for_backward(query, *sources)
+def _save_for_backward(
+    ctx: Any, inputs: tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[int], float], output: Tensor
+) -> None:
+    query, coarse, fine, _, ctx.eps = inputs
+    ctx.coarse = len(coarse)
+    ctx.save_for_backward(query, *coarse, *fine)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor], None, None]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], None, None]:
     query, *sources = ctx.saved_tensors
-    query_gradient, source_gradients = attend_upsampled_backward(gradient, query, sources, ctx.eps)
-    return query_gradient, source_gradients, None, None
+    coarse, fine = sources[: ctx.coarse], sources[ctx.coarse :]
+    return *attend_upsampled_backward(gradient, query, coarse, fine, ctx.eps), None, None
 
 
 attend_upsampled.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 @register_flop_formula(torch.ops.nnunet_xattnres.attend_upsampled)
-def _flops(query: Sequence[int], sources: Sequence[Sequence[int]], size: Sequence[int], eps: float, **_: object) -> int:
-    return interpolation_flops(sources, query[0], size)
+def _flops(query: Shape, coarse: list[Shape], fine: list[Shape], size: Shape, eps: float, **_: object) -> int:
+    return _interpolation_flops(coarse, size)
 
 
 @register_flop_formula(torch.ops.nnunet_xattnres.attend_upsampled_backward)
 def _backward_flops(
-    gradient: Sequence[int], query: Sequence[int], sources: Sequence[Sequence[int]], eps: float, **_: object
+    gradient: Shape, query: Shape, coarse: list[Shape], fine: list[Shape], eps: float, **_: object
 ) -> int:
     # The sources are interpolated again, and then their gradients.
-    return 2 * interpolation_flops(sources, query[0], gradient[2:])
+    return 2 * _interpolation_flops(coarse, gradient[2:])
+
+
+def _interpolation_flops(coarse: list[Shape], size: Shape) -> int:
+    channels_first = [(batch_size, channels, *source_size) for batch_size, *source_size, channels in coarse]
+    return sum(interpolation_flops([shape], shape[1], size) for shape in channels_first)

@@ -71,6 +71,12 @@ def test_sums_of_several_parts_equal_the_reference(monkeypatch):
     _assert_equals_reference(*_inputs("2d, several tiles along x"))
 
 
+@pytest.mark.parametrize("case", ["2d, one source", "3d"])
+def test_planes_in_several_chunks_equal_the_reference(case, monkeypatch):
+    monkeypatch.setattr(kernels, "ROWS_BYTES", 1)
+    _assert_equals_reference(*_inputs(case))
+
+
 def test_values_as_small_as_eps_equal_the_reference():
     inputs, size = _inputs("2d, one source")
     inputs = [inputs[0], inputs[1], *((1e-4 * tensor).detach().requires_grad_() for tensor in inputs[2:])]
@@ -175,11 +181,11 @@ def test_two_runs_are_identical_to_the_bit():
 
 
 def test_the_operators_pass_opcheck():
-    shapes = [(3,), (1, 3, 1, 2), (1, 3, 1, 1)]
-    query, *sources = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes)
-    torch.library.opcheck(attend_upsampled, (query, sources, (1, 2), 1e-6))
-    gradient, query, *sources = (torch.randn(shape, device=DEVICE) for shape in [(1, 3, 1, 2), *shapes])
-    torch.library.opcheck(attend_upsampled_backward, (gradient, query, sources, 1e-6))
+    shapes = [(3,), (1, 1, 1, 3), (1, 3, 1, 2)]
+    query, coarse, fine = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes)
+    torch.library.opcheck(attend_upsampled, (query, [coarse], [fine], (1, 2), 1e-6))
+    gradient, query, coarse, fine = (torch.randn(shape, device=DEVICE) for shape in [(1, 3, 1, 2), *shapes])
+    torch.library.opcheck(attend_upsampled_backward, (gradient, query, [coarse], [fine], 1e-6))
 
 
 def test_torch_compile_traces_it_in_one_graph():

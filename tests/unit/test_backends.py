@@ -57,25 +57,18 @@ def test_triton_on_the_cpu_asks_for_another_backend(monkeypatch):
 
 
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    pytest.importorskip("triton", reason="Triton is not installed")
     from nnunet_xattnres.ops import triton_kernels as kernels
 
     if kernels.INTERPRETED:
         pytest.skip("TRITON_INTERPRET is set")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tile = {"FACTORS": ((1, 2, 2), (1, 1, 1)), "CHANNELS": 20, "BLOCK_CHANNELS": 32, "TILE": 64, "EPS": 1e-6}
-    part = {"ROWS": 2, "PARTS": 4, "TILE_X": 2, "TILE_SOURCES": 32, "CHANNELS": 20, "BLOCK_CHANNELS": 32}
-    factors = {"FACTOR_Z": 1, "FACTOR_Y": 2, "FACTOR_X": 2}
-    for kernel, options in (
-        (kernels._mix_kernel, tile),
-        (kernels._coefficients_kernel, tile | {"BLOCK_SOURCES": 2}),
-        (kernels._source_gradient_kernel, part | factors),
-    ):
-        constants = options | {"PRECISION": triton.language.float32}
-        types = {"sources": ("*fp16", "*fp16"), "source": "*fp16", "gradient": "*fp16", "mixture": "*fp16"}
-        types |= {"source_parts": "*fp16", "query": "*fp32", "coefficients": "*fp32", "query_parts": "*fp32"}
-        types |= dict.fromkeys(constants, "constexpr")
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-        source = triton.compiler.ASTSource(kernel, signature, constants)
-        target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
-        assert triton.compile(source, target=target).asm["cubin"]
+    study = runpy.run_path(str(Path(__file__).parents[2] / "studies" / "triton_kernels.py"))
+    compiler = study["Compiler"](80)
+    with torch.device("meta"):
+        query, coarse, fine = torch.empty(20), torch.empty(1, 2, 2, 20).half(), torch.empty(1, 20, 2, 4).half()
+    compiler.record(lambda: kernels.mix(query, [coarse], [fine], (2, 4), 1e-6))
+    compiler.record(lambda: kernels.mix_gradients(fine, query, [coarse], [fine], 1e-6))
+    for compiled, grid, arguments in compiler.launches:
+        assert compiled.asm["cubin"]
+        assert study["loads_of_launch"](compiled, grid, arguments).total() >= fine.numel()
