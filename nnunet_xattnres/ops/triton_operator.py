@@ -51,7 +51,7 @@ def attend_triton(
     if beyond_stage_level or len(query) > MAX_CHANNELS or _largest_offset(len(query), candidates, size) > MAX_ELEMENTS:
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
     coarse, fine = [], []
-    for features, projection in computed(candidates):
+    for features, projection, _ in computed(candidates):
         if any(factor > 1 for factor in upsampling_factors(features.shape[2:], size)):
             coarse.append(_project_channels_last(features, projection))
         else:
