@@ -166,11 +166,7 @@ def draw_curves(curves: pandas.DataFrame, trainers: list[str]) -> Figure:
             # A single epoch would make no line.
             marker = "." if len(of_cell) == 1 else ""
             axis.plot(of_cell.epoch, of_cell[column], marker=marker, alpha=0.75, **_line(present.index(trainer)))
-        axis.set_title(title, fontsize=FONT_SIZE)
-        axis.set_xlabel("epoch", fontsize=FONT_SIZE)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.tick_params(labelsize=SMALL_FONT_SIZE, length=2)
-        axis.spines[["top", "right"]].set_visible(False)
+        _label_panel(axis, title, "epoch")
     first = curves.iloc[0]
     figure.suptitle(f"{first.dataset}, {first.configuration}: a line per fold and seed", fontsize=FONT_SIZE + 1)
     _legend_of_lines(figure, present)
@@ -196,15 +192,20 @@ def draw_learning(curves: pandas.DataFrame, finals: list[dict[str, Any]], traine
             line = _line(position)
             axis.plot(x, values["median"], marker="." if len(values) == 1 else "", **line)
             axis.fill_between(x, values["min"], values["max"], color=line["color"], alpha=0.1, linewidth=0)
-        axis.set_title(label, fontsize=FONT_SIZE)
-        axis.set_xlabel("steps" if has_steps else "epochs", fontsize=FONT_SIZE)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.tick_params(labelsize=SMALL_FONT_SIZE, length=2)
-        axis.spines[["top", "right"]].set_visible(False)
+        _label_panel(axis, label, "steps" if has_steps else "epochs")
     first = curves.iloc[0]
     figure.suptitle(f"{first.dataset}, {first.configuration}: pseudo-Dice, %", fontsize=FONT_SIZE + 1)
     _legend_of_lines(figure, present)
     return figure
+
+
+def _label_panel(axis: Axes, title: str, x_label: str) -> None:
+    """The title and the axes of a panel of curves."""
+    axis.set_title(title, fontsize=FONT_SIZE)
+    axis.set_xlabel(x_label, fontsize=FONT_SIZE)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.tick_params(labelsize=SMALL_FONT_SIZE, length=2)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _legend_of_lines(figure: Figure, trainers: list[str]) -> None:

@@ -12,7 +12,9 @@ from nnunet_xattnres.benchmark.cells import FINISHED
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.common.files import written_atomically
 
-CELL = ["dataset", "configuration", "trainer", "fold", "seed"]
+# What names a training.
+CELL_TYPES = {"dataset": "str", "configuration": "str", "trainer": "str", "fold": "int64", "seed": "int64"}
+CELL = list(CELL_TYPES)
 SET = ["dataset", "configuration", "set"]
 # The type of every column. Numbers that may be missing have the types "float64" and "Int64".
 COLUMNS = {
@@ -33,11 +35,7 @@ COLUMNS = {
         "predicted_voxels": "int64",
     },
     "cells": {
-        "dataset": "str",
-        "configuration": "str",
-        "trainer": "str",
-        "fold": "int64",
-        "seed": "int64",
+        **CELL_TYPES,
         "state": "str",
         "plans": "str",
         "patch_size": "str",
@@ -52,22 +50,14 @@ COLUMNS = {
         "versions": "str",
     },
     "curves": {
-        "dataset": "str",
-        "configuration": "str",
-        "trainer": "str",
-        "fold": "int64",
-        "seed": "int64",
+        **CELL_TYPES,
         "epoch": "int64",
         "train_loss": "float64",
         "val_loss": "float64",
         "pseudo_dice": "float64",
     },
     "label_curves": {
-        "dataset": "str",
-        "configuration": "str",
-        "trainer": "str",
-        "fold": "int64",
-        "seed": "int64",
+        **CELL_TYPES,
         "epoch": "int64",
         "label": "str",
         "pseudo_dice": "float64",

@@ -13,8 +13,8 @@ from nnunet_xattnres.ops.alignment import is_finer, resize
 from nnunet_xattnres.ops.backends import attention_backend
 from nnunet_xattnres.ops.reference import Candidate, Upsampled, upsample
 
-# An average of so many voxels or less is not kept for the backward pass, but computed once more. It is as far as two
-# stages in 2D and one in 3D. The averages of more voxels are small, and take the time to read h.
+# An average over so many voxels or fewer is not kept for the backward pass, but computed once more. This reaches two
+# stages in 2D and one in 3D. Averages over more voxels are small, and computing them again takes as long.
 LARGEST_AVERAGED = 16
 
 

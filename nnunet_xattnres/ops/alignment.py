@@ -56,6 +56,11 @@ def resize(features: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(features, size=tuple(size), mode=mode, align_corners=False)
 
 
+def averaged(features: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize towards `size` where the features are finer. Others are given as they are."""
+    return resize(features, size) if is_finer(features.shape[2:], size) else features
+
+
 def align(features: Tensor, projection: Tensor | None, size: Sequence[int]) -> Tensor:
     """v = Proj(Resize(h)), the cheaper operation first. (B, C_k, *source_size) -> (B, C_t, *size)"""
     if is_finer(features.shape[2:], size):
@@ -66,19 +71,13 @@ def align(features: Tensor, projection: Tensor | None, size: Sequence[int]) -> T
 def _average(features: Tensor, size: Sequence[int]) -> Tensor:
     factors = [source // target for source, target in zip(features.shape[2:], size, strict=True)]
     if is_exporting():
+        # An exported graph must run without this package.
         return _pool(features, factors)
     return _Average.apply(features, factors)
 
 
 def _pool(features: Tensor, factors: Sequence[int]) -> Tensor:
-    if features.dtype in (torch.float32, torch.float64) and features.device.type == "cpu" and _has_compiled_loops():
-        return average_on_cpu(features, factors)
     return (F.avg_pool2d if len(factors) == 2 else F.avg_pool3d)(features, kernel_size=list(factors))
-
-
-def _has_compiled_loops() -> bool:
-    # An exported graph must run without this package.
-    return not is_exporting() and native_library.is_available()
 
 
 @torch.library.custom_op(
@@ -111,7 +110,10 @@ class _Average(torch.autograd.Function):
         on_cpu = features.device.type == "cpu"
         dtype = torch.promote_types(features.dtype, torch.float32) if on_cpu else features.dtype
         with without_autocast(features):
-            return _pool(features.to(dtype), factors).to(features.dtype)
+            given = features.to(dtype)
+            if on_cpu and native_library.is_available():
+                return average_on_cpu(given, factors).to(features.dtype)
+            return _pool(given, factors).to(features.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.ops.alignment import is_finer, project, resize
+from nnunet_xattnres.ops.alignment import averaged, is_finer, project
 from nnunet_xattnres.ops.context import is_exporting, without_autocast
 from nnunet_xattnres.ops.flops import interpolation_flops, projection_flops, register_flop_formula
 from nnunet_xattnres.ops.interpolation import upsampling_factors
@@ -163,7 +163,7 @@ def attend_on_cpu_backward(
     """
     with without_autocast(query):
         size = gradient.shape[2:]
-        features = [resize(h, size) if is_finer(h.shape[2:], size) else h for h in features]
+        features = [averaged(h, size) for h in features]
         values = _values(features, projections, upsampling, size)
         wanted = [any(pair) for pair in zip_longest(features_wanted, projections_wanted)]
         if upsampling:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnunet_xattnres.ops.alignment import is_finer, project, resize
+from nnunet_xattnres.ops.alignment import averaged, project
 from nnunet_xattnres.ops.context import is_exporting, without_autocast
 from nnunet_xattnres.ops.interpolation import (
     Interpolation,
@@ -130,9 +130,7 @@ class _StreamingAttention(torch.autograd.Function):
             size, key_channels, eps, dtype = ctx.arguments
             *described, weight, _ = tensors
             count = len(described) // 2
-            for k in range(count - (weight is not None)):
-                if is_finer(tensors[k].shape[2:], size):
-                    tensors[k] = resize(tensors[k], size)
+            tensors[:count] = [averaged(h, size) for h in tensors[:count]]
             call = _StreamingCall(query, size, key_channels, eps, _with_last_computed(tensors, dtype))
             query_gradient = torch.zeros_like(call.query)
             needed = ctx.needs_input_grad[-len(tensors) :]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.studies import load_study
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.config import BACKENDS
 from nnunet_xattnres.ops import backends
@@ -63,12 +64,12 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     if kernels.INTERPRETED:
         pytest.skip("TRITON_INTERPRET is set")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    study = runpy.run_path(str(Path(__file__).parents[2] / "studies" / "triton_kernels.py"))
-    compiler = study["Compiler"](80)
+    study = load_study("triton_kernels")
+    compiler = study.Compiler(80)
     with torch.device("meta"):
         query, coarse, fine = torch.empty(20), torch.empty(1, 2, 2, 20).half(), torch.empty(1, 20, 2, 4).half()
     compiler.record(lambda: kernels.mix(query, [coarse], [fine], (2, 4), 1e-6))
     compiler.record(lambda: kernels.mix_gradients(fine, query, [coarse], [fine], 1e-6))
     for compiled, grid, arguments in compiler.launches:
         assert compiled.asm["cubin"]
-        assert study["loads_of_launch"](compiled, grid, arguments).total() >= fine.numel()
+        assert study.loads_of_launch(compiled, grid, arguments).total() >= fine.numel()

@@ -1,26 +1,21 @@
 """The study `studies/gpu.py` with made-up measurements: its order, its files, its failures."""
 
-import importlib.util
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from helpers.overhead import PLANNED, made_up_answers
+from helpers.studies import load_study
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.overhead.measurement import FAILED, OUT_OF_MEMORY, Answer
 
-FILE = Path(__file__).parents[2] / "studies" / "gpu.py"
 MEASURED_NETWORKS = 4 * 2 * (2 + 2 * 3)
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_study("gpu")
 
 
 class Gpu:

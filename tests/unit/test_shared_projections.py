@@ -1,24 +1,17 @@
 """The study `studies/shared_projections.py`."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from helpers.plans import planned
+from helpers.studies import load_study
 from nnunet_xattnres.nnunet.presets import build_preset
-
-FILE = Path(__file__).parents[2] / "studies" / "shared_projections.py"
 
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_study("shared_projections")
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
