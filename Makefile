@@ -15,7 +15,7 @@ test: .venv/.installed  ## the test suite
 
 # nnU-Net trains on a CPU with all cores, whatever OMP_NUM_THREADS says. Threads that wait for each other must not spin.
 test-slow: .venv/.installed  ## the slow tests and the feature matrix; TABLE=FILE writes the table of the matrix
-	GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or feature" -n auto --dist loadscope $(if $(TABLE),--table "$(TABLE)")
+	GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or feature" -n auto --dist loadscope $(if $(TABLE),--table="$(TABLE)")
 
 gpu: .venv/.installed  ## the Triton tests and the costs of every backend on a GPU, into results/gpu/; run it again to go on
 	$(BIN)/python studies/gpu.py
