@@ -10,8 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nnunet_xattnres.common.errors import type_and_message
 from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line
 from nnunet_xattnres.model.stage_level import HistoryAttention, XAttnResUNet
 from nnunet_xattnres.ops.backends import attention_backend
@@ -21,19 +22,21 @@ from nnunet_xattnres.ops.timing import Call, Findings, fastest
 TIMING = "nnunet_xattnres.ops.timing"
 # The first is taken where nothing can be measured. `reference` is not among them: the planned patch need not fit.
 MEASURED_BACKENDS = ("streaming", "triton")
-# Most of it for imports. Measuring takes seconds.
+# Most of it for imports, which take long on a busy machine or from a network's disk. Measuring takes seconds.
 MAX_SECONDS = 60
 
 
 def choose_backend(network: XAttnResUNet, image_shape: Sequence[int], device: torch.device) -> tuple[str, str]:
     """Let the network compute with the backend that is the fastest for its largest attention in mixed precision.
 
-    image_shape: of a batch. Returns the backend's name, and one line that says why.
+    image_shape: of a batch. Returns the backend's name, and one line that says why. A training can do without the
+    measurement, so nothing that fails in it ends the training.
     """
-    findings, problem = _measured(largest_call(network, image_shape), device)
-    chosen = fastest(findings)
-    if chosen is None:
-        chosen = MEASURED_BACKENDS[0]
+    try:
+        findings, problem = _measured(largest_call(network, image_shape), device)
+    except Exception as error:
+        findings, problem = {}, f"not measured ({type_and_message(error)})"
+    chosen = fastest(findings) or MEASURED_BACKENDS[0]
     for attention in network.xattnres.values():
         assert isinstance(attention, HistoryAttention)
         attention.attend = attention_backend(chosen)
@@ -54,7 +57,7 @@ def largest_call(network: XAttnResUNet, image_shape: Sequence[int]) -> Call:
         calls.append(Call(query, norm_scale, candidates, tuple(size)))
         return query.new_empty(image_shape[0], len(query), *size)
 
-    shapes = copy.deepcopy(network).to("meta")
+    shapes = _without_values(network)
     for attention in shapes.xattnres.values():
         attention.attend = record
     with torch.no_grad():
@@ -62,9 +65,20 @@ def largest_call(network: XAttnResUNet, image_shape: Sequence[int]) -> Call:
     return max(calls, key=lambda call: call.elements)
 
 
+def _without_values(network: XAttnResUNet) -> XAttnResUNet:
+    """A copy of the network on the meta device. It takes no memory of the device that the network is on."""
+    parameters = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in network.parameters()
+    }
+    buffers = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in network.buffers()}
+    # `deepcopy` takes what is here for copies that it has made.
+    return copy.deepcopy(network, parameters | buffers)
+
+
 def _measured(call: Call, device: torch.device) -> tuple[Findings, str]:
     """What a new process finds, and else why it finds nothing."""
-    with TemporaryDirectory(prefix="nnunet_xattnres_") as name:
+    with TemporaryDirectory(prefix="nnunet_xattnres_", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         torch.save((call, str(device), MEASURED_BACKENDS), folder / "call.pt")
         log = folder / "log.txt"

@@ -87,6 +87,53 @@ def test_a_process_that_ends_badly_or_too_late_decides_nothing(network, monkeypa
     assert problem.startswith("not measured (exit status 1: ") and "no_such_module" in problem
 
 
+def fail(error):
+    def failing(*arguments, **options):
+        raise error
+
+    return failing
+
+
+class TestAFailureStreams:
+    """The measurement is optional: a training goes on without it, and its log says why."""
+
+    def check(self, network, expected):
+        backend, reason = backend_choice.choose_backend(network, PATCH, CPU)
+        assert backend == "streaming" and expected in reason and "\n" not in reason
+        assert backends_of(network) == {attend_streaming}
+
+    def test_no_folder_for_temporary_files(self, network, monkeypatch):
+        error = FileNotFoundError(2, "No usable temporary directory found")
+        monkeypatch.setattr(backend_choice, "TemporaryDirectory", fail(error))
+        self.check(network, "not measured (FileNotFoundError: [Errno 2] No usable temporary directory found)")
+
+    def test_a_full_disk(self, network, monkeypatch):
+        monkeypatch.setattr(torch, "save", fail(OSError(28, "No space left on device")))
+        self.check(network, "not measured (OSError: [Errno 28] No space left on device)")
+
+    def test_a_network_that_needs_values(self, network):
+        network.encoder.stages[0].register_forward_pre_hook(lambda module, inputs: inputs[0].sum().item() and None)
+        self.check(network, "not measured (RuntimeError: ")
+
+    def test_too_little_memory(self, network, monkeypatch):
+        monkeypatch.setattr(backend_choice, "largest_call", fail(torch.OutOfMemoryError("CUDA out of memory.")))
+        self.check(network, "not measured (torch.OutOfMemoryError: CUDA out of memory.)")
+
+    def test_a_process_that_writes_nothing(self, network, monkeypatch):
+        monkeypatch.setattr(backend_choice, "TIMING", "this")
+        self.check(network, "not measured (FileNotFoundError: ")
+
+
+def test_the_shapes_take_no_memory(network, monkeypatch):
+    network.encoder.register_buffer("steps", torch.zeros(3))
+    monkeypatch.setattr(torch.Tensor, "clone", fail(AssertionError("copied")))
+    shapes = backend_choice._without_values(network)
+    assert {tensor.device.type for tensor in (*shapes.parameters(), *shapes.buffers())} == {"meta"}
+    assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
+    # nnU-Net's encoder is in its decoder too.
+    assert shapes.decoder.encoder is shapes.encoder is not network.encoder
+
+
 class TestTraining:
     @pytest.fixture
     def trainer(self, nnunet_environment, monkeypatch):
