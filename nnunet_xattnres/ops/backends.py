@@ -1,11 +1,13 @@
 """The backends: ways to compute the function that `reference.py` defines."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from torch import Tensor
 
-from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.errors import XAttnResError, type_and_message
 from nnunet_xattnres.ops import native_library
+from nnunet_xattnres.ops.context import log_fallback
 from nnunet_xattnres.ops.native_operator import attend_native, attend_served, check_native, is_served
 from nnunet_xattnres.ops.reference import EPS, Attention, Candidate, Upsampled, attend_reference
 from nnunet_xattnres.ops.streaming import attend_streaming
@@ -27,7 +29,11 @@ def attend_auto(
 
 
 def attention_backend(name: str) -> Attention:
-    """The function that computes the attention. Raises `XAttnResError` for a backend that is not available here."""
+    """The function that computes the attention.
+
+    Where `triton` is not installed, it is that of `streaming`, so that trained networks predict everywhere: a training
+    calls `check_backend` before. Raises `XAttnResError` for a name that no backend has.
+    """
     if name not in ATTENTION_BACKENDS:
         raise XAttnResError(f"the backend {name!r} is not available here: use one of {', '.join(ATTENTION_BACKENDS)}")
     return ATTENTION_BACKENDS[name]()
@@ -48,22 +54,30 @@ def check_backend(name: str, device: str) -> None:
     if name == "native":
         check_native(device)
     if name == "triton":
-        from nnunet_xattnres.ops.triton_operator import check_device
-
-        check_device(device)
+        _triton_operator().check_device(device)
 
 
 def _attend_triton() -> Attention:
-    # Imported on request: Triton may be missing, and its import takes time.
     try:
-        from nnunet_xattnres.ops.triton_operator import attend_triton
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
+        attend: Attention = _triton_operator().attend_triton
+    except XAttnResError as error:
+        log_fallback(str(error))
+        return attend_streaming
+    return attend
+
+
+def _triton_operator() -> ModuleType:
+    # Imported on request: Triton may be missing or broken, and its import takes time.
+    try:
+        import triton  # noqa: F401
+    except Exception as error:
         raise XAttnResError(
-            "the backend 'triton' needs Triton, which is not installed: pip install triton, or use 'auto'"
+            f"the backend 'triton' needs Triton, which cannot be imported ({type_and_message(error)}): pip install "
+            "triton, or use the backend 'auto'"
         ) from error
-    return attend_triton
+    from nnunet_xattnres.ops import triton_operator
+
+    return triton_operator
 
 
 # The backends by name. Each is a function that returns the backend, so that Triton is imported on request.

@@ -1,6 +1,8 @@
-"""How PyTorch runs the code at the moment: whether it records a graph for export, and autocast."""
+"""How PyTorch runs the code at the moment: whether it records a graph, and autocast."""
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,6 +11,17 @@ from torch import Tensor
 def is_exporting() -> bool:
     """Whether torch.export, torch.onnx.export or torch.jit.trace is recording a forward pass."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def log_fallback(why: str) -> None:
+    """Log that `streaming` computes instead of a backend, once for every reason. Not while a graph is recorded."""
+    if not is_exporting() and not torch.compiler.is_compiling():
+        _warn(f"{why}; 'streaming' computes instead")
+
+
+@cache
+def _warn(message: str) -> None:
+    logging.getLogger("nnunet_xattnres").warning(message)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:

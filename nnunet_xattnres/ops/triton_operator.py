@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops.alignment import project
-from nnunet_xattnres.ops.context import is_exporting
+from nnunet_xattnres.ops.context import is_exporting, log_fallback
 from nnunet_xattnres.ops.flops import interpolation_flops, register_flop_formula
 from nnunet_xattnres.ops.interpolation import upsampling_factors
 from nnunet_xattnres.ops.reference import EPS, Candidate, Upsampled, computed, scaled_query
@@ -24,6 +24,9 @@ FORWARD_SCHEMA = "(Tensor query, Tensor[] coarse, Tensor[] fine, SymInt[] size, 
 BACKWARD_SCHEMA = (
     "(Tensor gradient, Tensor query, Tensor[] coarse, Tensor[] fine, float eps) -> (Tensor, Tensor[], Tensor[])"
 )
+# "NVIDIA GPUs (Compute Capability 8.0+)", https://github.com/triton-lang/triton#compatibility. What PyTorch calls the
+# capability of an AMD GPU is higher.
+OLDEST_CAPABILITY = (8, 0)
 
 
 def attend_triton(
@@ -38,17 +41,17 @@ def attend_triton(
 
     For the backward pass, the query and the projected candidates at their own resolutions are kept.
 
-    `attend_streaming` takes over what the kernels do not compute: query fields and separate keys (block level), more
-    than 512 channels, and 2^31 or more elements per batch item. It also takes over exports, because an exported graph
-    must run without this package.
+    `attend_streaming` takes over where there is no device for the kernels, see `check_device`, and what they do not
+    compute: query fields and separate keys (block level), more than 512 channels, and 2^31 or more elements per batch
+    item. It says so once in the log. It also takes over exports, because an exported graph must run without this
+    package.
 
-    Raises `XAttnResError` as `check_device` does, and for a candidate that is finer than the target.
+    Raises `XAttnResError` for a candidate that is finer than the target.
     """
     if is_exporting():
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
-    check_device(query.device.type)
-    beyond_stage_level = query.ndim > 1 or key_channels is not None
-    if beyond_stage_level or len(query) > MAX_CHANNELS or _largest_offset(len(query), candidates, size) > MAX_ELEMENTS:
+    if problem := _why_not(query.device.type) or _beyond_kernels(query, candidates, size, key_channels):
+        log_fallback(problem)
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
     coarse, fine = [], []
     for features, projection, _ in computed(candidates):
@@ -70,9 +73,42 @@ def _project_channels_last(features: Tensor, projection: Tensor | None) -> Tenso
 
 
 def check_device(device: str) -> None:
-    """Raise `XAttnResError` for a device that Triton has no kernels for, except under its interpreter."""
-    if device in ("cpu", "mps") and not INTERPRETED:
+    """Raise `XAttnResError` for a device, by its type, that Triton has no kernels for, except under its interpreter.
+
+    A GPU is the current one. Where there is none, PyTorch refuses the device itself.
+    """
+    if INTERPRETED:
+        return
+    if device in ("cpu", "mps"):
         raise XAttnResError(f"the backend 'triton' needs CUDA, and the network is on {device}: use the backend 'auto'")
+    if device == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < OLDEST_CAPABILITY:
+            needed, here = (".".join(map(str, version)) for version in (OLDEST_CAPABILITY, capability))
+            raise XAttnResError(
+                f"the backend 'triton' needs a GPU of compute capability {needed}, and {here} is that of this GPU: use "
+                "the backend 'auto'"
+            )
+
+
+# A graph holds what is known when it is compiled.
+@torch.compiler.assume_constant_result
+def _why_not(device: str) -> str:
+    """The message of `check_device`. Empty for a device that Triton has kernels for."""
+    try:
+        check_device(device)
+    except XAttnResError as error:
+        return str(error)
+    return ""
+
+
+def _beyond_kernels(
+    query: Tensor, candidates: Sequence[Candidate | Upsampled], size: Sequence[int], key_channels: int | None
+) -> str:
+    beyond_stage_level = query.ndim > 1 or key_channels is not None
+    if beyond_stage_level or len(query) > MAX_CHANNELS or _largest_offset(len(query), candidates, size) > MAX_ELEMENTS:
+        return f"the backend 'triton' computes the stage level, up to {MAX_CHANNELS} channels and 2^31 elements"
+    return ""
 
 
 def _largest_offset(channels: int, candidates: Sequence[Candidate | Upsampled], size: Sequence[int]) -> int:

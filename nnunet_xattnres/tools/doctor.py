@@ -235,6 +235,8 @@ def _compilation() -> Iterator[Finding]:
     compiles = nnUNetTrainer._do_i_compile(trainer)
     triton = _triton(needed=compiles)
     yield triton
+    if triton.status == OK and device == "cuda":
+        yield _triton_backend()
     setting = os.environ.get("nnUNet_compile")
     rule = "by default" if setting is None else f"with nnUNet_compile={setting}"
     if not compiles:
@@ -252,6 +254,16 @@ def _triton(needed: bool) -> Finding:
     if needed:
         return Finding(PROBLEM, f"{missing}, torch.compile needs it: pip install triton, or export nnUNet_compile=f")
     return Finding(NOTE, f'{missing}: backend="triton" is not available')
+
+
+def _triton_backend() -> Finding:
+    from nnunet_xattnres.ops.backends import check_backend
+
+    try:
+        check_backend("triton", "cuda")
+    except Exception as error:  # Triton's own version can be looked up where the rest of it is damaged.
+        return Finding(NOTE, str(error) if isinstance(error, XAttnResError) else type_and_message(error))
+    return Finding(OK, "the backend 'triton' has kernels for this GPU")
 
 
 def _native_backend() -> Finding:

@@ -59,7 +59,7 @@ def largest_call(network: XAttnResUNet, image_shape: Sequence[int]) -> Call:
 
     shapes = _without_values(network)
     for attention in shapes.xattnres.values():
-        attention.attend = record
+        attention.attend = record  # type: ignore[assignment]
     with torch.no_grad():
         shapes(torch.empty(*image_shape, device="meta"))
     return max(calls, key=lambda call: call.elements)

@@ -18,6 +18,7 @@ from nnunet_xattnres.common.files import files_written_atomically, remove_leftov
 from nnunet_xattnres.model.block_level import IntraStageAttention
 from nnunet_xattnres.model.build import add_xattnres, check_plans
 from nnunet_xattnres.model.config import BlockXAttnResConfig, Config, XAttnResConfig
+from nnunet_xattnres.model.plan_classes import carried_config
 from nnunet_xattnres.model.planned_unet import PlannedUNet, check_class, uncompiled
 from nnunet_xattnres.model.stage_level import XAttnResUNet
 from nnunet_xattnres.nnunet.planned_network import call_as_nnunet
@@ -87,7 +88,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         budget = planned.configuration.get("training", {})
         _check_budget(budget, configuration)
         # Prediction does not come here, so that a network predicts on machines without its backend.
-        check_backend(self.xattnres_config.backend, device.type)
+        check_backend((carried_config(planned) or self.xattnres_config).backend, device.type)
         self._checkpoint_seconds = 60 * checkpoint_minutes(self.checkpoint_minutes)
         records = records_weights()
         super().__init__(plans, configuration, fold, dataset_json, device)

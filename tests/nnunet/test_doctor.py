@@ -346,6 +346,7 @@ class TestGpu:
         properties = SimpleNamespace(name="Some GPU", total_memory=24e9)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
         monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
         monkeypatch.setattr(torch, "compile", lambda function: function)
         import_triton("3.4.0")
@@ -367,6 +368,16 @@ class TestGpu:
         assert line.text.startswith(f"PyTorch cannot compute on the GPU ({reason}")
         assert "install a PyTorch that is made for it" in line.text
         assert line.exit_status == 1
+
+    def test_the_triton_backend(self, examine, monkeypatch):
+        kernels = pytest.importorskip("nnunet_xattnres.ops.triton_operator", reason="Triton is not installed")
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
+        assert examine("the backend 'triton'").status == OK
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+        line = examine("the backend 'triton'")
+        assert line.status == NOTE
+        assert "needs a GPU of compute capability 8.0, and 7.5 is that of this GPU: use the backend 'auto'" in line.text
+        assert line.exit_status == 0
 
     def test_nnunet_compiles(self, examine):
         line = examine("torch.compile")

@@ -196,6 +196,13 @@ class TestTrainersOfOurs:
         network = trainer.build_network_architecture(manager, manager.get_configuration("2d"), 1, 3)
         assert isinstance(network, architectures.PlainConvXAttnResUNet)
 
+    def test_the_backend_that_the_plans_name_must_be_there(self, nnunet):
+        config = XAttnResConfig(backend="native")
+        plans = plans_with_xattnres(small_plans(nnunet, "nnUNetPlans"), "carrying", config, ["2d"])
+        trainer = find_trainer("nnUNetTrainerPlanned")
+        with pytest.raises(XAttnResError, match="'native' runs on a CPU, and the network is on cuda"):
+            trainer(plans, "2d", 0, {}, torch.device("cuda"))
+
     @pytest.mark.parametrize("preset", ["XAttnRes", "NoSkip", "XAttnResBlock"])
     def test_other_presets_refuse_them(self, nnunet, preset):
         plans = plans_with_xattnres(small_plans(nnunet, "nnUNetPlans"), "carrying", configurations=["2d"])

@@ -9,10 +9,12 @@ import torch
 
 from helpers.studies import load_study
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.model.config import BACKENDS
-from nnunet_xattnres.ops import backends
-from nnunet_xattnres.ops.backends import ATTENTION_BACKENDS, attention_backend
-from nnunet_xattnres.ops.reference import Candidate
+from nnunet_xattnres.model.config import BACKENDS, XAttnResConfig
+from nnunet_xattnres.model.stage_level import HistoryAttention
+from nnunet_xattnres.ops import backends, context
+from nnunet_xattnres.ops.backends import ATTENTION_BACKENDS, attention_backend, check_backend
+from nnunet_xattnres.ops.reference import attend_reference
+from nnunet_xattnres.ops.streaming import attend_streaming
 
 
 @pytest.fixture
@@ -41,20 +43,88 @@ def test_triton_is_imported_on_request_only():
             runpy.run_path(str(file))
 
 
-@pytest.mark.usefixtures("without_triton")
-def test_a_missing_triton_is_named():
-    with pytest.raises(XAttnResError, match=r"needs Triton, which is not installed: .*'auto'$"):
-        attention_backend("triton")
+@pytest.fixture
+def log(caplog):
+    """What was logged. Nothing has been before."""
+    context._warn.cache_clear()
+    yield lambda: [record.getMessage() for record in caplog.records]
+    context._warn.cache_clear()
 
 
-def test_triton_on_the_cpu_asks_for_another_backend(monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from nnunet_xattnres.ops import triton_operator
+class TestWithoutTriton:
+    """A training refuses the backend that its config names. A trained network predicts, and says so once."""
 
-    monkeypatch.setattr(triton_operator, "INTERPRETED", False)
-    attend = attention_backend("triton")
-    with pytest.raises(XAttnResError, match=r"needs CUDA.*on cpu.*'auto'$"):
-        attend(torch.ones(2), torch.ones(2), [Candidate(torch.ones(1, 2, 4, 4), None)], (4, 4))
+    @pytest.fixture(autouse=True)
+    def _without_triton(self, without_triton):
+        pass
+
+    def test_a_training_says_what_to_do(self):
+        with pytest.raises(XAttnResError, match=r"needs Triton, which cannot be imported \(ModuleNot.*'auto'$"):
+            check_backend("triton", "cuda")
+
+    def test_a_trained_network_is_built_and_predicts(self, log):
+        assert attention_backend("triton") is attention_backend("triton") is attend_streaming
+        (line,) = log()
+        assert "cannot be imported" in line and line.endswith("'streaming' computes instead")
+
+    def test_a_triton_that_is_broken(self, monkeypatch, tmp_path):
+        (tmp_path / "triton.py").write_text("raise OSError('libcuda.so is too old')")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "triton")
+        with pytest.raises(XAttnResError, match=r"\(OSError: libcuda.so is too old\): pip install"):
+            check_backend("triton", "cuda")
+
+
+class TestTritonOnADevice:
+    @pytest.fixture(autouse=True)
+    def _compiled(self, monkeypatch):
+        operator = pytest.importorskip("nnunet_xattnres.ops.triton_operator", reason="Triton is not installed")
+        monkeypatch.setattr(operator, "INTERPRETED", False)
+
+    @pytest.fixture
+    def capability(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        return lambda *version: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: version)
+
+    def test_a_training_on_a_cpu_is_refused(self):
+        with pytest.raises(XAttnResError, match=r"needs CUDA.*on cpu.*'auto'$"):
+            check_backend("triton", "cpu")
+
+    def test_a_trained_network_predicts_on_a_cpu(self, log):
+        network = HistoryAttention(2, [3], XAttnResConfig(backend="triton"))
+        x, h = torch.randn(1, 2, 4, 4), torch.randn(1, 3, 2, 2)
+        expected = network(x, [h])
+        network.attend = attend_reference
+        torch.testing.assert_close(expected, network(x, [h]))
+        network.attend = attention_backend("triton")
+        assert torch.equal(network(x, [h]), expected)
+        (line,) = log()
+        assert "needs CUDA" in line and line.endswith("'streaming' computes instead")
+
+    def test_a_compiled_network_predicts_on_a_cpu(self, log):
+        torch._dynamo.reset()
+        network = HistoryAttention(2, [3], XAttnResConfig(backend="triton"))
+        x, h = torch.randn(1, 2, 4, 4), torch.randn(1, 3, 2, 2)
+        compiled = torch.compile(network, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, [h]), network(x, [h]))
+
+    @pytest.mark.parametrize("version", [(5, 2), (7, 5)])
+    def test_a_gpu_that_is_too_old(self, capability, version):
+        capability(*version)
+        here = ".".join(map(str, version))
+        with pytest.raises(XAttnResError, match=rf"capability 8.0, and {here} is that of this GPU: use the .* 'auto'$"):
+            check_backend("triton", "cuda")
+
+    @pytest.mark.parametrize("version", [(8, 0), (9, 0), (12, 0)])
+    def test_a_gpu_that_is_not(self, capability, version):
+        capability(*version)
+        check_backend("triton", "cuda")
+
+    def test_under_the_interpreter_every_device_does(self, capability, monkeypatch):
+        monkeypatch.setattr("nnunet_xattnres.ops.triton_operator.INTERPRETED", True)
+        capability(7, 0)
+        check_backend("triton", "cuda")
+        check_backend("triton", "cpu")
 
 
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
