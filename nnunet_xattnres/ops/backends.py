@@ -39,13 +39,19 @@ def attention_backend(name: str) -> Attention:
     return ATTENTION_BACKENDS[name]()
 
 
-def chosen_backend(name: str, device: str, is_stage_level: bool) -> str:
-    """The backend that computes in single precision on a device, where a config has the backend `name`."""
+def chosen_backend(name: str, device: str, is_stage_level: bool) -> tuple[str, str]:
+    """The backend that computes in single precision on a device, where a config has the backend `name`.
+
+    With it, why `auto` does not choose `native` on a CPU. Empty otherwise.
+    """
     if not is_stage_level and name != "reference":
-        return "streaming"
-    if name == "auto":
-        return "native" if device == "cpu" and native_library.is_available() else "streaming"
-    return name
+        return "streaming", ""
+    if name != "auto":
+        return name, ""
+    if device != "cpu":
+        return "streaming", ""
+    problem = native_library.why_not_available()
+    return "streaming" if problem else "native", problem
 
 
 def check_backend(name: str, device: str) -> None:

@@ -1,6 +1,7 @@
 """The compiled library of the native backend: where it is, and its calls. The C sources are in `native/`."""
 
 import ctypes
+import logging
 import os
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p, cast
@@ -96,12 +97,20 @@ def library() -> ctypes.CDLL:
 
 @torch.compiler.assume_constant_result
 def is_available() -> bool:
-    """Whether the library is there and can be loaded."""
+    """Whether the library is there and can be loaded. If not, the log says once why."""
+    return not why_not_available()
+
+
+@cache
+def why_not_available() -> str:
+    """Why the library cannot be used, in one line. Empty if it can. The answer stays: loading takes time."""
     try:
         library()
-    except XAttnResError:
-        return False
-    return True
+    except XAttnResError as error:
+        # Not a part of the graph that may be compiled at the moment.
+        logging.getLogger(__name__).warning(f"{error}; 'streaming' computes instead")
+        return str(error)
+    return ""
 
 
 @cache

@@ -144,14 +144,14 @@ class XAttnResTrainerMixin(nnUNetTrainer):
     def choose_backend(self) -> tuple[str, str]:
         """Choose the backend that computes. On a GPU, "auto" at stage level is measured, except in several processes.
 
-        Returns its name, and why it was chosen if it was measured. The network must be initialised.
+        Returns its name, and why it was chosen if that is not plain. The network must be initialised.
         """
         network, config = uncompiled(self.network), config_of(self.network)
         is_measured = config.backend == "auto" and self.device.type == "cuda" and not self.is_ddp
         if is_measured and isinstance(network, XAttnResUNet) and network.xattnres:
             patch_size = self.configuration_manager.patch_size
             return choose_backend(network, (self.batch_size, self.num_input_channels, *patch_size), self.device)
-        return chosen_backend(config.backend, self.device.type, isinstance(config, XAttnResConfig)), ""
+        return chosen_backend(config.backend, self.device.type, isinstance(config, XAttnResConfig))
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()

@@ -12,6 +12,7 @@ from helpers.routing import make_initialized_trainer
 from nnunet_xattnres.model.config import XAttnResConfig
 from nnunet_xattnres.model.planned_unet import uncompiled
 from nnunet_xattnres.model.stage_level import XAttnResUNet
+from nnunet_xattnres.ops import native_library
 from nnunet_xattnres.ops.backends import attend_auto
 from nnunet_xattnres.ops.reference import Upsampled
 from nnunet_xattnres.ops.streaming import attend_streaming
@@ -162,6 +163,12 @@ class TestTraining:
         assert trainer.choose_backend() == ("streaming", "")
         assert self.calls == []
         assert backends_of(trainer.network) == {attend_auto}
+
+    def test_the_log_says_why_auto_is_not_native_on_a_cpu(self, trainer, monkeypatch):
+        monkeypatch.setattr(native_library, "why_not_available", lambda: "the library is damaged: install it again")
+        trainer.on_train_start()
+        log = Path(trainer.log_file).read_text()
+        assert "XAttnRes is computed by streaming; the library is damaged: install it again" in log
 
     def test_a_backend_that_the_config_names_is_obeyed(self, trainer):
         trainer.device = torch.device("cuda")

@@ -327,13 +327,15 @@ class TestLibrary:
     @pytest.fixture(autouse=True)
     def _loaded_anew(self):
         native_library.library.cache_clear()
+        native_library.why_not_available.cache_clear()
         yield
         native_library.library.cache_clear()
+        native_library.why_not_available.cache_clear()
         native_operator._log_fallback.cache_clear()
 
     def test_without_it_auto_streams_and_the_backend_by_name_says_what_to_do(self, monkeypatch, tmp_path):
         monkeypatch.setattr(native_library, "FILE", tmp_path / "missing.so")
-        assert chosen_backend("auto", "cpu", is_stage_level=True) == "streaming"
+        assert chosen_backend("auto", "cpu", is_stage_level=True)[0] == "streaming"
         inputs = make_inputs((4, 4), [(2, 2)])
         expected = attend_reference(*inputs, (4, 4))
         for name in ("auto", "native"):  # a trained network predicts here too
@@ -353,6 +355,29 @@ class TestLibrary:
         with pytest.raises(XAttnResError, match="and this package needs -1: install"):
             native_library.library()
 
+    def test_a_failure_is_logged_once_and_not_tried_again(self, monkeypatch, tmp_path, caplog):
+        monkeypatch.setattr(native_library, "FILE", tmp_path / "native_attention.so")
+        native_library.FILE.write_text("no library")
+        inputs = make_inputs((4, 4), [(2, 2)])
+        expected = attend_reference(*inputs, (4, 4))
+        torch.testing.assert_close(attention_backend("auto")(*inputs, (4, 4)), expected)
+        (record,) = caplog.records
+        assert "cannot be loaded: install nnunet-xattnres again (" in record.getMessage()
+        assert record.getMessage().endswith("; 'streaming' computes instead")
+        monkeypatch.setattr(native_library.ctypes, "CDLL", None)
+        torch.testing.assert_close(attention_backend("auto")(*inputs, (4, 4)), expected)
+        assert len(caplog.records) == 1
+        backend, problem = chosen_backend("auto", "cpu", is_stage_level=True)
+        assert backend == "streaming" and "cannot be loaded" in problem
+
+    def test_a_failure_is_logged_while_a_graph_is_compiled(self, monkeypatch, tmp_path, caplog):
+        torch._dynamo.reset()
+        monkeypatch.setattr(native_library, "FILE", tmp_path / "missing.so")
+        inputs = make_inputs((4, 4), [(2, 2)])
+        compiled = torch.compile(attention_backend("auto"), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(*inputs, (4, 4)), attend_reference(*inputs, (4, 4)))
+        assert [record.getMessage() for record in caplog.records if "no compiled library here" in record.getMessage()]
+
     @needs_library
     def test_another_device(self):
         with pytest.raises(XAttnResError, match="runs on a CPU, and the network is on cuda: use the backend 'auto'"):
@@ -366,9 +391,9 @@ class TestLibrary:
 
     @needs_library
     def test_auto_is_native_on_a_cpu(self):
-        assert chosen_backend("auto", "cpu", is_stage_level=True) == "native"
-        assert chosen_backend("auto", "cuda", is_stage_level=True) == "streaming"
-        assert chosen_backend("native", "cpu", is_stage_level=False) == "streaming"
+        assert chosen_backend("auto", "cpu", is_stage_level=True) == ("native", "")
+        assert chosen_backend("auto", "cuda", is_stage_level=True) == ("streaming", "")
+        assert chosen_backend("native", "cpu", is_stage_level=False) == ("streaming", "")
 
 
 class _Failing:
