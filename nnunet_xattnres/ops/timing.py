@@ -17,7 +17,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from nnunet_xattnres.common.errors import type_and_message
+from nnunet_xattnres.common.errors import XAttnResError, type_and_message
 from nnunet_xattnres.ops.backends import attention_backend, check_backend
 from nnunet_xattnres.ops.reference import Attention, Candidate, Upsampled, attend_reference
 
@@ -48,9 +48,13 @@ class Call:
 def main() -> None:
     folder = Path(sys.argv[1])
     call, device, backends = torch.load(folder / "call.pt", weights_only=False)
+    device = torch.device(device)
+    if device.type == "cuda":
+        # Triton computes on the current device.
+        torch.cuda.set_device(device)
     # As nnU-Net trains on a GPU.
     torch.backends.cudnn.benchmark = True
-    findings = measure(call, torch.device(device), torch.get_autocast_dtype("cuda"), backends)
+    findings = measure(call, device, torch.get_autocast_dtype("cuda"), backends)
     (folder / "findings.json").write_text(json.dumps(findings))
 
 
@@ -68,6 +72,8 @@ def measure(call: Call, device: torch.device, dtype: torch.dtype, backends: Sequ
                 findings[backend] = seconds(_step(attend, call, device, dtype), device)
             else:
                 findings[backend] = "it differs from reference"
+        except XAttnResError as error:
+            findings[backend] = str(error)
         except Exception as error:
             findings[backend] = type_and_message(error)
     return findings

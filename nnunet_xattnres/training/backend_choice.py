@@ -8,13 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from nnunet_xattnres import __version__
 from nnunet_xattnres.common.errors import type_and_message
 from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line
 from nnunet_xattnres.model.stage_level import HistoryAttention, XAttnResUNet
+from nnunet_xattnres.nnunet.installation import installed_version
 from nnunet_xattnres.ops.backends import attention_backend
 from nnunet_xattnres.ops.reference import Candidate, Upsampled
 from nnunet_xattnres.ops.timing import Call, Findings, fastest
@@ -25,26 +28,79 @@ MEASURED_BACKENDS = ("streaming", "triton")
 # Most of it for imports, which take long on a busy machine or from a network's disk. Measuring takes seconds.
 MAX_SECONDS = 60
 
+# Of a measurement, in checkpoints: its "conditions" and "findings".
+Record = dict[str, Any]
+T = TypeVar("T")
 
-def choose_backend(network: XAttnResUNet, image_shape: Sequence[int], device: torch.device) -> tuple[str, str]:
+
+def choose_backend(
+    network: XAttnResUNet, image_shape: Sequence[int], device: torch.device, record: Record | None = None
+) -> tuple[str, str, Record | None]:
     """Let the network compute with the backend that is the fastest for its largest attention in mixed precision.
 
-    image_shape: of a batch. Returns the backend's name, and one line that says why. A training can do without the
-    measurement, so nothing that fails in it ends the training.
+    image_shape: of a batch. record: of an earlier measurement, which is used if it was made under the same conditions.
+
+    All processes of a distributed training call this and choose the same backend: one that every process can use, by
+    its time in the slowest process, for which the others wait in every step.
+
+    Returns the backend's name, one line that says why, and the record of the measurement. It is None where there was
+    none. A training can do without it, so nothing that fails in it ends the training.
     """
+    source = ""
     try:
-        findings, problem = _measured(largest_call(network, image_shape), device)
+        conditions = _conditions(image_shape, device)
+        if record is not None and record["conditions"] == conditions:
+            findings, problem, source = record["findings"], "", ", kept from an earlier start"
+        else:
+            findings, problem = _measured(largest_call(network, image_shape), device)
     except Exception as error:
         findings, problem = {}, f"not measured ({type_and_message(error)})"
-    chosen = fastest(findings) or MEASURED_BACKENDS[0]
+    # Nothing before this keeps a process from coming here, where the others wait.
+    common, problem = _common(_of_all_processes((findings, problem)))
+    chosen = fastest(common) or MEASURED_BACKENDS[0]
     for attention in network.xattnres.values():
         assert isinstance(attention, HistoryAttention)
         attention.attend = attention_backend(chosen)
     found = [
         f"{backend} {1000 * value:.3g} ms" if isinstance(value, float) else f"not {backend} ({value})"
-        for backend, value in findings.items()
+        for backend, value in common.items()
     ]
-    return chosen, f"forward and backward pass of the largest attention: {problem or ', '.join(found)}"
+    reason = f"forward and backward pass of the largest attention{source}: {problem or ', '.join(found)}"
+    return chosen, reason, {"conditions": conditions, "findings": common} if common else None
+
+
+def _conditions(image_shape: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What times of backends depend on, as a checkpoint can hold it.
+
+    The batch size is left out: nnU-Net may give the processes of a training different ones.
+    """
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "image_shape": list(image_shape[1:]),
+        "versions": [__version__, *map(installed_version, ("torch", "triton"))],
+    }
+
+
+def _of_all_processes(own: T) -> list[T]:
+    """What every process of a distributed training has, in order of their ranks."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    of_all: list[T] = [own] * distributed.get_world_size()
+    distributed.all_gather_object(of_all, own)
+    return of_all
+
+
+def _common(of_processes: Sequence[tuple[Findings, str]]) -> tuple[Findings, str]:
+    """For every backend, its longest time in all processes, or why one of them cannot use it. And the first problem."""
+    common: Findings = {}
+    for rank, (findings, problem) in enumerate(of_processes):
+        if problem:
+            return {}, problem if len(of_processes) == 1 else f"{problem} on rank {rank}"
+        for backend, value in findings.items():
+            known = common.get(backend, 0.0)
+            if isinstance(known, float):
+                common[backend] = max(known, value) if isinstance(value, float) else value
+    return common, ""
 
 
 def largest_call(network: XAttnResUNet, image_shape: Sequence[int]) -> Call:

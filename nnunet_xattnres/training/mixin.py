@@ -23,7 +23,7 @@ from nnunet_xattnres.model.planned_unet import PlannedUNet, check_class, uncompi
 from nnunet_xattnres.model.stage_level import XAttnResUNet
 from nnunet_xattnres.nnunet.planned_network import call_as_nnunet
 from nnunet_xattnres.ops.backends import check_backend, chosen_backend
-from nnunet_xattnres.training.backend_choice import choose_backend
+from nnunet_xattnres.training.backend_choice import Record, choose_backend
 from nnunet_xattnres.training.checkpoint import LATEST_CHECKPOINT, check_content, read_checkpoint_as_nnunet
 from nnunet_xattnres.training.routing_record import RoutingRecord
 from nnunet_xattnres.training.variables import checkpoint_minutes, records_weights
@@ -97,6 +97,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         for key, value in budget.items():
             setattr(self, key, value)
         self._routing_record = RoutingRecord(self) if records else None
+        self._backend_record: Record | None = None
         self._saved_at = self._epoch_ended_at = monotonic()
         # nnU-Net writes it 20 times in its 1000 epochs.
         self.save_every: int = min(self.save_every, max(1, self.num_epochs // 20))
@@ -142,15 +143,18 @@ class XAttnResTrainerMixin(nnUNetTrainer):
                 self.print_to_log_file(f"XAttnRes is computed by {backend}; {reason}")
 
     def choose_backend(self) -> tuple[str, str]:
-        """Choose the backend that computes. On a GPU, "auto" at stage level is measured, except in several processes.
+        """Choose the backend that computes. On a GPU, "auto" at stage level is measured.
 
         Returns its name, and why it was chosen if that is not plain. The network must be initialised.
         """
         network, config = uncompiled(self.network), config_of(self.network)
-        is_measured = config.backend == "auto" and self.device.type == "cuda" and not self.is_ddp
+        is_measured = config.backend == "auto" and self.device.type == "cuda"
         if is_measured and isinstance(network, XAttnResUNet) and network.xattnres:
-            patch_size = self.configuration_manager.patch_size
-            return choose_backend(network, (self.batch_size, self.num_input_channels, *patch_size), self.device)
+            image_shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
+            # Where a training goes on, nnU-Net has taken this from the checkpoint.
+            record = self.my_init_kwargs.get("xattnres", {}).get("backends")
+            backend, reason, self._backend_record = choose_backend(network, image_shape, self.device, record)
+            return backend, reason
         return chosen_backend(config.backend, self.device.type, isinstance(config, XAttnResConfig))
 
     def on_validation_epoch_start(self) -> None:
@@ -191,6 +195,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         self.my_init_kwargs["xattnres"] = {
             "version": __version__,
             "config": config_of(self.network).architecture(),
+            "backends": self._backend_record,
         }
         with files_written_atomically(Path(filename)) as temporary:
             super().save_checkpoint(str(temporary))

@@ -17,8 +17,9 @@ from nnunet_xattnres.ops.backends import attend_auto
 from nnunet_xattnres.ops.reference import Upsampled
 from nnunet_xattnres.ops.streaming import attend_streaming
 from nnunet_xattnres.training import backend_choice, mixin
+from nnunet_xattnres.training.checkpoint import read_checkpoint
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PATCH = (2, 1, 16, 16, 16)
 
 
@@ -56,7 +57,7 @@ def test_the_largest_call_is_that_of_the_last_decoder_stage(network):
 def test_the_network_computes_with_the_fastest_backend(network, monkeypatch, findings, problem, chosen, why):
     monkeypatch.setattr(backend_choice, "_measured", lambda call, device: (findings, problem))
     monkeypatch.setattr(backend_choice, "attention_backend", lambda name: f"computed by {name}")
-    backend, reason = backend_choice.choose_backend(network, PATCH, CPU)
+    backend, reason, _ = backend_choice.choose_backend(network, PATCH, CPU)
     assert backend == chosen and why in reason and "\n" not in reason
     assert backends_of(network) == {f"computed by {chosen}"}
 
@@ -67,7 +68,7 @@ def test_choosing_changes_nothing_else_of_a_training(network):
     gradients = [parameter.grad.clone() for parameter in parameters]
     state = {key: value.clone() for key, value in network.state_dict().items()}
     random_state = torch.get_rng_state()
-    backend, reason = backend_choice.choose_backend(network, PATCH, CPU)
+    backend, reason, _ = backend_choice.choose_backend(network, PATCH, CPU)
     assert backend == "streaming" and "ms, not triton" in reason
     assert backends_of(network) == {attend_streaming}
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -88,6 +89,56 @@ def test_a_process_that_ends_badly_or_too_late_decides_nothing(network, monkeypa
     assert problem.startswith("not measured (exit status 1: ") and "no_such_module" in problem
 
 
+class TestRecord:
+    """A training that goes on under the conditions of its start does not measure again."""
+
+    FINDINGS = {"streaming": 0.02, "triton": 0.01}  # noqa: RUF012
+
+    @pytest.fixture
+    def record(self, network, monkeypatch):
+        monkeypatch.setattr(backend_choice, "_measured", lambda call, device: (self.FINDINGS, ""))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        monkeypatch.setattr(backend_choice, "attention_backend", lambda name: f"computed by {name}")
+        _, reason, record = backend_choice.choose_backend(network, PATCH, CUDA)
+        assert "kept" not in reason and record["conditions"]["device"] == "Some GPU"
+        monkeypatch.setattr(backend_choice, "_measured", lambda call, device: ({"streaming": 0.01}, ""))
+        return record
+
+    def test_the_same_conditions(self, network, record):
+        backend, reason, again = backend_choice.choose_backend(network, PATCH, CUDA, record)
+        assert backend == "triton" and again == record
+        assert reason.endswith("attention, kept from an earlier start: streaming 20 ms, triton 10 ms")
+        assert backends_of(network) == {"computed by triton"}
+
+    @pytest.mark.parametrize("what", ["device", "patch", "version", "package"])
+    def test_others(self, network, record, monkeypatch, what):
+        patch = PATCH
+        match what:
+            case "device":
+                monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another GPU")
+            case "patch":
+                patch = (*PATCH[:2], 32, 16, 16)
+            case "version":
+                monkeypatch.setattr(backend_choice, "__version__", "0.0.1")
+            case "package":
+                monkeypatch.setattr(backend_choice, "installed_version", lambda name: "9.9")
+        backend, reason, again = backend_choice.choose_backend(network, patch, CUDA, record)
+        assert backend == "streaming" and "kept" not in reason
+        assert again["findings"] == {"streaming": 0.01} and again["conditions"] != record["conditions"]
+
+
+@pytest.mark.parametrize(
+    "of_ranks, expected",
+    [
+        ([({"streaming": 1.0, "triton": 2.0}, ""), ({"streaming": 3.0, "triton": 1.0}, "")], (3.0, 2.0)),
+        ([({"streaming": 1.0, "triton": 2.0}, ""), ({"streaming": 3.0, "triton": "it fails"}, "")], (3.0, "it fails")),
+        ([({"streaming": 1.0, "triton": "it fails"}, ""), ({"streaming": 3.0, "triton": 2.0}, "")], (3.0, "it fails")),
+    ],
+)
+def test_what_several_processes_have_in_common(of_ranks, expected):
+    assert backend_choice._common(of_ranks) == (dict(zip(("streaming", "triton"), expected, strict=True)), "")
+
+
 def fail(error):
     def failing(*arguments, **options):
         raise error
@@ -99,7 +150,8 @@ class TestAFailureStreams:
     """The measurement is optional: a training goes on without it, and its log says why."""
 
     def check(self, network, expected):
-        backend, reason = backend_choice.choose_backend(network, PATCH, CPU)
+        backend, reason, record = backend_choice.choose_backend(network, PATCH, CPU)
+        assert record is None
         assert backend == "streaming" and expected in reason and "\n" not in reason
         assert backends_of(network) == {attend_streaming}
 
@@ -143,24 +195,34 @@ class TestTraining:
         self.calls = []
         return make_initialized_trainer(nnunet_environment)
 
-    def choose(self, network, image_shape, device):
-        self.calls.append((network, image_shape, device.type))
-        return "triton", "triton was fast"
+    def choose(self, network, image_shape, device, record):
+        self.calls.append((network, image_shape, device.type, record))
+        return "triton", "triton was fast", {"conditions": {}, "findings": {"triton": 0.01}}
 
     def test_on_a_gpu_it_is_chosen_and_logged(self, trainer):
         trainer.device = torch.device("cuda")
         trainer.on_train_start()
         patch_size = trainer.configuration_manager.patch_size
         shape = (trainer.batch_size, trainer.num_input_channels, *patch_size)
-        assert self.calls == [(uncompiled(trainer.network), shape, "cuda")]
+        assert self.calls == [(uncompiled(trainer.network), shape, "cuda", None)]
         log = Path(trainer.log_file).read_text()
         assert "computed by triton; " in log
         assert "XAttnRes is computed by triton; triton was fast" in log
 
-    def test_on_a_cpu_and_in_several_processes_nothing_is_measured(self, trainer):
+    def test_the_measurement_is_kept_for_a_training_that_goes_on(self, trainer, nnunet_environment):
+        trainer.device = torch.device("cuda")
         trainer.on_train_start()
-        trainer.device, trainer.is_ddp = torch.device("cuda"), True
-        assert trainer.choose_backend() == ("streaming", "")
+        checkpoint = Path(trainer.output_folder, "checkpoint_latest.pth")
+        trainer.save_checkpoint(str(checkpoint))
+        read_checkpoint(checkpoint, "")
+        going_on = make_initialized_trainer(nnunet_environment)
+        going_on.load_checkpoint(str(checkpoint))
+        going_on.device = torch.device("cuda")
+        going_on.on_train_start()
+        assert self.calls[1][3] == {"conditions": {}, "findings": {"triton": 0.01}}
+
+    def test_on_a_cpu_nothing_is_measured(self, trainer):
+        trainer.on_train_start()
         assert self.calls == []
         assert backends_of(trainer.network) == {attend_auto}
 

@@ -17,6 +17,7 @@ from nnunet_xattnres.model.build import add_xattnres
 from nnunet_xattnres.model.planned_unet import uncompiled
 from nnunet_xattnres.nnunet.commands import NnUNet
 from nnunet_xattnres.routing.recording import RECORD, RoutingHistory, ValidationRecorder
+from nnunet_xattnres.training import backend_choice
 
 pytestmark = pytest.mark.feature("Two processes (gloo, small networks)")
 
@@ -70,6 +71,46 @@ def test_every_parameter_of_ours_gets_a_gradient(config, deep_supervision):
     logits = network(torch.randn(1, 1, 8, 8, 8))
     sum(map(torch.sum, logits if deep_supervision else [logits])).backward()
     assert [name for name, parameter in network.xattnres.named_parameters() if parameter.grad is None] == []
+
+
+FAST = {"streaming": 0.03, "triton": 0.01}
+# What the processes find: seconds, a reason, or an error. And what both choose then, and why.
+MEASUREMENTS: list[tuple[list[Any], str, str]] = [
+    ([FAST, FAST | {"streaming": 0.02}], "triton", "streaming 30 ms, triton 10 ms"),
+    ([FAST, FAST | {"triton": 0.05}], "streaming", "streaming 30 ms, triton 50 ms"),
+    ([FAST, FAST | {"triton": "no kernel"}], "streaming", "not triton (no kernel)"),
+    ([FAST, RuntimeError("CUDA out of memory")], "streaming", "CUDA out of memory) on rank 1"),
+    ([OSError("no folder"), FAST], "streaming", "no folder) on rank 0"),
+]
+
+
+def choose_backends(rank: int, folder: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    network = build("stage", deep_supervision=True)
+    choices = []
+    for of_ranks, _, _ in MEASUREMENTS:
+        found = of_ranks[rank]
+
+        def measured(call: object, device: object, found: Any = found) -> tuple[dict, str]:
+            if isinstance(found, Exception):
+                raise found
+            return found, ""
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend_choice, "_measured", measured)
+            patch.setattr(backend_choice, "attention_backend", lambda name: name)
+            choices.append(backend_choice.choose_backend(network, (2, 1, 8, 8, 8), CPU))
+        assert {attention.attend for attention in network.xattnres.values()} == {choices[-1][0]}
+    torch.save(choices, folder / f"rank{rank}.pth")
+    distributed.destroy_process_group()
+
+
+def test_all_processes_choose_the_same_backend_whatever_fails_in_one(tmp_path):
+    run_ranks(choose_backends, tmp_path)
+    choices, of_the_other = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
+    assert choices == of_the_other
+    for (backend, reason, _), (_, chosen, why) in zip(choices, MEASUREMENTS, strict=True):
+        assert backend == chosen and why in reason
 
 
 def record_on(rank: int, distribute: bool) -> ValidationRecorder:
