@@ -199,8 +199,9 @@ class TestTraining:
         self.calls.append((network, image_shape, device.type, record))
         return "triton", "triton was fast", {"conditions": {}, "findings": {"triton": 0.01}}
 
-    def test_on_a_gpu_it_is_chosen_and_logged(self, trainer):
-        trainer.device = torch.device("cuda")
+    @pytest.mark.parametrize("is_ddp", [False, True])
+    def test_on_a_gpu_it_is_chosen_and_logged(self, trainer, is_ddp):
+        trainer.device, trainer.is_ddp = CUDA, is_ddp
         trainer.on_train_start()
         patch_size = trainer.configuration_manager.patch_size
         shape = (trainer.batch_size, trainer.num_input_channels, *patch_size)
@@ -210,14 +211,14 @@ class TestTraining:
         assert "XAttnRes is computed by triton; triton was fast" in log
 
     def test_the_measurement_is_kept_for_a_training_that_goes_on(self, trainer, nnunet_environment):
-        trainer.device = torch.device("cuda")
+        trainer.device = CUDA
         trainer.on_train_start()
         checkpoint = Path(trainer.output_folder, "checkpoint_latest.pth")
         trainer.save_checkpoint(str(checkpoint))
         read_checkpoint(checkpoint, "")
         going_on = make_initialized_trainer(nnunet_environment)
         going_on.load_checkpoint(str(checkpoint))
-        going_on.device = torch.device("cuda")
+        going_on.device = CUDA
         going_on.on_train_start()
         assert self.calls[1][3] == {"conditions": {}, "findings": {"triton": 0.01}}
 
@@ -233,7 +234,7 @@ class TestTraining:
         assert "XAttnRes is computed by streaming; the library is damaged: install it again" in log
 
     def test_a_backend_that_the_config_names_is_obeyed(self, trainer):
-        trainer.device = torch.device("cuda")
+        trainer.device = CUDA
         trainer.network.config = replace(trainer.network.config, backend="reference")
         assert trainer.choose_backend() == ("reference", "")
         assert self.calls == []
@@ -241,6 +242,6 @@ class TestTraining:
     @pytest.mark.parametrize("name", ["Planned", "XAttnResBlock"])
     def test_without_attention_at_stage_level_nothing_is_measured(self, trainer, nnunet_environment, name):
         other = make_initialized_trainer(nnunet_environment, f"nnUNetTrainer{name}")
-        other.device = torch.device("cuda")
+        other.device = CUDA
         assert other.choose_backend() == ("streaming", "")
         assert self.calls == []
