@@ -65,7 +65,7 @@ class Row:
 
         On a GPU, every round chooses anew by measuring.
         """
-        lines = {}
+        lines: dict[str, str] = {}
         for answer in self.answers:
             if answer.computed_by is not None:
                 other = answer.inference_computed_by
