@@ -66,8 +66,8 @@ BOUNDS = {
 
 # The planned network keeps nothing of a frozen encoder. Projections, which are trained, need its outputs.
 BOUNDS_WITH_FROZEN_ENCODER = {
-    ("msd04", "3d_fullres"): {"XAttnRes": 1.24, "XAttnResNoSkip": 1.074, "XAttnResFinetune": 1.446},
-    ("msd05", "2d"): {"XAttnRes": 1.371, "XAttnResNoSkip": 1.205, "XAttnResFinetune": 1.618},
+    ("msd04", "3d_fullres"): {"XAttnRes": 1.24, "XAttnResNoSkip": 1.074},
+    ("msd05", "2d"): {"XAttnRes": 1.371, "XAttnResNoSkip": 1.205},
 }
 
 
@@ -124,8 +124,7 @@ def test_bounds(preset, configuration, dtype, deep_supervision):
     [
         ("msd04", "3d_fullres", "float32", "XAttnRes"),
         ("msd04", "3d_fullres", "bfloat16", "XAttnResFinetune"),
-        ("msd05", "2d", "float32", "XAttnResFinetune"),
-        ("msd05", "2d", "bfloat16", "XAttnResNoSkip"),
+        ("msd05", "2d", "float32", "XAttnResNoSkip"),
     ],
 )
 def test_nothing_else_lives_on_after_the_forward_pass(preset, configuration, dtype, name):
@@ -142,9 +141,8 @@ def test_nothing_else_lives_on_after_the_forward_pass(preset, configuration, dty
     assert live_bytes(compute, [images, *net.parameters()]) <= kept
 
 
-@pytest.mark.parametrize("name", ["XAttnRes", "XAttnResFinetune"])
-def test_recording_of_weights_keeps_nothing_more(name):
-    of_network = ("msd04", "3d_fullres", CONFIGS[name])
+def test_recording_of_weights_keeps_nothing_more():
+    of_network = ("msd04", "3d_fullres", CONFIGS["XAttnRes"])
     kept = kept_per_image(*of_network)
     with network(*of_network)[0].routing(receive=lambda target, weights: None):
         assert kept_per_image(*of_network) == kept
@@ -169,5 +167,5 @@ def test_a_compiled_network_keeps_no_more():
     torch._dynamo.reset()
     net = XAttnResUNet(planned_network(), XAttnResConfig(backend="native"))
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager_decomp_partition")
-    images = torch.zeros(2, 1, 32, 32, 32)
+    images = torch.zeros(1, 1, 16, 16, 16)
     assert kept_for_backward(compiled, images) <= kept_for_backward(net, images)
