@@ -172,15 +172,21 @@ class XAttnResUNet(PlannedUNet):
         # An encoder stage does not read the newest output, which is x itself.
         count = len(attention.projections)
         features = pool.at(_size(x), count)
-        return attention(x, features, [_averaged_from(*pair) for pair in zip(features, pool.outputs, strict=False)])
+        # Every output is kept for the backward pass: by the stage that follows and, also in a frozen encoder, by the
+        # attention of the decoder stage of the same resolution.
+        averaged_from = [
+            _averaged_from(source, h, is_kept=h.requires_grad or self.config.read_in_decoder)
+            for source, h in zip(features, pool.outputs, strict=False)
+        ]
+        return attention(x, features, averaged_from)
 
 
-def _averaged_from(features: Tensor, h: Tensor) -> Tensor | None:
+def _averaged_from(features: Tensor, h: Tensor, is_kept: bool) -> Tensor | None:
     """The output h that `features` are averaged from, if averaging it once more is worth the memory of its average.
 
-    Where h has a gradient, it is kept for the backward pass anyway: the stage that follows reads it.
+    is_kept: whether h is kept for the backward pass anyway.
     """
-    return h if h.requires_grad and features.numel() < h.numel() <= LARGEST_AVERAGED * features.numel() else None
+    return h if is_kept and features.numel() < h.numel() <= LARGEST_AVERAGED * features.numel() else None
 
 
 def _drop_skip_channels(stage: StackedConvBlocks) -> nn.Module:

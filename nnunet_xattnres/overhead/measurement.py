@@ -27,10 +27,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunet_xattnres.common.device import PeakMemory, is_out_of_memory, limit_memory
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.common.files import write_json_atomically
+from nnunet_xattnres.model.config import XAttnResConfig
 from nnunet_xattnres.model.planned_unet import PlannedUNet, uncompiled
+from nnunet_xattnres.model.stage_level import XAttnResUNet
 from nnunet_xattnres.nnunet.planned_network import PlannedNetwork
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
-from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
+from nnunet_xattnres.ops.backends import attention_backend, chosen_backend
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, config_of
 
 MEASURED = "measured"
 OUT_OF_MEMORY = "out of memory"
@@ -68,6 +71,9 @@ class Answer:
     reason: why it failed, in one line.
     flops: of the matrix products and convolutions of one training step, or with `Request.inference` of one patch.
     reads_at: the stages that read from the pool, E2, E3, ..., D0, D1, ... At block level: the parts that read.
+    computed_by: the backend of the training steps, or with `Request.inference` of the prediction. None where nothing
+        reads. computed_by_reason: why this one, in one line.
+    inference_computed_by: the backend of `inference_seconds`. A prediction measures no backends.
     step_seconds: one per repetition of a training step.
     inference_seconds: one per repetition of the inference of one patch, or with `Request.inference` of a volume.
     peak_memory: in bytes during a training step, see `PeakMemory`.
@@ -82,6 +88,9 @@ class Answer:
     parameters: int | None = None
     flops: int | None = None
     reads_at: list[str] = field(default_factory=list)
+    computed_by: str | None = None
+    computed_by_reason: str = ""
+    inference_computed_by: str | None = None
     step_seconds: list[float] = field(default_factory=list)
     inference_seconds: list[float] = field(default_factory=list)
     peak_memory: int | None = None
@@ -115,6 +124,9 @@ def measure(request: Request) -> Iterator[Answer]:
         answer = replace(answer, **(measurement.inference_costs() if request.inference else measurement.costs()))
         if answer.flops is None:
             answer = replace(answer, **measurement.counts(measurement.trainer.device))
+        elif answer.computed_by != answer.inference_computed_by:
+            # The training measured the backends and took another one than was counted.
+            answer = replace(answer, **measurement.counts(torch.device("meta"), answer.computed_by))
         yield replace(answer, status=MEASURED)
     except Exception as error:
         traceback.print_exc()
@@ -147,16 +159,22 @@ class Measurement:
         self.planned = PlannedNetwork(request.trainer, request.plans, request.configuration, request.dataset_json)
         self.trainer = self.planned.make_trainer(trainer_class, fold=0, device=request.device)
 
-    def counts(self, device: torch.device) -> dict[str, Any]:
+    def counts(self, device: torch.device, backend: str | None = None) -> dict[str, Any]:
         """Parameters, FLOPs of one training step or of the inference of one patch, and the stages that read.
 
         device: "meta" for shapes alone. On any other device, the trainer must be initialised: its network is used.
+        backend: to count with on the meta device. None for the one that computes where none is measured.
         """
         trainer, configuration = self.trainer, self.planned.manager
         with device:
             network = trainer.network and uncompiled(trainer.network)
-            if network is None:
+            if network is None or device.type == "meta":
                 network = self.planned.build(type(trainer), deep_supervision=not self.inference)
+                backend = backend or _unmeasured_backend(network, trainer.device)[0]
+                if backend is not None and isinstance(network, XAttnResUNet):
+                    for attention in network.xattnres.values():
+                        # "auto" would take the meta device for a CPU.
+                        attention.attend = attention_backend(backend)  # type: ignore[assignment]
             batch_size = 1 if self.inference else configuration.batch_size
             images = torch.zeros(batch_size, self.planned.num_input_channels, *configuration.patch_size)
         with FlopCounterMode(display=False) as counter, torch.inference_mode(self.inference):
@@ -178,8 +196,10 @@ class Measurement:
         memory = PeakMemory(trainer.device)
         _place_dataset(Path(trainer.preprocessed_dataset_folder))
         trainer.initialize()
-        if isinstance(trainer, XAttnResTrainerMixin):
-            trainer.choose_backend()  # as a training does when it starts
+        backend, reason = predicting_backend, _ = _unmeasured_backend(trainer.network, trainer.device)
+        if backend is not None and isinstance(trainer, XAttnResTrainerMixin):
+            backend, measured = trainer.choose_backend()  # as a training does when it starts
+            reason = measured or reason
         batch = self._batch()
         trainer.network.train()
         for _ in range(WARM_UP_STEPS[trainer.device.type]):
@@ -196,13 +216,17 @@ class Measurement:
             "peak_memory": memory.peak,
             "kept_for_backward": kept,
             "compiled": isinstance(trainer.network, OptimizedModule),
+            "computed_by": backend,
+            "computed_by_reason": reason,
+            "inference_computed_by": predicting_backend,
             "inference_seconds": self._inference_seconds(batch["data"][:1]),
         }
 
     def inference_costs(self) -> dict[str, Any]:
         """Time in which nnU-Net's predictor predicts a volume of noise, two patches long along every axis."""
         trainer = self.trainer
-        network = self.planned.build(type(trainer), deep_supervision=False)
+        network = self._predicting_network()
+        backend, reason = _unmeasured_backend(network, trainer.device)
         predictor = nnUNetPredictor(device=trainer.device, allow_tqdm=False)
         # nnU-Net calls it when training starts. It says along which axes a trained network is mirrored.
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -225,6 +249,9 @@ class Measurement:
                 lambda: predictor.predict_logits_from_preprocessed_data(volume), INFERENCE_SECONDS
             ),
             "compiled": isinstance(predictor.network, OptimizedModule),
+            "computed_by": backend,
+            "computed_by_reason": reason,
+            "inference_computed_by": backend,
             "threads": min(torch.get_num_threads(), default_num_processes),  # as the predictor sets them
         }
 
@@ -250,22 +277,33 @@ class Measurement:
 
     def _inference_seconds(self, patch: Tensor) -> list[float]:
         """Seconds for one patch, computed as nnU-Net's predictor does, without mirroring."""
-        trainer = self.trainer
-        network: Callable[[Tensor], object] = uncompiled(trainer.network).eval()
+        network: Callable[[Tensor], object] = self._predicting_network().to(self.trainer.device).eval()
         # The predictor compiles only on request.
         if os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t"):
             network = torch.compile(network)
-        trainer.set_deep_supervision_enabled(False)
-        try:
-            with torch.inference_mode(), self._autocast():
-                network(patch)
-                return _times(lambda: network(patch), INFERENCE_SECONDS)
-        finally:
-            trainer.set_deep_supervision_enabled(True)
+        with torch.inference_mode(), self._autocast():
+            network(patch)
+            return _times(lambda: network(patch), INFERENCE_SECONDS)
+
+    def _predicting_network(self) -> nn.Module:
+        """The network as nnU-Net's predictor builds it, not that of the training, whose backend may be another."""
+        return self.planned.build(type(self.trainer), deep_supervision=False)
 
     def _autocast(self) -> AbstractContextManager[object]:
         """Mixed precision where nnU-Net has it."""
         return torch.autocast("cuda") if self.trainer.device.type == "cuda" else nullcontext()
+
+
+def _unmeasured_backend(network: nn.Module, device: torch.device) -> tuple[str | None, str]:
+    """The backend that computes a network's attention where none is measured, as in prediction, and why in one line.
+
+    None for a network without attention.
+    """
+    config = config_of(network)
+    if not config.has_attention:
+        return None, ""
+    backend = chosen_backend(config.backend, device.type, isinstance(config, XAttnResConfig))
+    return backend, "named" if backend == config.backend else f"{config.backend!r} on {device.type}"
 
 
 def kept_for_backward(network: nn.Module, images: Tensor) -> int:

@@ -34,7 +34,8 @@ INFERENCE_PANELS = {"inference_seconds_ratio": "inference time", "parameters_rat
 class Row:
     """All rounds of one trainer. A trainer that fails is not measured again: the last answer has the status.
 
-    backend: of the attention. None for the trainer's own, and for a network without attention.
+    backend: that the attention was asked to be computed by. None for the trainer's own, and for a network without
+        attention.
     """
 
     trainer: str
@@ -57,6 +58,20 @@ class Row:
     @property
     def label(self) -> str:
         return short_name(self.name)
+
+    @property
+    def computed_by(self) -> list[str]:
+        """The backends that computed, each with the reason of the first round that it computed.
+
+        On a GPU, every round chooses anew by measuring.
+        """
+        lines: dict[str, str] = {}
+        for answer in self.answers:
+            if answer.computed_by is not None:
+                other = answer.inference_computed_by
+                inference = f"; inference by {other}" if other != answer.computed_by else ""
+                lines.setdefault(answer.computed_by, f"{answer.computed_by} ({answer.computed_by_reason}){inference}")
+        return list(lines.values())
 
     def first(self, name: str) -> Any:
         """The value of a field that is the same in all rounds."""
@@ -108,6 +123,7 @@ class Comparison:
                     "backend": row.backend,
                     "status": row.status,
                     "reason": row.reason,
+                    "computed_by": row.computed_by,
                     **self.figures(row),
                     "rounds": [asdict(answer) for answer in row.answers],
                 }
@@ -121,6 +137,7 @@ class Comparison:
         return [
             identity
             | {"trainer": row.trainer, "backend": row.backend, "status": row.status, "reason": row.reason}
+            | {"computed_by": ", or ".join(row.computed_by)}
             | self.figures(row)
             for row in self.rows
         ]
@@ -145,7 +162,10 @@ def paired_ratio(row: Row, reference: Row, quantity: Callable[[Answer], float | 
 
 
 def cost_table(comparison: Comparison) -> str:
-    """A line per network, at most 120 columns wide. Below: the stages that read, and the reasons of failures."""
+    """A line per network, at most 120 columns wide.
+
+    Below: the stages that read, the backends that computed, and the reasons of failures.
+    """
     figures = [comparison.figures(row) for row in comparison.rows]
     flops_unit, flops_name = (1e12, "TFLOPs") if any((f["flops"] or 0) >= 1e12 for f in figures) else (1e9, "GFLOPs")
     is_large = any((f["peak_memory_bytes"] or 0) >= 1e8 for f in figures)
@@ -172,6 +192,9 @@ def cost_table(comparison: Comparison) -> str:
     reads_at = {short_name(row.trainer): row.first("reads_at") for row in comparison.rows if row.first("reads_at")}
     for label, stages in reads_at.items():
         lines += wrap(f"{label} reads at: {' '.join(stages)}", 120, subsequent_indent="    ")
+    for row in comparison.rows:
+        for computed_by in row.computed_by:
+            lines += wrap(f"{row.label} computed by: {computed_by}", 120, subsequent_indent="    ")
     lines += [f"{row.label} failed: {row.reason}" for row in comparison.rows if row.status == FAILED]
     return "\n".join(lines)
 

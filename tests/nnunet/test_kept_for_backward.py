@@ -4,16 +4,21 @@ What one more image of the batch adds is compared. Other than the whole, it does
 copies of parameters in lower precision are left out.
 """
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import pytest
 import torch
+from packaging.version import Version
 
+from helpers.memory import live_bytes
+from helpers.networks import planned_network
 from nnunet_xattnres.model.build import build_network_from_plans
 from nnunet_xattnres.model.config import XAttnResConfig
+from nnunet_xattnres.model.stage_level import XAttnResUNet
 from nnunet_xattnres.nnunet.planned_network import from_preset
 from nnunet_xattnres.nnunet.presets import DEFAULT_PLANS
+from nnunet_xattnres.ops import native_library
 from nnunet_xattnres.overhead.measurement import kept_for_backward
 
 CONFIGS = {
@@ -59,6 +64,12 @@ BOUNDS = {
     },
 }
 
+# The planned network keeps nothing of a frozen encoder. Projections, which are trained, need its outputs.
+BOUNDS_WITH_FROZEN_ENCODER = {
+    ("msd04", "3d_fullres"): {"XAttnRes": 1.24, "XAttnResNoSkip": 1.074},
+    ("msd05", "2d"): {"XAttnRes": 1.371, "XAttnResNoSkip": 1.205},
+}
+
 
 @cache
 def network(preset, configuration, config):
@@ -76,13 +87,26 @@ def network(preset, configuration, config):
     return empty, channels
 
 
-def kept_per_image(preset, configuration, config, dtype, deep_supervision):
+def kept_per_image(preset, configuration, config, dtype="float32", deep_supervision=True):
     net, channels = network(preset, configuration, config)
     net.decoder.deep_supervision = deep_supervision
     _, patch_size = NETWORKS[preset, configuration]
-    with torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext():
+    with autocast(dtype):
         one, two = (kept_for_backward(net, torch.zeros(batch_size, channels, *patch_size)) for batch_size in (1, 2))
     return two - one
+
+
+def autocast(dtype):
+    return torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+@contextmanager
+def frozen_encoder(net):
+    net.encoder.requires_grad_(False)
+    try:
+        yield
+    finally:
+        net.encoder.requires_grad_(True)
 
 
 @pytest.mark.parametrize("deep_supervision", [True, False], ids=["deep supervision", "one head"])
@@ -93,3 +117,55 @@ def test_bounds(preset, configuration, dtype, deep_supervision):
     for name, bound in BOUNDS[preset, configuration, dtype].items():
         kept = kept_per_image(preset, configuration, CONFIGS[name], dtype, deep_supervision) / reference
         assert kept <= bound, f"{name} keeps {kept:.4f} of what the planned network keeps"
+
+
+@pytest.mark.parametrize(
+    "preset, configuration, dtype, name",
+    [
+        ("msd04", "3d_fullres", "float32", "XAttnRes"),
+        ("msd04", "3d_fullres", "bfloat16", "XAttnResFinetune"),
+        ("msd05", "2d", "float32", "XAttnResNoSkip"),
+    ],
+)
+def test_nothing_else_lives_on_after_the_forward_pass(preset, configuration, dtype, name):
+    net, channels = network(preset, configuration, CONFIGS[name])
+    net.decoder.deep_supervision = True
+    images = torch.zeros(1, channels, *NETWORKS[preset, configuration][1])
+
+    def compute():
+        with autocast(dtype):
+            return net(images)
+
+    with autocast(dtype):
+        kept = kept_for_backward(net, images)
+    assert live_bytes(compute, [images, *net.parameters()]) <= kept
+
+
+def test_recording_of_weights_keeps_nothing_more():
+    of_network = ("msd04", "3d_fullres", CONFIGS["XAttnRes"])
+    kept = kept_per_image(*of_network)
+    with network(*of_network)[0].routing(receive=lambda target, weights: None):
+        assert kept_per_image(*of_network) == kept
+
+
+@pytest.mark.parametrize("preset, configuration", NETWORKS)
+def test_bounds_with_a_frozen_encoder(preset, configuration):
+    def kept(config):
+        with frozen_encoder(network(preset, configuration, config)[0]):
+            return kept_per_image(preset, configuration, config)
+
+    reference = kept(XAttnResConfig.of_planned_network())
+    for name, bound in BOUNDS_WITH_FROZEN_ENCODER[preset, configuration].items():
+        ratio = kept(CONFIGS[name]) / reference
+        assert ratio <= bound, f"{name} keeps {ratio:.4f} of what the planned network keeps"
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.14"), reason="older compilers have not been tried")
+@pytest.mark.skipif(not native_library.is_available(), reason="no compiled library")
+def test_a_compiled_network_keeps_no_more():
+    """What the partitioner of the compiler passes from the forward to the backward graph."""
+    torch._dynamo.reset()
+    net = XAttnResUNet(planned_network(), XAttnResConfig(backend="native"))
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager_decomp_partition")
+    images = torch.zeros(1, 1, 16, 16, 16)
+    assert kept_for_backward(compiled, images) <= kept_for_backward(net, images)

@@ -17,6 +17,10 @@ from helpers.overhead import NO_SKIP, PLANNED, small_plans, small_request, use_o
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.stage_level import XAttnResUNet
 from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.ops import native_library
+from nnunet_xattnres.ops.backends import ATTENTION_BACKENDS, chosen_backend
+from nnunet_xattnres.ops.reference import attend_reference
+from nnunet_xattnres.ops.streaming import attend_streaming
 from nnunet_xattnres.overhead import measurement, runner
 from nnunet_xattnres.overhead.measurement import (
     FAILED,
@@ -28,6 +32,7 @@ from nnunet_xattnres.overhead.measurement import (
     kept_for_backward,
     measure,
 )
+from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 
 BLOCK_INPUT = "nnUNetTrainerXAttnResBlockInput"
 READS_AT = {
@@ -60,6 +65,8 @@ def test_a_measurement_knows_everything(trainer):
     assert answer.compiled is False
     assert answer.threads == torch.get_num_threads()
     assert answer.reads_at == READS_AT[trainer]
+    assert (answer.computed_by is None) == (trainer == PLANNED)
+    assert answer.inference_computed_by == answer.computed_by
     # If the process is killed while it measures, this is what it leaves.
     assert first.status == FAILED
     assert first.parameters == answer.parameters
@@ -103,6 +110,48 @@ def test_flops_are_those_of_the_batch_and_of_the_network():
     assert flops("nnUNetTrainerNoSkip") < planned < flops("nnUNetTrainerXAttnRes")
 
 
+@pytest.mark.skipif(not native_library.is_available(), reason="no compiled library")
+def test_flops_are_those_of_the_backend_that_computes_on_the_device(monkeypatch):
+    """Shapes alone have no device of their own, and "auto" would be `native` for them."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "made up")
+
+    def flops(backend, device):
+        request = Measurement(small_request(NO_SKIP, backend=backend))
+        request.trainer.device = torch.device(device)
+        return request.counts(torch.device("meta"))["flops"]
+
+    assert flops("auto", "cuda") == flops("streaming", "cpu") != flops("auto", "cpu")
+
+
+def test_a_step_has_the_backend_that_the_training_chose_and_inference_that_of_a_predictor(monkeypatch):
+    """On a GPU, a training measures the backends. A predictor does not."""
+    computed = []
+
+    def attend_chosen(query, *arguments):
+        computed.append(("chosen", torch.is_inference_mode_enabled()))
+        return attend_reference(query, *arguments)
+
+    def attend_default(query, *arguments):
+        if query.device.type != "meta":
+            computed.append(("default", torch.is_inference_mode_enabled()))
+        return attend_streaming(query, *arguments)
+
+    def choose_backend(trainer):
+        for attention in trainer.network.xattnres.values():
+            attention.attend = attend_chosen
+        return "reference", "it was fast"
+
+    monkeypatch.setattr(XAttnResTrainerMixin, "choose_backend", choose_backend)
+    monkeypatch.setitem(ATTENTION_BACKENDS, "auto", lambda: attend_default)
+    *_, answer = measure(small_request(NO_SKIP))
+    assert answer.status == MEASURED, answer.reason
+    assert set(computed) == {("chosen", False), ("default", True)}
+    assert (answer.computed_by, answer.computed_by_reason) == ("reference", "it was fast")
+    assert answer.inference_computed_by == chosen_backend("auto", "cpu", is_stage_level=True)
+    expected = Measurement(small_request(NO_SKIP, backend="reference")).counts(torch.device("meta"))
+    assert answer.flops == expected["flops"]
+
+
 def test_what_is_kept_is_counted_once_without_parameters():
     class Network(nn.Linear):
         def forward(self, x):
@@ -133,6 +182,7 @@ def test_inference_is_nnunets_prediction_of_a_volume(preset, configuration, pass
     assert len(answer.inference_seconds) == 1
     assert (answer.step_seconds, answer.peak_memory, answer.kept_for_backward) == ([], None, None)
     assert answer.compiled is False
+    assert answer.computed_by == answer.inference_computed_by == chosen_backend("auto", "cpu", is_stage_level=True)
     # One to count FLOPs, and one patch before the time is taken.
     passes_per_patch = 8 if configuration == "3d_fullres" else 4
     assert len(shapes) == 1 + passes_per_patch + passes

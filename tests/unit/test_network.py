@@ -317,22 +317,22 @@ def test_the_pool_gives_every_stage_what_the_formula_says(strides):
 
 
 @pytest.mark.parametrize(
-    "size, factor, is_frozen, expected",
+    "size, factor, is_kept, expected",
     [
-        ((16, 16), 1, False, False),
-        ((16, 16), 2, False, True),
-        ((16, 16), 4, False, True),
-        ((16, 16), 8, False, False),
-        ((8, 8, 8), 2, False, True),
-        ((8, 8, 8), 4, False, False),
-        ((8, 8, 8), 2, True, False),
+        ((16, 16), 1, True, False),
+        ((16, 16), 2, True, True),
+        ((16, 16), 4, True, True),
+        ((16, 16), 8, True, False),
+        ((8, 8, 8), 2, True, True),
+        ((8, 8, 8), 4, True, False),
+        ((8, 8, 8), 2, False, False),
     ],
 )
-def test_large_averages_of_what_is_kept_anyway_are_computed_again(size, factor, is_frozen, expected):
-    """The output of a frozen stage is not kept, so its average takes less memory."""
-    h = torch.zeros(1, 2, *size, requires_grad=not is_frozen)
+def test_large_averages_of_what_is_kept_anyway_are_computed_again(size, factor, is_kept, expected):
+    """Of what is not kept, the average takes less memory."""
+    h = torch.zeros(1, 2, *size)
     features = alignment.resize(h, [extent // factor for extent in size])
-    assert stage_level._averaged_from(features, h) is (h if expected else None)
+    assert stage_level._averaged_from(features, h, is_kept) is (h if expected else None)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,23 @@ def test_the_table_fits_and_says_what_happened(comparisons):
     assert lines[-1] == "MyOwnTrainer failed: ValueError: my mistake"
 
 
+def test_the_table_and_the_record_name_the_backend_that_computed_and_why():
+    chosen = replace(made_up_answers([1.0])[0], computed_by="triton", inference_computed_by="streaming")
+    slow, noisy = (replace(chosen, computed_by_reason=f"streaming {time} ms, triton 10 ms") for time in (20, 30))
+    other = replace(chosen, computed_by="streaming", computed_by_reason="triton failed")
+    rows = [Row(PLANNED, made_up_answers([1.0])), Row(NO_SKIP, [slow, noisy]), Row("XAttnRes", [slow, other])]
+    comparison = Comparison(from_preset("msd04", "3d_fullres", DEFAULT_PLANS), rows)
+    by_triton = "triton (streaming 20 ms, triton 10 ms); inference by streaming"
+    assert cost_table(comparison).splitlines()[5:] == [
+        f"XAttnResNoSkip computed by: {by_triton}",
+        f"XAttnRes computed by: {by_triton}",
+        "XAttnRes computed by: streaming (triton failed)",
+    ]
+    expected = [[], [by_triton], [by_triton, "streaming (triton failed)"]]
+    assert [row["computed_by"] for row in comparison.record()["trainers"]] == expected
+    assert [row["computed_by"] for row in comparison.csv_rows()] == [", or ".join(each) for each in expected]
+
+
 def test_the_chart_has_every_bar_and_says_what_has_none(comparisons):
     figure = draw_ratios(comparisons)
     step_time, _, parameters = figure.axes
