@@ -302,8 +302,8 @@ def _unmeasured_backend(network: nn.Module, device: torch.device) -> tuple[str |
     config = config_of(network)
     if not config.has_attention:
         return None, ""
-    backend = chosen_backend(config.backend, device.type, isinstance(config, XAttnResConfig))
-    return backend, "named" if backend == config.backend else f"{config.backend!r} on {device.type}"
+    backend, why = chosen_backend(config.backend, device.type, isinstance(config, XAttnResConfig))
+    return backend, why or ("named" if backend == config.backend else f"{config.backend!r} on {device.type}")
 
 
 def kept_for_backward(network: nn.Module, images: Tensor) -> int:

@@ -147,7 +147,7 @@ def test_a_step_has_the_backend_that_the_training_chose_and_inference_that_of_a_
     assert answer.status == MEASURED, answer.reason
     assert set(computed) == {("chosen", False), ("default", True)}
     assert (answer.computed_by, answer.computed_by_reason) == ("reference", "it was fast")
-    assert answer.inference_computed_by == chosen_backend("auto", "cpu", is_stage_level=True)
+    assert answer.inference_computed_by == chosen_backend("auto", "cpu", is_stage_level=True)[0]
     expected = Measurement(small_request(NO_SKIP, backend="reference")).counts(torch.device("meta"))
     assert answer.flops == expected["flops"]
 
@@ -182,7 +182,7 @@ def test_inference_is_nnunets_prediction_of_a_volume(preset, configuration, pass
     assert len(answer.inference_seconds) == 1
     assert (answer.step_seconds, answer.peak_memory, answer.kept_for_backward) == ([], None, None)
     assert answer.compiled is False
-    assert answer.computed_by == answer.inference_computed_by == chosen_backend("auto", "cpu", is_stage_level=True)
+    assert answer.computed_by == answer.inference_computed_by == chosen_backend("auto", "cpu", is_stage_level=True)[0]
     # One to count FLOPs, and one patch before the time is taken.
     passes_per_patch = 8 if configuration == "3d_fullres" else 4
     assert len(shapes) == 1 + passes_per_patch + passes
