@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 import pytest
 import torch
@@ -89,9 +90,34 @@ class TestValues:
         options = {"channels": data.draw(st.integers(1, 70)), "batch": data.draw(st.integers(1, 3))}
         assert_equals_reference(make_inputs(size, chosen, projected=data.draw(st.booleans()), **options), size)
 
-    def test_a_long_row_is_computed_in_tiles(self):
-        # 2 x 300 voxels of 600 channels in double precision are 2.9 MB, more than a tile's 512 KB.
-        assert_equals_reference(make_inputs((2, 300), [(1, 3), (2, 6)], batch=1, channels=600), (2, 300))
+    # A tile's buffers take 512 KB, but it has 8 voxels at least. Here it has 8 to 29, and for some factors the voxels
+    # left over are two or more, so that they may reach one more coarse voxel.
+    @pytest.mark.parametrize(
+        "width, factors, channels",
+        [
+            (30, [3, 5, 15], 4096),
+            (84, [7, 14, 6, 3], 1500),
+            (112, [1, 4, 8, 16, 7], 900),
+            (120, [5, 6, 4, 12], 1500),
+            (240, [3, 5, 12, 40], 600),
+        ],
+    )
+    @pytest.mark.parametrize("height", [1, 2])
+    def test_a_long_row_is_computed_in_tiles(self, width, factors, channels, height):
+        size = (height, width)
+        inputs = make_inputs(size, [(height, factor) for factor in factors], batch=1, channels=channels)
+        assert_equals_reference(inputs, size)
+
+    @given(data=st.data())
+    @settings(max_examples=20, deadline=None)
+    def test_rows_of_many_tiles_equal_those_of_reference(self, data):
+        steps = data.draw(st.lists(st.integers(2, 6), min_size=1, max_size=2))
+        factors = [prod(steps[:length]) for length in range(len(steps) + 1)]
+        size = (2, factors[-1] * data.draw(st.integers(40 // factors[-1] + 1, 80 // factors[-1] + 1)))
+        chosen = data.draw(st.lists(st.sampled_from(factors), min_size=2, max_size=5))
+        channels = data.draw(st.integers(1000, 2000))
+        inputs = make_inputs(size, [(2, factor) for factor in chosen], batch=1, channels=channels)
+        assert_equals_reference(inputs, size)
 
     def test_single_precision(self):
         size = (12, 8, 16)

@@ -108,6 +108,12 @@ static inline void NAME(neighbours_of)(int64_t target, int64_t factor, int64_t e
 
 static inline int NAME(is_resized)(const int64_t *factor) { return factor[0] * factor[1] * factor[2] > 1; }
 
+/* The most coarse voxels that a tile can have: (tile - 1) / factor, rounded up, and one more are lower neighbours of its
+   target voxels. Then there is the upper neighbour of the last one. */
+static inline int64_t NAME(most_coarse_voxels)(int64_t tile, int64_t factor) {
+    return (tile + factor - 2) / factor + 2;
+}
+
 /* The coarse voxels of a tile: first .. first + count - 1. */
 static inline void NAME(coarse_range)(const NAME(interpolation) * along, int64_t extent, const NAME(tile) * tile,
                                       int64_t *first, int64_t *count) {
@@ -541,7 +547,7 @@ static int NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
     job->tile = NAME(minimum)(job->tile, target);
     for (int64_t k = 0; k < count; k++) {
         job->interpolations[k].coarse_offset = job->coarse_tile;
-        job->coarse_tile += job->tile / job->interpolations[k].factor[2] + 2;
+        job->coarse_tile += NAME(most_coarse_voxels)(job->tile, job->interpolations[k].factor[2]) + GUARD;
     }
     job->cut = call->size[1] > call->size[0];
     const int64_t rows = call->size[job->cut];
@@ -559,7 +565,7 @@ static int NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
     }
     const size_t blocks = (size_t)(call->batch * job->blocks);
     job->halos = calloc(blocks * (size_t)job->halo + 1, sizeof(REAL));
-    job->query_gradients = calloc(blocks * (size_t)channels, sizeof(double));
+    job->query_gradients = calloc(blocks * (size_t)channels + 1, sizeof(double));
     return !job->halos || !job->query_gradients;
 }
 
@@ -582,14 +588,23 @@ static int NAME(allocate)(const NAME(job) * job, NAME(scratch) * scratch) {
     const int64_t line = 64 / (int64_t)sizeof(REAL);
     int64_t total = 0;
     for (size_t part = 0; part < sizeof parts / sizeof *parts; part++)
-        total += (parts[part].elements + line - 1) / line * line;
+        total += (parts[part].elements + GUARD + line - 1) / line * line;
     scratch->rows = malloc(sizeof *scratch->rows * (size_t)job->call->count);
     scratch->memory = malloc(sizeof(REAL) * (size_t)(total + line));
     if (!scratch->rows || !scratch->memory) return 1;
     REAL *next = (REAL *)(((uintptr_t)scratch->memory + 63) / 64 * 64);
     for (size_t part = 0; part < sizeof parts / sizeof *parts; part++) {
         *parts[part].buffer = next;
-        next += (parts[part].elements + line - 1) / line * line;
+        GUARD_MEMORY(next + parts[part].elements, sizeof(REAL) * GUARD);
+        next += (parts[part].elements + GUARD + line - 1) / line * line;
+    }
+    for (int64_t k = 0; GUARD && k < job->call->count; k++) {
+        const NAME(interpolation) *along = &job->interpolations[k];
+        const int64_t end = along->coarse_offset + NAME(most_coarse_voxels)(voxels, along->factor[2]);
+        GUARD_MEMORY(scratch->row_buffer + end * channels, sizeof(REAL) * (size_t)(GUARD * channels));
+        GUARD_MEMORY(scratch->squares + end, sizeof(REAL) * GUARD);
+        GUARD_MEMORY(scratch->products + end, sizeof(REAL) * GUARD);
+        GUARD_MEMORY(scratch->neighbours + end, sizeof(REAL) * GUARD);
     }
     return 0;
 }
