@@ -25,7 +25,6 @@
 #define LANES (VECTOR_BYTES / (int)sizeof(REAL))
 #define PANEL 32 /* channels that are held in registers */
 #define VECTORS (PANEL / LANES)
-#define HALO_ROWS 3 /* two coarse rows before those of the block, and one after */
 
 typedef REAL NAME(vector) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 #define VECTOR NAME(vector)
@@ -46,6 +45,7 @@ typedef struct {
     const REAL *high;
     int64_t coarse_offset; /* of the candidate's coarse voxels in a tile, in voxels */
     int64_t halo_offset;   /* of the candidate's halo among those of a block, in elements */
+    int64_t halo_before;   /* coarse rows of the halo before those of the block. There is one after them */
     int64_t halo_row;      /* elements of one row of the halo */
 } NAME(interpolation);
 
@@ -60,9 +60,11 @@ typedef struct {
     int64_t tile;        /* target voxels of a row that are computed at once */
     int64_t coarse_tile; /* coarse voxels of all candidates in a tile */
     int64_t halo;        /* elements of the halos of one block */
+    int64_t items;       /* batch items whose gradients are computed at once, and which have halos */
     REAL *halos;
     double *query_gradients; /* of every block */
     int64_t next;        /* the next block that a thread takes */
+    int64_t end;         /* where it finds no more */
     int failed;
 } NAME(job);
 
@@ -361,6 +363,11 @@ static inline void NAME(own_rows)(const NAME(job) * job, int64_t k, int64_t bloc
     *end = (stop + factor - 1) / factor;
 }
 
+static inline REAL *NAME(halo_row)(const NAME(job) * job, int64_t k, int64_t item, int64_t block, int64_t row) {
+    const NAME(interpolation) *along = &job->interpolations[k];
+    return job->halos + (item % job->items * job->blocks + block) * job->halo + along->halo_offset + row * along->halo_row;
+}
+
 /* Where the gradient of a coarse row begins: in the tensor if the row begins in this block, else in the block's halo. */
 static inline REAL *NAME(gradient_row)(const NAME(job) * job, int64_t k, int64_t item, int64_t block, int64_t z, int64_t y) {
     const call *call = job->call;
@@ -371,9 +378,8 @@ static inline REAL *NAME(gradient_row)(const NAME(job) * job, int64_t k, int64_t
     NAME(own_rows)(job, k, block, &first, &end);
     if (at >= first && at < end)
         return (REAL *)of->gradient + NAME(row_offset)(of, call->batch, call->channels, item, z, y);
-    const int64_t row = at < first ? at - first + 2 : 2;
-    return job->halos + (item * job->blocks + block) * job->halo + along->halo_offset + row * along->halo_row +
-           beside * of->size[2] * call->channels;
+    const int64_t row = along->halo_before + (at < first ? at - first : 0);
+    return NAME(halo_row)(job, k, item, block, row) + beside * of->size[2] * call->channels;
 }
 
 /* The gradients of the candidates and of the query, from one tile. */
@@ -505,11 +511,10 @@ static void NAME(add_halos)(const NAME(job) * job, int64_t item, int64_t block) 
         for (int64_t other = 0; other < job->blocks; other++) {
             int64_t other_first, other_end;
             NAME(own_rows)(job, k, other, &other_first, &other_end);
-            for (int64_t row = 0; row < HALO_ROWS; row++) {
-                const int64_t at = row < 2 ? other_first - 2 + row : other_end;
+            for (int64_t row = 0; row <= along->halo_before; row++) {
+                const int64_t at = row < along->halo_before ? other_first - along->halo_before + row : other_end;
                 if (at < first || at >= end) continue;
-                const REAL *halo = job->halos + (item * job->blocks + other) * job->halo + along->halo_offset +
-                                   row * along->halo_row;
+                const REAL *halo = NAME(halo_row)(job, k, item, other, row);
                 for (int64_t beside = 0; beside < of->size[1 - job->cut]; beside++) {
                     REAL *restrict to = NAME(gradient_row)(job, k, item, block, job->cut ? beside : at, job->cut ? at : beside);
                     const REAL *restrict add = halo + beside * length;
@@ -560,12 +565,16 @@ static int NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
         const candidate *from = &call->candidates[k];
         if (!from->gradient || along->factor[job->cut] == 1) continue;
         along->halo_offset = job->halo;
+        along->halo_before = job->block_rows % along->factor[job->cut] ? 2 : 1;
         along->halo_row = from->size[1 - job->cut] * from->size[2] * channels;
-        job->halo += HALO_ROWS * along->halo_row;
+        job->halo += (along->halo_before + 1) * along->halo_row;
     }
-    const size_t blocks = (size_t)(call->batch * job->blocks);
-    job->halos = calloc(blocks * (size_t)job->halo + 1, sizeof(REAL));
-    job->query_gradients = calloc(blocks * (size_t)channels + 1, sizeof(double));
+    const int64_t halos = NAME(maximum)(job->blocks * job->halo, 1);
+    const int64_t for_all_threads = (call->threads + job->blocks - 1) / job->blocks;
+    job->items = NAME(maximum)(HALO_BYTES / (halos * (int64_t)sizeof(REAL)), for_all_threads);
+    job->items = NAME(maximum)(NAME(minimum)(job->items, call->batch), 1);
+    job->halos = calloc((size_t)(job->items * halos), sizeof(REAL));
+    job->query_gradients = calloc((size_t)(call->batch * job->blocks * channels + 1), sizeof(double));
     return !job->halos || !job->query_gradients;
 }
 
@@ -642,7 +651,7 @@ static inline void NAME(work)(NAME(job) * job, int is_backward) {
         __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
     } else {
         int64_t number;
-        while ((number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < call->batch * job->blocks) {
+        while ((number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->end) {
             const int64_t item = number / job->blocks, block = number % job->blocks;
             int64_t begin[2] = {0, 0}, end[2] = {call->size[0], call->size[1]};
             begin[job->cut] = block * job->block_rows;
@@ -665,7 +674,7 @@ static void NAME(work_backward)(void *job) { NAME(work)(job, 1); }
 static void NAME(work_on_halos)(void *argument) {
     NAME(job) *job = argument;
     int64_t number;
-    while ((number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->call->batch * job->blocks)
+    while ((number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->end)
         NAME(add_halos)(job, number / job->blocks, number % job->blocks);
 }
 
@@ -673,6 +682,7 @@ static int NAME(forward)(const call *call) {
     NAME(job) job;
     int failed = NAME(prepare)(&job, call, 0);
     if (!failed) {
+        job.end = call->batch * job.blocks;
         run_in_parallel(call->threads, call->parallel, NAME(work_forward), &job);
         failed = job.failed;
     }
@@ -683,13 +693,16 @@ static int NAME(forward)(const call *call) {
 static int NAME(backward)(const call *call) {
     NAME(job) job;
     int failed = NAME(prepare)(&job, call, 1);
-    if (!failed) {
+    for (int64_t first = 0; !failed && first < call->batch; first += job.items) {
+        if (first) memset(job.halos, 0, sizeof(REAL) * (size_t)(job.items * job.blocks * job.halo));
+        job.end = NAME(minimum)(first + job.items, call->batch) * job.blocks;
+        job.next = first * job.blocks;
         run_in_parallel(call->threads, call->parallel, NAME(work_backward), &job);
         failed = job.failed;
+        job.next = first * job.blocks;
+        if (!failed) run_in_parallel(call->threads, call->parallel, NAME(work_on_halos), &job);
     }
     if (!failed) {
-        job.next = 0;
-        run_in_parallel(call->threads, call->parallel, NAME(work_on_halos), &job);
         REAL *query_gradient = call->output;
         for (int64_t c = 0; c < call->channels; c++) {
             double sum = 0;
@@ -750,7 +763,6 @@ static int NAME(average)(const average *call) {
 #undef LANES
 #undef PANEL
 #undef VECTORS
-#undef HALO_ROWS
 #undef VECTOR
 #undef QUAD
 #undef SHUFFLE

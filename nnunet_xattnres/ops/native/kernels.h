@@ -6,8 +6,12 @@
 
 #include "attention.h"
 
-#ifndef CACHE_BYTES /* tests choose less, for tiles of few voxels */
+/* Tests choose less. */
+#ifndef CACHE_BYTES
 #define CACHE_BYTES (512 * 1024) /* what a tile's buffers may take */
+#endif
+#ifndef HALO_BYTES
+#define HALO_BYTES (16 * 1024 * 1024) /* what all halos may take, if they are not too few for all threads */
 #endif
 #define BLOCKS 16 /* per batch item, at most */
 
@@ -18,7 +22,7 @@
 #define GUARD_MEMORY(begin, bytes) ASAN_POISON_MEMORY_REGION(begin, bytes)
 #else
 #define GUARD 0
-#define GUARD_MEMORY(begin, bytes) ((void)0)
+#define GUARD_MEMORY(begin, bytes) ((void)(begin), (void)(bytes))
 #endif
 
 /* exp(x) for x <= 0, without branches, so that a loop over it is vectorised. The relative error is below 3e-7.
