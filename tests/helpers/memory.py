@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 
 def saved_bytes(compute: Callable[[], object], given: Iterable[Tensor]) -> int:
@@ -21,6 +23,15 @@ def saved_bytes(compute: Callable[[], object], given: Iterable[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         compute()
     return sum(saved.values())
+
+
+def peak_bytes(compute: Callable[[], object]) -> int:
+    """How many more bytes of tensors there are at most during a computation than before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = compute()
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del result
+    return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
 @contextmanager

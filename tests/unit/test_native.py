@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from helpers.memory import saved_bytes
+from helpers.memory import peak_bytes, saved_bytes
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops import native_library, native_operator
 from nnunet_xattnres.ops.alignment import average_on_cpu, resize
 from nnunet_xattnres.ops.backends import attention_backend, check_backend, chosen_backend
 from nnunet_xattnres.ops.native_operator import attend_native, attend_on_cpu
-from nnunet_xattnres.ops.reference import Candidate, attend_reference
+from nnunet_xattnres.ops.reference import Candidate, Upsampled, attend_reference
 
 needs_library = pytest.mark.skipif(not native_library.is_available(), reason="no compiled library")
 Inputs = tuple[torch.Tensor, torch.Tensor, list[Candidate]]
@@ -201,6 +201,56 @@ class TestValues:
             results = list(pool.map(lambda each: output_and_gradients(attend_native, each, size), inputs * 3))
         for result, same in zip(results, expected * 3, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(result, same, strict=True))
+
+
+@needs_library
+class TestMemoryOfTheBackwardPass:
+    """What exists at the peak beyond inputs and outputs, in maps of the target: batch x channels x voxels."""
+
+    # The values of all candidates and the gradients of the coarser ones exist at once. So the output of the transposed
+    # convolution is a map, and so is every projected finer source. The gradients that are returned outweigh the rest.
+    @pytest.mark.parametrize(
+        "size, channels, factors, finer",
+        [
+            ((32, 32, 32), 16, [1, 2, 4, 8, 4, 2], 0),
+            ((128, 64), 16, [1, 2, 4, 8, 4, 2], 0),
+            ((16, 16, 16), 32, [1, 2, 4, 2], 1),
+            ((16, 16, 16), 32, [1, 2], 2),
+        ],
+    )
+    def test_it_is_bounded(self, size, channels, factors, finer):
+        def source(source_channels: int, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+            features = torch.randn(2, source_channels, *(int(extent / factor) for extent in size), requires_grad=True)
+            return features, torch.randn(channels, source_channels, requires_grad=True)
+
+        candidates = [Candidate(*source(channels * factor, factor)) for factor in factors]
+        for step in range(1, finer + 1):
+            h, projection = source(channels // 2**step, 1 / 2**step)
+            candidates.append(Candidate(resize(h, size), projection, h))
+        x, _ = source(2 * channels, 2)
+        weight = torch.randn(2 * channels, channels, *(2 for _ in size), requires_grad=True)
+        query = torch.zeros(channels, requires_grad=True)
+        out = attend_native(query, None, [*candidates, Upsampled(x, weight, None)], size)
+        leaves = [query, x, weight, *(tensor for candidate in candidates for tensor in candidate[:2])]
+        upstream = torch.randn_like(out)
+        returned = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        peak = peak_bytes(lambda: torch.autograd.grad(out, leaves, upstream))
+        assert peak <= sum(gradient.nbytes for gradient in returned) + (1 + finer) * out.nbytes
+
+    def test_the_halos_of_a_batch_are_added_to_its_own_items(self):
+        """With these channels, the gradients of two batch items are computed at a time."""
+        size = (64, 16)
+        query, _, candidates = make_inputs(size, [(2, 2)] * 6, batch=3, channels=1024, dtype=torch.float32)
+        upstream = torch.randn(3, 1024, *size)
+
+        def gradients(item: slice) -> list[torch.Tensor]:
+            parts = [Candidate(h.detach()[item].requires_grad_(), P) for h, P, _ in candidates]
+            out = attend_native(query, None, parts, size)
+            return list(torch.autograd.grad(out, [part.features for part in parts], upstream[item]))
+
+        alone = zip(*(gradients(slice(item, item + 1)) for item in range(3)), strict=True)
+        for together, each in zip(gradients(slice(3)), alone, strict=True):
+            torch.testing.assert_close(together, torch.cat(each))
 
 
 def _sum_in_child(queue, threads: int) -> None:
