@@ -180,18 +180,23 @@ class TestValues:
         for a, b in zip(output_and_gradients(attend_native, inputs, size), expected, strict=True):
             assert torch.equal(a, b)
 
+    # The squares of the last value overflow, and those of its neighbours if they are opposite.
     @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e25])
-    @pytest.mark.parametrize("at", [(0, 0), (1, 2), (-1, -1)])
-    def test_values_are_finite_exactly_where_those_of_reference_are(self, value, at):
-        size = (8, 12)
-        query, norm_scale, candidates = make_inputs(size, [(1, 1), (2, 2), (4, 4)], channels=32, dtype=torch.float32)
-        for candidate in candidates:
-            features = candidate.features
-            damaged = features.detach().clone()
-            damaged[0, :, at[0], at[1]] = value
-            replaced = [Candidate(damaged if h is features else h, P) for h, P, _ in candidates]
-            expected = attend_reference(query, norm_scale, replaced, size).isfinite()
-            assert torch.equal(attend_native(query, norm_scale, replaced, size).isfinite(), expected)
+    @pytest.mark.parametrize("opposite", [False, True])
+    def test_values_are_finite_exactly_where_those_of_reference_are(self, value, opposite):
+        size = (6, 12)
+        factors = [(1, 1), (2, 2), (3, 3), (6, 4)]
+        query, norm_scale, candidates = make_inputs(size, factors, channels=32, dtype=torch.float32)
+        for features, _, _ in candidates:
+            for column in range(features.shape[-1]):
+                damaged = features.detach().clone()
+                damaged[0, :, -1, column] = value
+                damaged[0, :, 0, column : column + 2] = value
+                if opposite:
+                    damaged[:, :, 0, column + 1 : column + 2] *= -1
+                replaced = [Candidate(damaged if h is features else h, P) for h, P, _ in candidates]
+                expected = attend_reference(query, norm_scale, replaced, size).isfinite()
+                assert torch.equal(attend_native(query, norm_scale, replaced, size).isfinite(), expected)
 
     def test_concurrent_callers(self):
         size = (24, 8, 8)

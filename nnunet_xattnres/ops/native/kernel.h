@@ -237,9 +237,11 @@ static void NAME(weigh)(const NAME(job) * job, NAME(scratch) * scratch, const NA
         for (int64_t x = 0; x < voxels; x++) {
             const int32_t i = low[x] - first, j = i < last ? i + 1 : i;
             const REAL w = high_weight[x];
-            const REAL square = (1 - w) * (1 - w) * squares[i] + 2 * w * (1 - w) * neighbours[i] + w * w * squares[j];
-            /* Rounding may make the norm of two opposite voxels negative. The comparison lets NaN pass. */
-            inverse_rms[x] = 1 / SQRT((square < 0 ? 0 : square) / channels + eps);
+            const REAL between = (1 - w) * (1 - w) * squares[i] + 2 * w * (1 - w) * neighbours[i] + w * w * squares[j];
+            /* Squares may be infinite where the features are not, and zero times that is NaN. Of two opposite voxels,
+               the norm may be negative by rounding, or infinity minus infinity. NaN in the features is in the products. */
+            const REAL square = w == 0 ? squares[i] : between >= 0 ? between : between < 0 ? 0 : INFINITY;
+            inverse_rms[x] = 1 / SQRT(square / channels + eps);
             scores[x] = ((1 - w) * products[i] + w * products[j]) * inverse_rms[x];
         }
     }
