@@ -440,10 +440,14 @@ class TestLibrary:
             check_backend("native", "cuda")
 
     @needs_library
-    def test_too_little_memory(self, monkeypatch):
+    def test_too_little_memory_says_how_much_and_what_to_do(self, monkeypatch):
+        message = r"cannot allocate {} MB for its buffers: free memory, or choose a smaller patch or batch size"
+        # Nothing to compute, but the library begins with a table of the voxels along x: 8 bytes each, and a bit more.
+        with pytest.raises(MemoryError, match=message.format(r"90071992\d\d\.\d")):
+            attend_native(torch.ones(1), None, [Candidate(torch.empty(0, 1, 1, 2**50), None)], (1, 2**50))
         monkeypatch.setattr(native_library, "library", lambda: _Failing())
-        with pytest.raises(MemoryError):
-            attend_native(*make_inputs((4, 4), [(2, 2)]), (4, 4))
+        with pytest.raises(MemoryError, match=message.format(r"2\.5")):
+            average_on_cpu(torch.ones(1, 1, 2, 2), [2, 2])
 
     @needs_library
     def test_auto_is_native_on_a_cpu(self):
@@ -453,5 +457,5 @@ class TestLibrary:
 
 
 class _Failing:
-    def nnunet_xattnres_forward(self, call) -> int:
-        return 1
+    def nnunet_xattnres_average(self, call) -> int:
+        return 2_500_000

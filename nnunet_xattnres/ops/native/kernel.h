@@ -65,7 +65,7 @@ typedef struct {
     double *query_gradients; /* of every block */
     int64_t next;        /* the next block that a thread takes */
     int64_t end;         /* where it finds no more */
-    int failed;
+    int64_t missing;     /* bytes that a thread could not allocate */
 } NAME(job);
 
 /* The buffers of one thread. K: candidates, X: voxels of a tile, N: coarse voxels of all candidates, C: channels. */
@@ -527,8 +527,8 @@ static void NAME(add_halos)(const NAME(job) * job, int64_t item, int64_t block) 
     }
 }
 
-/* The interpolation of every candidate, the blocks and the tile. Returns 1 if there is too little memory. */
-static int NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
+/* The interpolation of every candidate, the blocks and the tile. Returns 0, or the bytes that cannot be allocated. */
+static int64_t NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
     const int64_t count = call->count, target = call->size[2], channels = call->channels;
     memset(job, 0, sizeof *job);
     job->call = call;
@@ -536,7 +536,8 @@ static int NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
     int32_t *low = malloc(sizeof *low * (size_t)(count * target));
     REAL *high = malloc(sizeof *high * (size_t)(count * target));
     job->low = low, job->high = high;
-    if (!job->interpolations || !low || !high) return 1;
+    if (!job->interpolations || !low || !high)
+        return count * ((int64_t)sizeof *job->interpolations + target * (int64_t)(sizeof *low + sizeof *high));
     int64_t per_voxel = 0; /* coarse voxels per target voxel, times the target's extent */
     for (int64_t k = 0; k < count; k++) {
         NAME(interpolation) *along = &job->interpolations[k];
@@ -576,16 +577,18 @@ static int NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
     job->items = NAME(maximum)(HALO_BYTES / (halos * (int64_t)sizeof(REAL)), for_all_threads);
     job->items = NAME(maximum)(NAME(minimum)(job->items, call->batch), 1);
     job->halos = calloc((size_t)(job->items * halos), sizeof(REAL));
-    job->query_gradients = calloc((size_t)(call->batch * job->blocks * channels + 1), sizeof(double));
-    return !job->halos || !job->query_gradients;
+    const int64_t query_gradients = call->batch * job->blocks * channels + 1;
+    job->query_gradients = calloc((size_t)query_gradients, sizeof(double));
+    if (job->halos && job->query_gradients) return 0;
+    return job->items * halos * (int64_t)sizeof(REAL) + query_gradients * (int64_t)sizeof(double);
 }
 
 static void NAME(finish)(NAME(job) * job) {
     free(job->interpolations), free(job->low), free(job->high), free(job->halos), free(job->query_gradients);
 }
 
-/* The buffers of one thread, in one piece of memory. Returns 1 if there is too little memory. */
-static int NAME(allocate)(const NAME(job) * job, NAME(scratch) * scratch) {
+/* The buffers of one thread, in one piece of memory. Returns 0, or the bytes that cannot be allocated. */
+static int64_t NAME(allocate)(const NAME(job) * job, NAME(scratch) * scratch) {
     const int64_t channels = job->call->channels, voxels = job->tile, scores = job->call->count * voxels;
     const int64_t coarse = job->coarse_tile;
     struct {
@@ -601,8 +604,9 @@ static int NAME(allocate)(const NAME(job) * job, NAME(scratch) * scratch) {
     for (size_t part = 0; part < sizeof parts / sizeof *parts; part++)
         total += (parts[part].elements + GUARD + line - 1) / line * line;
     scratch->rows = malloc(sizeof *scratch->rows * (size_t)job->call->count);
-    scratch->memory = malloc(sizeof(REAL) * (size_t)(total + line));
-    if (!scratch->rows || !scratch->memory) return 1;
+    const int64_t bytes = (int64_t)sizeof(REAL) * (total + line);
+    scratch->memory = malloc((size_t)bytes);
+    if (!scratch->rows || !scratch->memory) return bytes;
     REAL *next = (REAL *)(((uintptr_t)scratch->memory + 63) / 64 * 64);
     for (size_t part = 0; part < sizeof parts / sizeof *parts; part++) {
         *parts[part].buffer = next;
@@ -649,8 +653,9 @@ static void NAME(backward_tile)(NAME(job) * job, NAME(scratch) * scratch, const 
 static inline void NAME(work)(NAME(job) * job, int is_backward) {
     const call *call = job->call;
     NAME(scratch) scratch = {0};
-    if (NAME(allocate)(job, &scratch)) {
-        __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
+    const int64_t missing = NAME(allocate)(job, &scratch);
+    if (missing) {
+        __atomic_store_n(&job->missing, missing, __ATOMIC_RELAXED);
     } else {
         int64_t number;
         while ((number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->end) {
@@ -680,31 +685,31 @@ static void NAME(work_on_halos)(void *argument) {
         NAME(add_halos)(job, number / job->blocks, number % job->blocks);
 }
 
-static int NAME(forward)(const call *call) {
+static int64_t NAME(forward)(const call *call) {
     NAME(job) job;
-    int failed = NAME(prepare)(&job, call, 0);
-    if (!failed) {
+    int64_t missing = NAME(prepare)(&job, call, 0);
+    if (!missing) {
         job.end = call->batch * job.blocks;
         run_in_parallel(call->threads, call->parallel, NAME(work_forward), &job);
-        failed = job.failed;
+        missing = job.missing;
     }
     NAME(finish)(&job);
-    return failed;
+    return missing;
 }
 
-static int NAME(backward)(const call *call) {
+static int64_t NAME(backward)(const call *call) {
     NAME(job) job;
-    int failed = NAME(prepare)(&job, call, 1);
-    for (int64_t first = 0; !failed && first < call->batch; first += job.items) {
+    int64_t missing = NAME(prepare)(&job, call, 1);
+    for (int64_t first = 0; !missing && first < call->batch; first += job.items) {
         if (first) memset(job.halos, 0, sizeof(REAL) * (size_t)(job.items * job.blocks * job.halo));
         job.end = NAME(minimum)(first + job.items, call->batch) * job.blocks;
         job.next = first * job.blocks;
         run_in_parallel(call->threads, call->parallel, NAME(work_backward), &job);
-        failed = job.failed;
+        missing = job.missing;
         job.next = first * job.blocks;
-        if (!failed) run_in_parallel(call->threads, call->parallel, NAME(work_on_halos), &job);
+        if (!missing) run_in_parallel(call->threads, call->parallel, NAME(work_on_halos), &job);
     }
-    if (!failed) {
+    if (!missing) {
         REAL *query_gradient = call->output;
         for (int64_t c = 0; c < call->channels; c++) {
             double sum = 0;
@@ -714,13 +719,13 @@ static int NAME(backward)(const call *call) {
         }
     }
     NAME(finish)(&job);
-    return failed;
+    return missing;
 }
 
 typedef struct {
     const average *average;
     int64_t next; /* the next plane z of the output that a thread takes */
-    int failed;
+    int64_t missing;
 } NAME(average_job);
 
 static void NAME(work_on_average)(void *argument) {
@@ -729,9 +734,10 @@ static void NAME(work_on_average)(void *argument) {
     const int64_t *size = call->size, *factor = call->factor;
     const int64_t columns = size[2] * factor[2], rows = size[1] * factor[1];
     const REAL share = (REAL)1 / (REAL)(factor[0] * factor[1] * factor[2]);
-    REAL *restrict sums = malloc(sizeof(REAL) * (size_t)columns);
+    const int64_t bytes = (int64_t)sizeof(REAL) * columns;
+    REAL *restrict sums = malloc((size_t)bytes);
     if (!sums) {
-        __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
+        __atomic_store_n(&job->missing, bytes, __ATOMIC_RELAXED);
         return;
     }
     int64_t number;
@@ -756,10 +762,10 @@ static void NAME(work_on_average)(void *argument) {
     free(sums);
 }
 
-static int NAME(average)(const average *call) {
+static int64_t NAME(average)(const average *call) {
     NAME(average_job) job = {call, 0, 0};
     run_in_parallel(call->threads, call->parallel, NAME(work_on_average), &job);
-    return job.failed;
+    return job.missing;
 }
 
 #undef LANES
