@@ -15,7 +15,7 @@ from torch import Tensor
 from nnunet_xattnres.common.errors import XAttnResError
 
 FILE = Path(__file__).with_name("native_attention.so")
-ABI = 3
+ABI = 4
 
 
 class Values(NamedTuple):
@@ -92,6 +92,8 @@ def library() -> ctypes.CDLL:
             f"the library of the backend 'native' has interface {abi} and this package needs {ABI}: install "
             "nnunet-xattnres again"
         )
+    for function in (loaded.nnunet_xattnres_forward, loaded.nnunet_xattnres_backward, loaded.nnunet_xattnres_average):
+        function.restype = c_int64
     return loaded
 
 
@@ -172,8 +174,7 @@ def average(features: Tensor, factors: Sequence[int]) -> Tensor:
         torch.get_num_threads(),
         parallel_runner(),
     )
-    if library().nnunet_xattnres_average(byref(call)):
-        raise MemoryError("the average cannot allocate its buffers")
+    _check_memory(library().nnunet_xattnres_average(byref(call)))
     return averaged
 
 
@@ -217,8 +218,16 @@ def _run(
         torch.get_num_threads(),
         parallel_runner(),
     )
-    if getattr(library(), f"nnunet_xattnres_{direction}")(byref(call)):
-        raise MemoryError("the attention cannot allocate its buffers")
+    _check_memory(getattr(library(), f"nnunet_xattnres_{direction}")(byref(call)))
+
+
+def _check_memory(missing: int) -> None:
+    """missing: bytes that the library could not allocate."""
+    if missing:
+        raise MemoryError(
+            f"the backend 'native' cannot allocate {missing / 1e6:.1f} MB for its buffers: free memory, or choose a "
+            "smaller patch or batch size"
+        )
 
 
 def _three_axes(size: Sequence[int]) -> ctypes.Array[c_int64]:

@@ -163,20 +163,27 @@ def attend_on_cpu_backward(
     """
     with without_autocast(query):
         size = gradient.shape[2:]
-        features = [averaged(h, size) for h in features]
-        values = _values(features, projections, upsampling, size)
+        sources = [averaged(h, size) for h in features]
+        values = _values(sources, projections, upsampling, size)
         wanted = [any(pair) for pair in zip_longest(features_wanted, projections_wanted)]
         if upsampling:
             wanted.append(any(upsampling_wanted))
         query_gradient, value_gradients = mix_gradients(gradient.contiguous(), query.contiguous(), values, wanted, eps)
+        channels_first = [each.channels_first for each in values]
         of_features, of_projections, of_upsampling = [], [], []
-        if upsampling and (of_output := value_gradients.pop()) is not None:
-            of_upsampling = _upsampling_gradients(of_output, upsampling, upsampling_wanted)
-        for k, (h, of_values) in enumerate(zip(features, value_gradients, strict=True)):
+        # Each gradient of values is freed as soon as it has been used, so that few of them exist at the peak.
+        del values
+        if upsampling:
+            of_output = value_gradients.pop()
+            if of_output is not None:
+                of_upsampling = _upsampling_gradients(of_output, upsampling, upsampling_wanted)
+            del of_output
+        for k in range(len(sources)):
+            h, of_values = sources.pop(0), value_gradients.pop(0)
             if of_values is None:
                 continue
             # (B, C_t, voxels), a view where the kernels compute channels last.
-            of_values = of_values.flatten(2) if values[k].channels_first else of_values.flatten(1, -2).mT
+            of_values = of_values.flatten(2) if channels_first[k] else of_values.flatten(1, -2).mT
             projection = projections[k] if k < len(projections) else None
             if features_wanted[k]:
                 of_features.append(project(of_values, None if projection is None else projection.T).reshape(h.shape))

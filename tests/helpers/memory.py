@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 
@@ -26,34 +26,17 @@ def saved_bytes(compute: Callable[[], object], given: Iterable[Tensor]) -> int:
     return sum(saved.values())
 
 
-def live_bytes(compute: Callable[[], object], given: Iterable[Tensor]) -> int:
-    """What a computation allocates and does not free while its result is held, apart from the result.
+def peak_and_live_bytes(compute: Callable[[], object]) -> tuple[int, int]:
+    """How many more bytes of tensors there are than before a computation: at most, and while its result is held.
 
-    It sees what is kept in any way, other than PyTorch's hooks for saved tensors. given: tensors that exist before.
+    The second is without the result. It sees what is kept in any way, other than PyTorch's hooks for saved tensors.
     """
-    allocated = _Allocated()
-    with allocated:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = compute()
-    others = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in (*given, *tree_leaves(result))}
-    live = {cdata: nbytes for cdata, (storage, nbytes) in allocated.storages.items() if not storage.expired()}
-    return sum(nbytes for cdata, nbytes in live.items() if cdata not in others)
-
-
-class _Allocated(TorchDispatchMode):
-    """Collects the storages of all results of PyTorch's operators, without holding them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                weak = StorageWeakRef(storage)
-                self.storages[weak.cdata] = weak, storage.nbytes()
-        return result
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    totals = list(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
+    storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in tree_leaves(result)}
+    return max(totals), totals[-1] - sum(storage.nbytes() for storage in storages.values())
 
 
 @contextmanager

@@ -37,6 +37,8 @@ def test_no_sanitizer_complains(tmp_path, sanitizer, runtime, kernels):
         "-fPIC",
         f"-fsanitize={sanitizer}",
         "-fno-sanitize-recover=all",
+        "-DCACHE_BYTES=4096",  # tiles of eight voxels, or a few more
+        "-DHALO_BYTES=1",  # one batch item at a time
         kernels,
     ]
     subprocess.run(["gcc", *flags, *SOURCES.glob("*.c"), "-o", library, "-lm", "-lpthread"], check=True)

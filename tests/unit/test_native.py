@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from helpers.memory import saved_bytes
+from helpers.memory import peak_and_live_bytes, saved_bytes
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops import native_library, native_operator
 from nnunet_xattnres.ops.alignment import average_on_cpu, resize
 from nnunet_xattnres.ops.backends import attention_backend, check_backend, chosen_backend
 from nnunet_xattnres.ops.native_operator import attend_native, attend_on_cpu
-from nnunet_xattnres.ops.reference import Candidate, attend_reference
+from nnunet_xattnres.ops.reference import Candidate, Upsampled, attend_reference
 
 needs_library = pytest.mark.skipif(not native_library.is_available(), reason="no compiled library")
 Inputs = tuple[torch.Tensor, torch.Tensor, list[Candidate]]
@@ -89,9 +90,34 @@ class TestValues:
         options = {"channels": data.draw(st.integers(1, 70)), "batch": data.draw(st.integers(1, 3))}
         assert_equals_reference(make_inputs(size, chosen, projected=data.draw(st.booleans()), **options), size)
 
-    def test_a_long_row_is_computed_in_tiles(self):
-        # 2 x 300 voxels of 600 channels in double precision are 2.9 MB, more than a tile's 512 KB.
-        assert_equals_reference(make_inputs((2, 300), [(1, 3), (2, 6)], batch=1, channels=600), (2, 300))
+    # A tile's buffers take 512 KB, but it has 8 voxels at least. Here it has 8 to 29, and for some factors the voxels
+    # left over are two or more, so that they may reach one more coarse voxel.
+    @pytest.mark.parametrize(
+        "width, factors, channels",
+        [
+            (30, [3, 5, 15], 4096),
+            (84, [7, 14, 6, 3], 1500),
+            (112, [1, 4, 8, 16, 7], 900),
+            (120, [5, 6, 4, 12], 1500),
+            (240, [3, 5, 12, 40], 600),
+        ],
+    )
+    @pytest.mark.parametrize("height", [1, 2])
+    def test_a_long_row_is_computed_in_tiles(self, width, factors, channels, height):
+        size = (height, width)
+        inputs = make_inputs(size, [(height, factor) for factor in factors], batch=1, channels=channels)
+        assert_equals_reference(inputs, size)
+
+    @given(data=st.data())
+    @settings(max_examples=20, deadline=None)
+    def test_rows_of_many_tiles_equal_those_of_reference(self, data):
+        steps = data.draw(st.lists(st.integers(2, 6), min_size=1, max_size=2))
+        factors = [prod(steps[:length]) for length in range(len(steps) + 1)]
+        size = (2, factors[-1] * data.draw(st.integers(40 // factors[-1] + 1, 80 // factors[-1] + 1)))
+        chosen = data.draw(st.lists(st.sampled_from(factors), min_size=2, max_size=5))
+        channels = data.draw(st.integers(1000, 2000))
+        inputs = make_inputs(size, [(2, factor) for factor in chosen], batch=1, channels=channels)
+        assert_equals_reference(inputs, size)
 
     def test_single_precision(self):
         size = (12, 8, 16)
@@ -154,18 +180,23 @@ class TestValues:
         for a, b in zip(output_and_gradients(attend_native, inputs, size), expected, strict=True):
             assert torch.equal(a, b)
 
+    # The squares of the last value overflow, and those of its neighbours if they are opposite.
     @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e25])
-    @pytest.mark.parametrize("at", [(0, 0), (1, 2), (-1, -1)])
-    def test_values_are_finite_exactly_where_those_of_reference_are(self, value, at):
-        size = (8, 12)
-        query, norm_scale, candidates = make_inputs(size, [(1, 1), (2, 2), (4, 4)], channels=32, dtype=torch.float32)
-        for candidate in candidates:
-            features = candidate.features
-            damaged = features.detach().clone()
-            damaged[0, :, at[0], at[1]] = value
-            replaced = [Candidate(damaged if h is features else h, P) for h, P, _ in candidates]
-            expected = attend_reference(query, norm_scale, replaced, size).isfinite()
-            assert torch.equal(attend_native(query, norm_scale, replaced, size).isfinite(), expected)
+    @pytest.mark.parametrize("opposite", [False, True])
+    def test_values_are_finite_exactly_where_those_of_reference_are(self, value, opposite):
+        size = (6, 12)
+        factors = [(1, 1), (2, 2), (3, 3), (6, 4)]
+        query, norm_scale, candidates = make_inputs(size, factors, channels=32, dtype=torch.float32)
+        for features, _, _ in candidates:
+            for column in range(features.shape[-1]):
+                damaged = features.detach().clone()
+                damaged[0, :, -1, column] = value
+                damaged[0, :, 0, column : column + 2] = value
+                if opposite:
+                    damaged[:, :, 0, column + 1 : column + 2] *= -1
+                replaced = [Candidate(damaged if h is features else h, P) for h, P, _ in candidates]
+                expected = attend_reference(query, norm_scale, replaced, size).isfinite()
+                assert torch.equal(attend_native(query, norm_scale, replaced, size).isfinite(), expected)
 
     def test_concurrent_callers(self):
         size = (24, 8, 8)
@@ -175,6 +206,56 @@ class TestValues:
             results = list(pool.map(lambda each: output_and_gradients(attend_native, each, size), inputs * 3))
         for result, same in zip(results, expected * 3, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(result, same, strict=True))
+
+
+@needs_library
+class TestMemoryOfTheBackwardPass:
+    """What exists at the peak beyond inputs and outputs, in maps of the target: batch x channels x voxels."""
+
+    # The values of all candidates and the gradients of the coarser ones exist at once. So the output of the transposed
+    # convolution is a map, and so is every projected finer source. The gradients that are returned outweigh the rest.
+    @pytest.mark.parametrize(
+        "size, channels, factors, finer",
+        [
+            ((32, 32, 32), 16, [1, 2, 4, 8, 4, 2], 0),
+            ((128, 64), 16, [1, 2, 4, 8, 4, 2], 0),
+            ((16, 16, 16), 32, [1, 2, 4, 2], 1),
+            ((16, 16, 16), 32, [1, 2], 2),
+        ],
+    )
+    def test_it_is_bounded(self, size, channels, factors, finer):
+        def source(source_channels: int, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+            features = torch.randn(2, source_channels, *(int(extent / factor) for extent in size), requires_grad=True)
+            return features, torch.randn(channels, source_channels, requires_grad=True)
+
+        candidates = [Candidate(*source(channels * factor, factor)) for factor in factors]
+        for step in range(1, finer + 1):
+            h, projection = source(channels // 2**step, 1 / 2**step)
+            candidates.append(Candidate(resize(h, size), projection, h))
+        x, _ = source(2 * channels, 2)
+        weight = torch.randn(2 * channels, channels, *(2 for _ in size), requires_grad=True)
+        query = torch.zeros(channels, requires_grad=True)
+        out = attend_native(query, None, [*candidates, Upsampled(x, weight, None)], size)
+        leaves = [query, x, weight, *(tensor for candidate in candidates for tensor in candidate[:2])]
+        upstream = torch.randn_like(out)
+        returned = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        peak, _ = peak_and_live_bytes(lambda: torch.autograd.grad(out, leaves, upstream))
+        assert peak <= sum(gradient.nbytes for gradient in returned) + (1 + finer) * out.nbytes
+
+    def test_the_halos_of_a_batch_are_added_to_its_own_items(self):
+        """With these channels, the gradients of two batch items are computed at a time."""
+        size = (64, 16)
+        query, _, candidates = make_inputs(size, [(2, 2)] * 6, batch=3, channels=1024, dtype=torch.float32)
+        upstream = torch.randn(3, 1024, *size)
+
+        def gradients(item: slice) -> list[torch.Tensor]:
+            parts = [Candidate(h.detach()[item].requires_grad_(), P) for h, P, _ in candidates]
+            out = attend_native(query, None, parts, size)
+            return list(torch.autograd.grad(out, [part.features for part in parts], upstream[item]))
+
+        alone = zip(*(gradients(slice(item, item + 1)) for item in range(3)), strict=True)
+        for together, each in zip(gradients(slice(3)), alone, strict=True):
+            torch.testing.assert_close(together, torch.cat(each))
 
 
 def _sum_in_child(queue, threads: int) -> None:
@@ -384,10 +465,14 @@ class TestLibrary:
             check_backend("native", "cuda")
 
     @needs_library
-    def test_too_little_memory(self, monkeypatch):
+    def test_too_little_memory_says_how_much_and_what_to_do(self, monkeypatch):
+        message = r"cannot allocate {} MB for its buffers: free memory, or choose a smaller patch or batch size"
+        # Nothing to compute, but the library begins with a table of the voxels along x: 8 bytes each, and a bit more.
+        with pytest.raises(MemoryError, match=message.format(r"90071992\d\d\.\d")):
+            attend_native(torch.ones(1), None, [Candidate(torch.empty(0, 1, 1, 2**50), None)], (1, 2**50))
         monkeypatch.setattr(native_library, "library", lambda: _Failing())
-        with pytest.raises(MemoryError):
-            attend_native(*make_inputs((4, 4), [(2, 2)]), (4, 4))
+        with pytest.raises(MemoryError, match=message.format(r"2\.5")):
+            average_on_cpu(torch.ones(1, 1, 2, 2), [2, 2])
 
     @needs_library
     def test_auto_is_native_on_a_cpu(self):
@@ -397,5 +482,5 @@ class TestLibrary:
 
 
 class _Failing:
-    def nnunet_xattnres_forward(self, call) -> int:
-        return 1
+    def nnunet_xattnres_average(self, call) -> int:
+        return 2_500_000

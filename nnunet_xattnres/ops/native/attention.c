@@ -47,17 +47,17 @@ void run_in_parallel(int64_t threads, parallel_runner parallel, void (*work)(voi
 
 EXPORT int nnunet_xattnres_abi(void) { return ABI; }
 
-EXPORT int nnunet_xattnres_forward(const call *call) {
+EXPORT int64_t nnunet_xattnres_forward(const call *call) {
     const kernels *kernels = kernels_here();
     return (call->is_double ? kernels->forward_double : kernels->forward_float)(call);
 }
 
-EXPORT int nnunet_xattnres_backward(const call *call) {
+EXPORT int64_t nnunet_xattnres_backward(const call *call) {
     const kernels *kernels = kernels_here();
     return (call->is_double ? kernels->backward_double : kernels->backward_float)(call);
 }
 
-EXPORT int nnunet_xattnres_average(const average *average) {
+EXPORT int64_t nnunet_xattnres_average(const average *average) {
     const kernels *kernels = kernels_here();
     return (average->is_double ? kernels->average_double : kernels->average_float)(average);
 }

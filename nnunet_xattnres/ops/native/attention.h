@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Raised with every change of the structures below. Python refuses a library of another number. */
-#define ABI 3
+#define ABI 4
 
 /* ONLY_BASELINE is for tests. */
 #if defined(__x86_64__) && !defined(ONLY_BASELINE)
@@ -58,14 +58,14 @@ typedef struct {
     parallel_runner parallel;
 } average;
 
-/* Return 0, or 1 if there is too little memory. */
+/* Return 0, or the bytes that cannot be allocated. */
 typedef struct {
-    int (*forward_float)(const call *);
-    int (*forward_double)(const call *);
-    int (*backward_float)(const call *);
-    int (*backward_double)(const call *);
-    int (*average_float)(const average *);
-    int (*average_double)(const average *);
+    int64_t (*forward_float)(const call *);
+    int64_t (*forward_double)(const call *);
+    int64_t (*backward_float)(const call *);
+    int64_t (*backward_double)(const call *);
+    int64_t (*average_float)(const average *);
+    int64_t (*average_double)(const average *);
 } kernels;
 
 /* Runs `work(argument)` on that many threads. parallel: NULL for threads of our own. */

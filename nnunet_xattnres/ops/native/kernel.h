@@ -25,7 +25,6 @@
 #define LANES (VECTOR_BYTES / (int)sizeof(REAL))
 #define PANEL 32 /* channels that are held in registers */
 #define VECTORS (PANEL / LANES)
-#define HALO_ROWS 3 /* two coarse rows before those of the block, and one after */
 
 typedef REAL NAME(vector) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 #define VECTOR NAME(vector)
@@ -46,6 +45,7 @@ typedef struct {
     const REAL *high;
     int64_t coarse_offset; /* of the candidate's coarse voxels in a tile, in voxels */
     int64_t halo_offset;   /* of the candidate's halo among those of a block, in elements */
+    int64_t halo_before;   /* coarse rows of the halo before those of the block. There is one after them */
     int64_t halo_row;      /* elements of one row of the halo */
 } NAME(interpolation);
 
@@ -60,10 +60,12 @@ typedef struct {
     int64_t tile;        /* target voxels of a row that are computed at once */
     int64_t coarse_tile; /* coarse voxels of all candidates in a tile */
     int64_t halo;        /* elements of the halos of one block */
+    int64_t items;       /* batch items whose gradients are computed at once, and which have halos */
     REAL *halos;
     double *query_gradients; /* of every block */
     int64_t next;        /* the next block that a thread takes */
-    int failed;
+    int64_t end;         /* where it finds no more */
+    int64_t missing;     /* bytes that a thread could not allocate */
 } NAME(job);
 
 /* The buffers of one thread. K: candidates, X: voxels of a tile, N: coarse voxels of all candidates, C: channels. */
@@ -107,6 +109,12 @@ static inline void NAME(neighbours_of)(int64_t target, int64_t factor, int64_t e
 }
 
 static inline int NAME(is_resized)(const int64_t *factor) { return factor[0] * factor[1] * factor[2] > 1; }
+
+/* The most coarse voxels that a tile can have: (tile - 1) / factor, rounded up, and one more are lower neighbours of its
+   target voxels. Then there is the upper neighbour of the last one. */
+static inline int64_t NAME(most_coarse_voxels)(int64_t tile, int64_t factor) {
+    return (tile + factor - 2) / factor + 2;
+}
 
 /* The coarse voxels of a tile: first .. first + count - 1. */
 static inline void NAME(coarse_range)(const NAME(interpolation) * along, int64_t extent, const NAME(tile) * tile,
@@ -229,9 +237,11 @@ static void NAME(weigh)(const NAME(job) * job, NAME(scratch) * scratch, const NA
         for (int64_t x = 0; x < voxels; x++) {
             const int32_t i = low[x] - first, j = i < last ? i + 1 : i;
             const REAL w = high_weight[x];
-            const REAL square = (1 - w) * (1 - w) * squares[i] + 2 * w * (1 - w) * neighbours[i] + w * w * squares[j];
-            /* Rounding may make the norm of two opposite voxels negative. The comparison lets NaN pass. */
-            inverse_rms[x] = 1 / SQRT((square < 0 ? 0 : square) / channels + eps);
+            const REAL between = (1 - w) * (1 - w) * squares[i] + 2 * w * (1 - w) * neighbours[i] + w * w * squares[j];
+            /* Squares may be infinite where the features are not, and zero times that is NaN. Of two opposite voxels,
+               the norm may be negative by rounding, or infinity minus infinity. NaN in the features is in the products. */
+            const REAL square = w == 0 ? squares[i] : between >= 0 ? between : between < 0 ? 0 : INFINITY;
+            inverse_rms[x] = 1 / SQRT(square / channels + eps);
             scores[x] = ((1 - w) * products[i] + w * products[j]) * inverse_rms[x];
         }
     }
@@ -355,6 +365,11 @@ static inline void NAME(own_rows)(const NAME(job) * job, int64_t k, int64_t bloc
     *end = (stop + factor - 1) / factor;
 }
 
+static inline REAL *NAME(halo_row)(const NAME(job) * job, int64_t k, int64_t item, int64_t block, int64_t row) {
+    const NAME(interpolation) *along = &job->interpolations[k];
+    return job->halos + (item % job->items * job->blocks + block) * job->halo + along->halo_offset + row * along->halo_row;
+}
+
 /* Where the gradient of a coarse row begins: in the tensor if the row begins in this block, else in the block's halo. */
 static inline REAL *NAME(gradient_row)(const NAME(job) * job, int64_t k, int64_t item, int64_t block, int64_t z, int64_t y) {
     const call *call = job->call;
@@ -365,9 +380,8 @@ static inline REAL *NAME(gradient_row)(const NAME(job) * job, int64_t k, int64_t
     NAME(own_rows)(job, k, block, &first, &end);
     if (at >= first && at < end)
         return (REAL *)of->gradient + NAME(row_offset)(of, call->batch, call->channels, item, z, y);
-    const int64_t row = at < first ? at - first + 2 : 2;
-    return job->halos + (item * job->blocks + block) * job->halo + along->halo_offset + row * along->halo_row +
-           beside * of->size[2] * call->channels;
+    const int64_t row = along->halo_before + (at < first ? at - first : 0);
+    return NAME(halo_row)(job, k, item, block, row) + beside * of->size[2] * call->channels;
 }
 
 /* The gradients of the candidates and of the query, from one tile. */
@@ -499,11 +513,10 @@ static void NAME(add_halos)(const NAME(job) * job, int64_t item, int64_t block) 
         for (int64_t other = 0; other < job->blocks; other++) {
             int64_t other_first, other_end;
             NAME(own_rows)(job, k, other, &other_first, &other_end);
-            for (int64_t row = 0; row < HALO_ROWS; row++) {
-                const int64_t at = row < 2 ? other_first - 2 + row : other_end;
+            for (int64_t row = 0; row <= along->halo_before; row++) {
+                const int64_t at = row < along->halo_before ? other_first - along->halo_before + row : other_end;
                 if (at < first || at >= end) continue;
-                const REAL *halo = job->halos + (item * job->blocks + other) * job->halo + along->halo_offset +
-                                   row * along->halo_row;
+                const REAL *halo = NAME(halo_row)(job, k, item, other, row);
                 for (int64_t beside = 0; beside < of->size[1 - job->cut]; beside++) {
                     REAL *restrict to = NAME(gradient_row)(job, k, item, block, job->cut ? beside : at, job->cut ? at : beside);
                     const REAL *restrict add = halo + beside * length;
@@ -514,8 +527,8 @@ static void NAME(add_halos)(const NAME(job) * job, int64_t item, int64_t block) 
     }
 }
 
-/* The interpolation of every candidate, the blocks and the tile. Returns 1 if there is too little memory. */
-static int NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
+/* The interpolation of every candidate, the blocks and the tile. Returns 0, or the bytes that cannot be allocated. */
+static int64_t NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
     const int64_t count = call->count, target = call->size[2], channels = call->channels;
     memset(job, 0, sizeof *job);
     job->call = call;
@@ -523,7 +536,8 @@ static int NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
     int32_t *low = malloc(sizeof *low * (size_t)(count * target));
     REAL *high = malloc(sizeof *high * (size_t)(count * target));
     job->low = low, job->high = high;
-    if (!job->interpolations || !low || !high) return 1;
+    if (!job->interpolations || !low || !high)
+        return count * ((int64_t)sizeof *job->interpolations + target * (int64_t)(sizeof *low + sizeof *high));
     int64_t per_voxel = 0; /* coarse voxels per target voxel, times the target's extent */
     for (int64_t k = 0; k < count; k++) {
         NAME(interpolation) *along = &job->interpolations[k];
@@ -541,7 +555,7 @@ static int NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
     job->tile = NAME(minimum)(job->tile, target);
     for (int64_t k = 0; k < count; k++) {
         job->interpolations[k].coarse_offset = job->coarse_tile;
-        job->coarse_tile += job->tile / job->interpolations[k].factor[2] + 2;
+        job->coarse_tile += NAME(most_coarse_voxels)(job->tile, job->interpolations[k].factor[2]) + GUARD;
     }
     job->cut = call->size[1] > call->size[0];
     const int64_t rows = call->size[job->cut];
@@ -554,21 +568,27 @@ static int NAME(prepare)(NAME(job) * job, const call *call, int is_backward) {
         const candidate *from = &call->candidates[k];
         if (!from->gradient || along->factor[job->cut] == 1) continue;
         along->halo_offset = job->halo;
+        along->halo_before = job->block_rows % along->factor[job->cut] ? 2 : 1;
         along->halo_row = from->size[1 - job->cut] * from->size[2] * channels;
-        job->halo += HALO_ROWS * along->halo_row;
+        job->halo += (along->halo_before + 1) * along->halo_row;
     }
-    const size_t blocks = (size_t)(call->batch * job->blocks);
-    job->halos = calloc(blocks * (size_t)job->halo + 1, sizeof(REAL));
-    job->query_gradients = calloc(blocks * (size_t)channels, sizeof(double));
-    return !job->halos || !job->query_gradients;
+    const int64_t halos = NAME(maximum)(job->blocks * job->halo, 1);
+    const int64_t for_all_threads = (call->threads + job->blocks - 1) / job->blocks;
+    job->items = NAME(maximum)(HALO_BYTES / (halos * (int64_t)sizeof(REAL)), for_all_threads);
+    job->items = NAME(maximum)(NAME(minimum)(job->items, call->batch), 1);
+    job->halos = calloc((size_t)(job->items * halos), sizeof(REAL));
+    const int64_t query_gradients = call->batch * job->blocks * channels + 1;
+    job->query_gradients = calloc((size_t)query_gradients, sizeof(double));
+    if (job->halos && job->query_gradients) return 0;
+    return job->items * halos * (int64_t)sizeof(REAL) + query_gradients * (int64_t)sizeof(double);
 }
 
 static void NAME(finish)(NAME(job) * job) {
     free(job->interpolations), free(job->low), free(job->high), free(job->halos), free(job->query_gradients);
 }
 
-/* The buffers of one thread, in one piece of memory. Returns 1 if there is too little memory. */
-static int NAME(allocate)(const NAME(job) * job, NAME(scratch) * scratch) {
+/* The buffers of one thread, in one piece of memory. Returns 0, or the bytes that cannot be allocated. */
+static int64_t NAME(allocate)(const NAME(job) * job, NAME(scratch) * scratch) {
     const int64_t channels = job->call->channels, voxels = job->tile, scores = job->call->count * voxels;
     const int64_t coarse = job->coarse_tile;
     struct {
@@ -582,14 +602,24 @@ static int NAME(allocate)(const NAME(job) * job, NAME(scratch) * scratch) {
     const int64_t line = 64 / (int64_t)sizeof(REAL);
     int64_t total = 0;
     for (size_t part = 0; part < sizeof parts / sizeof *parts; part++)
-        total += (parts[part].elements + line - 1) / line * line;
+        total += (parts[part].elements + GUARD + line - 1) / line * line;
     scratch->rows = malloc(sizeof *scratch->rows * (size_t)job->call->count);
-    scratch->memory = malloc(sizeof(REAL) * (size_t)(total + line));
-    if (!scratch->rows || !scratch->memory) return 1;
+    const int64_t bytes = (int64_t)sizeof(REAL) * (total + line);
+    scratch->memory = malloc((size_t)bytes);
+    if (!scratch->rows || !scratch->memory) return bytes;
     REAL *next = (REAL *)(((uintptr_t)scratch->memory + 63) / 64 * 64);
     for (size_t part = 0; part < sizeof parts / sizeof *parts; part++) {
         *parts[part].buffer = next;
-        next += (parts[part].elements + line - 1) / line * line;
+        GUARD_MEMORY(next + parts[part].elements, sizeof(REAL) * GUARD);
+        next += (parts[part].elements + GUARD + line - 1) / line * line;
+    }
+    for (int64_t k = 0; GUARD && k < job->call->count; k++) {
+        const NAME(interpolation) *along = &job->interpolations[k];
+        const int64_t end = along->coarse_offset + NAME(most_coarse_voxels)(voxels, along->factor[2]);
+        GUARD_MEMORY(scratch->row_buffer + end * channels, sizeof(REAL) * (size_t)(GUARD * channels));
+        GUARD_MEMORY(scratch->squares + end, sizeof(REAL) * GUARD);
+        GUARD_MEMORY(scratch->products + end, sizeof(REAL) * GUARD);
+        GUARD_MEMORY(scratch->neighbours + end, sizeof(REAL) * GUARD);
     }
     return 0;
 }
@@ -623,11 +653,12 @@ static void NAME(backward_tile)(NAME(job) * job, NAME(scratch) * scratch, const 
 static inline void NAME(work)(NAME(job) * job, int is_backward) {
     const call *call = job->call;
     NAME(scratch) scratch = {0};
-    if (NAME(allocate)(job, &scratch)) {
-        __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
+    const int64_t missing = NAME(allocate)(job, &scratch);
+    if (missing) {
+        __atomic_store_n(&job->missing, missing, __ATOMIC_RELAXED);
     } else {
         int64_t number;
-        while ((number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < call->batch * job->blocks) {
+        while ((number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->end) {
             const int64_t item = number / job->blocks, block = number % job->blocks;
             int64_t begin[2] = {0, 0}, end[2] = {call->size[0], call->size[1]};
             begin[job->cut] = block * job->block_rows;
@@ -650,31 +681,35 @@ static void NAME(work_backward)(void *job) { NAME(work)(job, 1); }
 static void NAME(work_on_halos)(void *argument) {
     NAME(job) *job = argument;
     int64_t number;
-    while ((number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->call->batch * job->blocks)
+    while ((number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->end)
         NAME(add_halos)(job, number / job->blocks, number % job->blocks);
 }
 
-static int NAME(forward)(const call *call) {
+static int64_t NAME(forward)(const call *call) {
     NAME(job) job;
-    int failed = NAME(prepare)(&job, call, 0);
-    if (!failed) {
+    int64_t missing = NAME(prepare)(&job, call, 0);
+    if (!missing) {
+        job.end = call->batch * job.blocks;
         run_in_parallel(call->threads, call->parallel, NAME(work_forward), &job);
-        failed = job.failed;
+        missing = job.missing;
     }
     NAME(finish)(&job);
-    return failed;
+    return missing;
 }
 
-static int NAME(backward)(const call *call) {
+static int64_t NAME(backward)(const call *call) {
     NAME(job) job;
-    int failed = NAME(prepare)(&job, call, 1);
-    if (!failed) {
+    int64_t missing = NAME(prepare)(&job, call, 1);
+    for (int64_t first = 0; !missing && first < call->batch; first += job.items) {
+        if (first) memset(job.halos, 0, sizeof(REAL) * (size_t)(job.items * job.blocks * job.halo));
+        job.end = NAME(minimum)(first + job.items, call->batch) * job.blocks;
+        job.next = first * job.blocks;
         run_in_parallel(call->threads, call->parallel, NAME(work_backward), &job);
-        failed = job.failed;
+        missing = job.missing;
+        job.next = first * job.blocks;
+        if (!missing) run_in_parallel(call->threads, call->parallel, NAME(work_on_halos), &job);
     }
-    if (!failed) {
-        job.next = 0;
-        run_in_parallel(call->threads, call->parallel, NAME(work_on_halos), &job);
+    if (!missing) {
         REAL *query_gradient = call->output;
         for (int64_t c = 0; c < call->channels; c++) {
             double sum = 0;
@@ -684,13 +719,13 @@ static int NAME(backward)(const call *call) {
         }
     }
     NAME(finish)(&job);
-    return failed;
+    return missing;
 }
 
 typedef struct {
     const average *average;
     int64_t next; /* the next plane z of the output that a thread takes */
-    int failed;
+    int64_t missing;
 } NAME(average_job);
 
 static void NAME(work_on_average)(void *argument) {
@@ -699,9 +734,10 @@ static void NAME(work_on_average)(void *argument) {
     const int64_t *size = call->size, *factor = call->factor;
     const int64_t columns = size[2] * factor[2], rows = size[1] * factor[1];
     const REAL share = (REAL)1 / (REAL)(factor[0] * factor[1] * factor[2]);
-    REAL *restrict sums = malloc(sizeof(REAL) * (size_t)columns);
+    const int64_t bytes = (int64_t)sizeof(REAL) * columns;
+    REAL *restrict sums = malloc((size_t)bytes);
     if (!sums) {
-        __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
+        __atomic_store_n(&job->missing, bytes, __ATOMIC_RELAXED);
         return;
     }
     int64_t number;
@@ -726,16 +762,15 @@ static void NAME(work_on_average)(void *argument) {
     free(sums);
 }
 
-static int NAME(average)(const average *call) {
+static int64_t NAME(average)(const average *call) {
     NAME(average_job) job = {call, 0, 0};
     run_in_parallel(call->threads, call->parallel, NAME(work_on_average), &job);
-    return job.failed;
+    return job.missing;
 }
 
 #undef LANES
 #undef PANEL
 #undef VECTORS
-#undef HALO_ROWS
 #undef VECTOR
 #undef QUAD
 #undef SHUFFLE

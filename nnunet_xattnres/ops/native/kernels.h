@@ -6,8 +6,24 @@
 
 #include "attention.h"
 
+/* Tests choose less. */
+#ifndef CACHE_BYTES
 #define CACHE_BYTES (512 * 1024) /* what a tile's buffers may take */
-#define BLOCKS 16                /* per batch item, at most */
+#endif
+#ifndef HALO_BYTES
+#define HALO_BYTES (16 * 1024 * 1024) /* what all halos may take, unless threads would be without work */
+#endif
+#define BLOCKS 16 /* per batch item, at most */
+
+/* Memory between the buffers of a thread that no code may touch. The address sanitizer reports who does. */
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define GUARD 16 /* voxels or elements */
+#define GUARD_MEMORY(begin, bytes) ASAN_POISON_MEMORY_REGION(begin, bytes)
+#else
+#define GUARD 0
+#define GUARD_MEMORY(begin, bytes) ((void)(begin), (void)(bytes))
+#endif
 
 /* exp(x) for x <= 0, without branches, so that a loop over it is vectorised. The relative error is below 3e-7.
    exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2, and exp(r) by its Taylor series. */
