@@ -66,14 +66,9 @@ def test_it_equals_the_reference_in_output_and_every_gradient(case):
     _assert_equals_reference(*_inputs(case))
 
 
-def test_sums_of_several_parts_equal_the_reference(monkeypatch):
-    monkeypatch.setattr(kernels, "SUM_TILES", 2)
-    _assert_equals_reference(*_inputs("2d, several tiles along x"))
-
-
 @pytest.mark.parametrize("case", ["2d, one source", "3d"])
 def test_planes_in_several_chunks_equal_the_reference(case, monkeypatch):
-    monkeypatch.setattr(kernels, "ROWS_BYTES", 1)
+    monkeypatch.setattr(kernels, "PLANES_BYTES", 1)
     _assert_equals_reference(*_inputs(case))
 
 
