@@ -3,9 +3,10 @@
     python studies/triton_kernels.py [msd03 msd04]
 
 compiles the kernels of the attention before the last decoder stage of each preset, 3d_fullres, at its batch size.
-ptxas says how many registers a thread has, how many bytes it spills, and the shared memory. Loads are counted in the
-PTX, by following one thread of some programs all over the grid: its integers are computed, what it loads is unknown.
-They are loads of global memory by all threads, also those that a mask switches off, for each element of the output.
+ptxas says how many registers a thread has, how many bytes it spills, and the shared memory. Loads and stores of global
+memory are counted in the PTX, by following threads of some programs all over the grid: their integers are computed,
+what they load is unknown. Counts are of all threads, also of accesses that a mask switches off, for each element of the
+output. Bytes are those that masks let through.
 """
 
 import operator
