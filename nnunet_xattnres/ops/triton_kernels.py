@@ -37,7 +37,8 @@ from torch import Tensor
 # `_mix_kernel` and `_gradient_kernel` hold all channels of a tile of target positions in registers. A thread has 16
 # elements, and 8 in `_gradient_kernel` where a program has at most 16 warps. In half precision, `_gradient_kernel` is
 # kept to 128 registers, so that two programs of 8 warps fit a multiprocessor. Compiled for compute capabilities 8.0 and
-# 9.0, no kernel spills any then. In float32, it takes up to 243 registers, and spills 48 bytes at 512 channels.
+# 9.0, no kernel spills any then. In float32, it takes up to 255 registers, and spills 48 bytes at 512 channels. In
+# float64, it spills about 1 KB from 320 channels on.
 MAX_CHANNELS = 512
 TILE_ELEMENTS = 2048
 ELEMENTS_PER_WARP = 512
