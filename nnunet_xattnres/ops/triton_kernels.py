@@ -18,11 +18,11 @@ A plane is the target positions of one batch item and one z. `_rows_kernel` inte
 y, once for every coarse position of a row. It does so for some planes at a time, so that the result takes little
 memory. Then tiles of a plane need only interpolate along x.
 
-The backward pass has two more kernels. The first writes the coefficients a_k, b_k and n_k of all sources and target
-positions. The second computes du_k: for every source position, it sums dv_k over the target positions that have it as a
-tap, times its weight there. In the term n_k v_k, v_k is a weighted sum of taps. The kernel therefore sums n_k times the
-weights of each tap, which has no channels, and multiplies every sum by the features of its tap once. All sums have a
-fixed order.
+The backward pass takes the same way back. `_gradient_kernel` computes dv_k of all sources for a tile of target
+positions, with the gradient read once. That of a fine source is written. That of a coarse one is summed over target
+positions, times their weights along x, for every position of its rows in the tile. `_row_gradient_kernel` sums what the
+tiles and rows of a plane add to the positions of a source, and `_plane_gradient_kernel` what the planes add. All sums
+have a fixed order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,24 +34,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# `_mix_kernel` and `_coefficients_kernel` hold all channels of a tile of target positions in registers, 16 elements per
-# thread. Compiled for compute capabilities 8.0 and 9.0, they take at most 160 registers in float32, and spill none.
+# `_mix_kernel` and `_gradient_kernel` hold all channels of a tile of target positions in registers. A thread has 16
+# elements, and 8 in `_gradient_kernel` where a program has at most 16 warps. In half precision, `_gradient_kernel` is
+# kept to 128 registers, so that two programs of 8 warps fit a multiprocessor. Compiled for compute capabilities 8.0 and
+# 9.0, no kernel spills any then. In float32, it takes up to 255 registers, and spills 48 bytes at 512 channels. In
+# float64, it spills about 1 KB from 320 channels on.
 MAX_CHANNELS = 512
 TILE_ELEMENTS = 2048
 ELEMENTS_PER_WARP = 512
-MIN_TILE_POSITIONS, MAX_TILE_POSITIONS = 16, 128
-# Offsets within a batch item, and between coefficients, are 32-bit integers.
+GRADIENT_WARPS, GRADIENT_REGISTERS = 16, 128
+MIN_TILE_POSITIONS, MAX_TILE_POSITIONS = 16, 64
+# Offsets within a batch item are 32-bit integers.
 MAX_ELEMENTS = 2**31 - 1
 
-# `_rows_kernel`: elements of a program. Rows of at most so many bytes are held at once, or those of one plane.
+# `_rows_kernel`: elements of a program.
 ROW_ELEMENTS = 1024
-ROWS_BYTES = 2**26
-MAX_PLANES = 2**16 - 1
+# What the kernels hold of some planes at once takes at most so many bytes, or as many as one plane takes.
+PLANES_BYTES = 2**26
+MAX_PLANES = 2**16 - 3
 
-# `_source_gradient_kernel`: channels and target positions of a tile, and the most tiles that one part of a sum takes.
-SUM_CHANNELS = 32
-SUM_POSITIONS = 64
-SUM_TILES = 64
+# `_row_gradient_kernel` and `_plane_gradient_kernel`: elements of a program, and summands of one step.
+SUM_ELEMENTS = 256
+SUM_STEPS = 8
 
 Size = tuple[int, int, int]
 
@@ -62,8 +66,8 @@ def mix(query: Tensor, coarse: Sequence[Tensor], fine: Sequence[Tensor], size: S
     mixture = sources[0].new_empty(len(sources[0]), len(query), *size)
     options = _tile_options(query, coarse, mixture, eps)
     with torch.cuda.device_of(mixture):
-        for first, planes, rows in _interpolate_rows(coarse, mixture, options["PRECISION"]):
-            _mix_kernel[_grid(mixture, planes)](query, rows, tuple(fine), mixture, first, *_planes(size), **options)
+        for first, planes, rows in _interpolate_rows(coarse, mixture, _precision(query, mixture)):
+            _mix_kernel[_tiles(mixture), planes](query, rows, tuple(fine), mixture, first, *_planes(size), **options)
     return mixture
 
 
@@ -71,51 +75,101 @@ def mix_gradients(
     gradient: Tensor, query: Tensor, coarse: Sequence[Tensor], fine: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradients of `mix` with respect to query and sources. gradient: that of the result."""
-    size = gradient.shape[2:]
+    batch_size, channels, *size = gradient.shape
+    size_z, plane_size, size_x = _planes(size)
     options = _tile_options(query, coarse, gradient, eps)
-    sources = [*coarse, *fine]
+    warps = {"num_warps": max(options["num_warps"], min(2 * options["num_warps"], GRADIENT_WARPS))}
+    # Triton refuses the option for AMD GPUs.
+    if gradient.dtype.itemsize == 2 and torch.version.hip is None:
+        warps["maxnreg"] = GRADIENT_REGISTERS
     precision = _precision(query, gradient)
-    coefficients = gradient.new_empty(len(sources), 3, len(gradient), prod(size), dtype=precision)
+    tiles, tile = _tiles(gradient), options["TILE"]
+    factors = [_factors(source.shape[1:-1], size) for source in coarse]
+    # Positions that a tile touches in the rows of a source.
+    touched = tuple(min(tile, tile // factor_x + 4) for *_, factor_x in factors)
+    tile_shapes = [(tiles, count, channels) for count in touched]
+    plane_shapes = [(*_three_axes(source.shape[1:-1])[1:], channels) for source in coarse]
+
+    of_query = gradient.new_empty(batch_size * size_z * tiles, channels, dtype=precision)
+    of_coarse = tuple(torch.empty_like(source) for source in coarse)
+    # Planes of a source to which later chunks add: at most two at the end of a chunk. Chunks write one half in turn.
+    unfinished = tuple(gradient.new_empty(2, 2, *shape, dtype=precision) for shape in plane_shapes)
+    of_fine = tuple(torch.empty_like(source) for source in fine)
     with torch.cuda.device_of(gradient):
-        for first, planes, rows in _interpolate_rows(coarse, gradient, options["PRECISION"]):
-            _coefficients_kernel[_grid(gradient, planes)](
+        chunks = _interpolate_rows(coarse, gradient, precision, tile_shapes, plane_shapes)
+        for chunk, (first, planes, rows, of_tiles, of_planes) in enumerate(chunks):
+            _gradient_kernel[tiles, planes](
                 query,
                 rows,
                 tuple(fine),
                 gradient,
-                coefficients,
+                of_query,
+                of_tiles,
+                of_fine,
                 first,
-                len(gradient),
-                *_planes(size),
-                **options,
-                BLOCK_SOURCES=triton.next_power_of_2(len(sources)),
+                size_z,
+                plane_size,
+                size_x,
+                **options | warps,
+                TOUCHED=touched,
+                BLOCK_SOURCES=triton.next_power_of_2(len(coarse) + len(fine)),
+                DOT=_DOT_PRECISIONS.get(gradient.dtype, "tf32"),
             )
-        query_parts, source_gradients = zip(
-            *(
-                _source_gradient(query, source, gradient, of_source, channels_last=k < len(coarse))
-                for k, (source, of_source) in enumerate(zip(sources, coefficients, strict=True))
-            ),
-            strict=True,
-        )
-    query_gradient = torch.cat(query_parts).sum(dim=0).to(query.dtype)
-    return query_gradient, list(source_gradients[: len(coarse)]), list(source_gradients[len(coarse) :])
+            if not coarse:
+                continue
+            blocks = triton.cdiv(max(map(prod, plane_shapes)), SUM_ELEMENTS)
+            _row_gradient_kernel[blocks, planes, len(coarse)](
+                of_tiles,
+                of_planes,
+                plane_size,
+                size_x,
+                tiles,
+                FACTORS_Y=tuple(factor for _, factor, _ in factors),
+                FACTORS_X=options["FACTORS_X"],
+                TOUCHED=touched,
+                TILE=tile,
+                CHANNELS=channels,
+                STEPS=SUM_STEPS,
+                BLOCK=SUM_ELEMENTS,
+                PRECISION=options["PRECISION"],
+            )
+            # The planes touch at most two more planes of a source than they are.
+            _plane_gradient_kernel[blocks, planes + 2, len(coarse)](
+                of_planes,
+                unfinished,
+                of_coarse,
+                tuple(map(prod, plane_shapes)),
+                chunk % 2,
+                first,
+                planes,
+                size_z,
+                FACTORS_Z=tuple(factor for factor, _, _ in factors),
+                STEPS=SUM_STEPS,
+                BLOCK=SUM_ELEMENTS,
+                PRECISION=options["PRECISION"],
+            )
+    return of_query.sum(dim=0).to(query.dtype), list(of_coarse), list(of_fine)
 
 
 def _interpolate_rows(
-    coarse: Sequence[Tensor], target: Tensor, precision: tl.dtype
-) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
-    """Chunks of the planes (batch item, z) of the target: the first one, their number, and the rows of all sources.
+    coarse: Sequence[Tensor], target: Tensor, precision: torch.dtype, *others: Sequence[Sequence[int]]
+) -> Iterator[tuple[Any, ...]]:
+    """Chunks of the planes of the target: the first one, their number, the rows of all sources, and other memory.
 
     The rows (planes, y, source_x, C) of a source are interpolated along z and y. Every chunk overwrites those before.
+    others: shapes, for each of which there is memory for every plane, in `precision`.
     """
     batch_size, channels, *size = target.shape
     size_z, size_y, size_x = _three_axes(size)
     factors = [_factors(source.shape[1:-1], size) for source in coarse]
     row_shapes = [(size_y, size_x // factor_x, channels) for *_, factor_x in factors]
+    wanted = [(row_shapes, target.dtype), *((shapes, precision) for shapes in others)]
+    plane_bytes = sum(dtype.itemsize * prod(shape) for shapes, dtype in wanted for shape in shapes)
     planes = batch_size * size_z
-    most = max(1, ROWS_BYTES // max(1, target.element_size() * sum(map(prod, row_shapes))))
-    at_once = min(planes, most, MAX_PLANES)
-    rows = tuple(target.new_empty(at_once, *shape) for shape in row_shapes)
+    at_once = min(planes, max(1, PLANES_BYTES // max(1, plane_bytes)), MAX_PLANES)
+    rows, *memory = (
+        tuple(target.new_empty(at_once, *shape, dtype=dtype) for shape in shapes) for shapes, dtype in wanted
+    )
     for first in range(0, planes, at_once or 1):
         count = min(at_once, planes - first)
         if rows:
@@ -129,63 +183,14 @@ def _interpolate_rows(
                 *zip(*factors, strict=True),
                 CHANNELS=channels,
                 BLOCK=ROW_ELEMENTS,
-                PRECISION=precision,
+                PRECISION=_TRITON_DTYPES[precision],
             )
-        yield first, count, rows
-
-
-def _source_gradient(
-    query: Tensor, source: Tensor, gradient: Tensor, coefficients: Tensor, channels_last: bool
-) -> tuple[Tensor, Tensor]:
-    """What one source adds to the gradient of the query, (parts, C), to be summed over parts, and its own gradient.
-
-    coefficients: a, b and n of this source, (3, B, positions).
-    """
-    batch_size, channels, *size = gradient.shape
-    source_size = source.shape[1:-1] if channels_last else source.shape[2:]
-    factors = _factors(source_size, size)
-    # A tile has up to 16 target positions along x for each of its source positions, and as many of those as fit.
-    tile_x = min(triton.next_power_of_2(factors[2]), 16)
-    tile_sources = SUM_POSITIONS // tile_x
-    tiles_x = triton.cdiv(factors[2], tile_x)
-    rows = factors[0] * factors[1]
-    rows_per_part = min(rows, max(1, SUM_TILES // tiles_x))
-    halves = prod(min(factor, 2) for factor in factors)
-    parts = halves * triton.cdiv(rows, rows_per_part)
-    # Large factors mean few source positions with long sums. Then every part of a sum has a program of its own.
-    splits = parts if halves * rows * tiles_x > 2 * SUM_TILES else 1
-    block_channels = min(triton.next_power_of_2(channels), SUM_CHANNELS)
-    grid = (
-        triton.cdiv(prod(source_size), tile_sources),
-        splits,
-        batch_size * triton.cdiv(channels, block_channels),
-    )
-    precision = coefficients.dtype
-    source_parts = source.new_empty(splits, *source.shape, dtype=source.dtype if splits == 1 else precision)
-    query_parts = source.new_empty(grid[0] * splits * batch_size, channels, dtype=precision)
-    _source_gradient_kernel[grid](
-        query,
-        source,
-        gradient,
-        coefficients,
-        source_parts,
-        query_parts,
-        batch_size,
-        *_three_axes(source_size),
-        *factors,
-        ROWS=rows_per_part,
-        PARTS=parts // splits,
-        TILE_X=tile_x,
-        TILE_SOURCES=tile_sources,
-        CHANNELS_LAST=channels_last,
-        CHANNELS=channels,
-        BLOCK_CHANNELS=block_channels,
-        PRECISION=_TRITON_DTYPES[precision],
-    )
-    return query_parts, source_parts[0] if splits == 1 else source_parts.sum(dim=0).to(source.dtype)
+        yield first, count, rows, *memory
 
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+# Of matrix products: as exact as the results are.
+_DOT_PRECISIONS = {torch.float32: "tf32x3", torch.float64: "ieee"}
 
 
 def _precision(query: Tensor, target: Tensor) -> torch.dtype:
@@ -213,8 +218,9 @@ def _tile_positions(channels: int) -> int:
     return min(max(positions, MIN_TILE_POSITIONS), MAX_TILE_POSITIONS)
 
 
-def _grid(target: Tensor, planes: int) -> tuple[int, int]:
-    return triton.cdiv(_planes(target.shape[2:])[1], _tile_positions(target.shape[1])), planes
+def _tiles(target: Tensor) -> int:
+    """The number of tiles of a plane."""
+    return triton.cdiv(_planes(target.shape[2:])[1], _tile_positions(target.shape[1]))
 
 
 def _tile_options(query: Tensor, coarse: Sequence[Tensor], target: Tensor, eps: float) -> dict[str, Any]:
@@ -313,14 +319,15 @@ def _mix_kernel(
 
 
 @triton.jit(do_not_specialize=["first"])
-def _coefficients_kernel(
+def _gradient_kernel(
     query,
     rows,
     fine,
     gradient,
-    coefficients,
+    of_query,
+    of_tiles,
+    of_fine,
     first,
-    items,
     size_z,
     plane_size,
     size_x,
@@ -330,9 +337,14 @@ def _coefficients_kernel(
     TILE: tl.constexpr,
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    TOUCHED: tl.constexpr,
     BLOCK_SOURCES: tl.constexpr,
+    DOT: tl.constexpr,
 ):
-    """Backward pass, first kernel: a_k(p), b_k(p) and n_k(p) of all sources for a tile of target positions."""
+    """Backward pass: dv_k(p) of all sources for a tile of target positions, and what they add to dq.
+
+    For coarse sources, it is summed into the positions of the rows that the tile touches. They follow each other.
+    """
     position, channel, inside, at = _tile(first, size_z, plane_size, CHANNELS, BLOCK_CHANNELS, TILE)
     q = tl.load(query + channel, mask=channel < CHANNELS, other=0.0).to(PRECISION)
     g = tl.load(gradient + at, mask=inside, other=0.0).to(PRECISION)
@@ -350,150 +362,144 @@ def _coefficients_kernel(
         scores = tl.where(row == k, score[None, :], scores)
         products = tl.where(row == k, tl.sum(g * v, axis=1)[None, :], products)
 
-    is_source = row < SOURCES
     a = tl.exp(scores - tl.max(scores, axis=0)[None, :])
     a = a / tl.sum(a, axis=0)[None, :]
     b = a * (products - tl.sum(a * products, axis=0)[None, :]) * inverse_rms
-    n = b * tl.where(is_source, scores, 0.0) * inverse_rms / CHANNELS
-    plane = first + tl.program_id(1)
-    of_coefficient = items * size_z * plane_size
-    at = coefficients + row * 3 * of_coefficient + plane * plane_size + position[None, :]
-    kept = is_source & (position < plane_size)[None, :]
-    tl.store(at, a, mask=kept)
-    tl.store(at + of_coefficient, b, mask=kept)
-    tl.store(at + 2 * of_coefficient, n, mask=kept)
+    n = b * tl.where(row < SOURCES, scores, 0.0) * inverse_rms / CHANNELS
+
+    # dq is the sum of b_k(p) v_k(p).
+    along_query = tl.zeros((TILE, BLOCK_CHANNELS), PRECISION)
+    for k in range(SOURCES):
+        v = _value(rows, fine, k, position, channel, inside, at, plane_size, size_x, FACTORS_X, CHANNELS, PRECISION)
+        a_k = tl.sum(tl.where(row == k, a, 0.0), axis=0)[:, None]
+        b_k = tl.sum(tl.where(row == k, b, 0.0), axis=0)[:, None]
+        n_k = tl.sum(tl.where(row == k, n, 0.0), axis=0)[:, None]
+        along_query += b_k * v
+        dv = a_k * g + b_k * q[None, :] - n_k * v
+        if k < len(rows):
+            if len(rows) > 0:
+                factor_x = _select(FACTORS_X, k)
+                touched = _select(TOUCHED, k)
+                below, above, weight = _row_taps(position, size_x, factor_x, PRECISION)
+                start, _, _ = _row_taps(tl.program_id(0) * TILE, size_x, factor_x, PRECISION)
+                number = tl.arange(0, TILE)
+                of_number = start + number[:, None]
+                weights = tl.where(of_number == below[None, :], 1 - weight[None, :], 0.0)
+                weights += tl.where(of_number == above[None, :], weight[None, :], 0.0)
+                du = tl.dot(weights, dv, input_precision=DOT, out_dtype=PRECISION)
+                to = (
+                    _select(of_tiles, k)
+                    + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * touched * CHANNELS
+                )
+                of_touched = number[:, None] * CHANNELS + channel[None, :]
+                tl.store(to + of_touched, du, mask=(number < touched)[:, None] & (channel < CHANNELS)[None, :])
+        else:
+            if len(fine) > 0:
+                tl.store(_select(of_fine, k - len(rows)) + at, dv.to(gradient.dtype.element_ty), mask=inside)
+    tile = (first + tl.program_id(1)).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(of_query + tile * CHANNELS + channel, tl.sum(along_query, axis=0), mask=channel < CHANNELS)
 
 
 @triton.jit
-def _source_gradient_kernel(
-    query,
-    source,
-    gradient,
-    coefficients,
-    source_parts,
-    query_parts,
-    items,
-    source_z,
-    source_y,
-    source_x,
-    FACTOR_Z: tl.constexpr,
-    FACTOR_Y: tl.constexpr,
-    FACTOR_X: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-    TILE_X: tl.constexpr,
-    TILE_SOURCES: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+def _row_gradient_kernel(
+    of_tiles,
+    of_planes,
+    plane_size,
+    size_x,
+    tiles,
+    FACTORS_Y: tl.constexpr,
+    FACTORS_X: tl.constexpr,
+    TOUCHED: tl.constexpr,
+    TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Backward pass, second kernel: du_k of TILE_SOURCES source positions, and what they add to the query's gradient.
+    """What the tiles of one plane of the target add to the positions (y, x) of a source: a sum over rows and tiles."""
+    k = tl.program_id(2)
+    factor_y = _select(FACTORS_Y, k)
+    factor_x = _select(FACTORS_X, k)
+    touched = _select(TOUCHED, k)
+    source_x = size_x // factor_x
+    source_y = plane_size // size_x // factor_y
+    elements = source_y * source_x * CHANNELS
+    if tl.program_id(0) * BLOCK >= elements:
+        return
+    source = _select(of_tiles, k) + tl.program_id(1).to(tl.int64) * tiles * touched * CHANNELS
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j_y = (element // CHANNELS // source_x)[None, :]
+    j_x = (element // CHANNELS % source_x)[None, :]
+    # The targets in a row that have a position as a tap are consecutive.
+    first_x = tl.maximum(j_x * factor_x - factor_x // 2, 0)
+    last_x = tl.minimum(j_x * factor_x - factor_x // 2 + 2 * factor_x - 1, size_x - 1)
+    most_tiles = 1 + tl.cdiv(2 * factor_x, TILE)
+    du = tl.zeros((STEPS, BLOCK), PRECISION)
+    for start in range(0, 2 * factor_y * most_tiles, STEPS):
+        step = (start + tl.arange(0, STEPS))[:, None]
+        y, weight, exists = _target(j_y, step // most_tiles, source_y, factor_y, PRECISION)
+        tile = (y * size_x + first_x) // TILE + step % most_tiles
+        before, _, _ = _row_taps(tile * TILE, size_x, factor_x, PRECISION)
+        number = y * source_x + j_x - before
+        kept = exists & (tile <= (y * size_x + last_x) // TILE) & (number >= 0) & (number < touched)
+        kept = kept & (element < elements)[None, :]
+        at = (tile * touched + number) * CHANNELS + (element % CHANNELS)[None, :]
+        du += weight * tl.load(source + at, mask=kept, other=0.0)
+    to = _select(of_planes, k) + tl.program_id(1).to(tl.int64) * elements + element
+    tl.store(to, tl.sum(du, axis=0), mask=element < elements)
 
-    A source position j is a tap of the target positions between its neighbours j - 1 and j + 1. Along an axis of factor
-    F > 1 these are two halves of F positions each: half 0 is on the side of j - 1, half 1 on that of j + 1. Along an
-    axis of factor 1 there is one position, in half 0. One half per axis makes a box of target positions that all have
-    the same taps: along every axis tap 0, which is j, and where F > 1 tap 1, the neighbour on the side of the half.
 
-    A part of a sum is ROWS rows along x of one box. A program sums PARTS parts, tile by tile. A tile has TILE_X target
-    positions of one row for each of the TILE_SOURCES source positions.
+@triton.jit(do_not_specialize=["half", "first", "planes"])
+def _plane_gradient_kernel(
+    of_planes,
+    unfinished,
+    of_coarse,
+    elements_of_planes,
+    half,
+    first,
+    planes,
+    size_z,
+    FACTORS_Z: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What planes of the target, those of one chunk, add to a plane of a source.
+
+    A plane to which other chunks add, too, is handed on in `unfinished`: this chunk reads the other half of it.
     """
-    CHANNEL_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
-    HALVES_Z: tl.constexpr = min(FACTOR_Z, 2)
-    HALVES_Y: tl.constexpr = min(FACTOR_Y, 2)
-    HALVES_X: tl.constexpr = min(FACTOR_X, 2)
-    TAPS: tl.constexpr = HALVES_Z * HALVES_Y * HALVES_X
-    ROW_BLOCKS: tl.constexpr = (FACTOR_Z * FACTOR_Y + ROWS - 1) // ROWS
-    TILE: tl.constexpr = TILE_SOURCES * TILE_X
-
-    split = tl.program_id(1)
-    item = (tl.program_id(2) // CHANNEL_BLOCKS).to(tl.int64)
-    channel = tl.program_id(2) % CHANNEL_BLOCKS * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    source_positions = source_z * source_y * source_x
-    size_y = source_y * FACTOR_Y
-    size_x = source_x * FACTOR_X
-    positions = source_z * FACTOR_Z * size_y * size_x
-    of_channel = channel if CHANNELS_LAST else channel * source_positions
-    of_position: tl.constexpr = CHANNELS if CHANNELS_LAST else 1
-    q = tl.load(query + channel, mask=channel < CHANNELS, other=0.0).to(PRECISION)
-    source += item * CHANNELS * source_positions
-    gradient += item * CHANNELS * positions
-    coefficients += item * positions
-
-    # For every target position of a tile: the source position j that it is summed for.
-    lane = tl.arange(0, TILE)
-    j = tl.program_id(0) * TILE_SOURCES + lane // TILE_X
-    j_z = j // (source_y * source_x)
-    j_y = j // source_x % source_y
-    j_x = j % source_x
-    # The source positions themselves.
-    own = tl.program_id(0) * TILE_SOURCES + tl.arange(0, TILE_SOURCES)
-    own_z = own // (source_y * source_x)
-    own_y = own // source_x % source_y
-    own_x = own % source_x
-    own_inside = (channel < CHANNELS)[:, None] & (own < source_positions)[None, :]
-
-    tap = tl.arange(0, TAPS)
-    tap_x = (tap % HALVES_X)[:, None]
-    tap_y = (tap // HALVES_X % HALVES_Y)[:, None]
-    tap_z = (tap // (HALVES_X * HALVES_Y))[:, None]
-
-    from_gradient = tl.zeros((BLOCK_CHANNELS, TILE), PRECISION)
-    from_values = tl.zeros((BLOCK_CHANNELS, TILE_SOURCES), PRECISION)
-    along_query = tl.zeros((TILE,), PRECISION)
-    for part in range(split * PARTS, (split + 1) * PARTS):
-        half = part // ROW_BLOCKS
-        half_x = half % HALVES_X
-        half_y = half // HALVES_X % HALVES_Y
-        half_z = half // (HALVES_X * HALVES_Y)
-        first_row = part % ROW_BLOCKS * ROWS
-        along_taps = tl.zeros((TAPS, TILE), PRECISION)
-        for row in range(first_row, min(first_row + ROWS, FACTOR_Z * FACTOR_Y)):
-            z, weight_z = _target(j_z, half_z, row // FACTOR_Y, source_z, FACTOR_Z, PRECISION)
-            y, weight_y = _target(j_y, half_y, row % FACTOR_Y, source_y, FACTOR_Y, PRECISION)
-            for start in range(0, FACTOR_X, TILE_X):
-                step = start + lane % TILE_X
-                x, weight_x = _target(j_x, half_x, step, source_x, FACTOR_X, PRECISION)
-                weight = weight_z * weight_y * weight_x
-                inside = (step < FACTOR_X) & (j < source_positions) & (weight > 0)
-                position = (z * size_y + y) * size_x + x
-                at = coefficients + position
-                a = weight * tl.load(at, mask=inside, other=0.0)
-                along_query += weight * tl.load(at + items * positions, mask=inside, other=0.0)
-                n = weight * tl.load(at + 2 * items * positions, mask=inside, other=0.0)
-                g = tl.load(
-                    gradient + channel[:, None] * positions + position[None, :],
-                    mask=(channel < CHANNELS)[:, None] & inside[None, :],
-                    other=0.0,
-                ).to(PRECISION)
-                from_gradient += a[None, :] * g
-                along_taps += (
-                    n[None, :]
-                    * tl.where(tap_z == 0, weight_z[None, :], 1 - weight_z[None, :])
-                    * tl.where(tap_y == 0, weight_y[None, :], 1 - weight_y[None, :])
-                    * tl.where(tap_x == 0, weight_x[None, :], 1 - weight_x[None, :])
-                )
-        along_taps_of_source = tl.sum(tl.reshape(along_taps, (TAPS, TILE_SOURCES, TILE_X)), axis=2)
-        for k in tl.static_range(TAPS):
-            z = _corner(own_z, half_z, k // (HALVES_X * HALVES_Y), source_z)
-            y = _corner(own_y, half_y, k // HALVES_X % HALVES_Y, source_y)
-            x = _corner(own_x, half_x, k % HALVES_X, source_x)
-            at = of_channel[:, None] + ((z * source_y + y) * source_x + x)[None, :] * of_position
-            u = tl.load(source + at, mask=own_inside, other=0.0).to(PRECISION)
-            along_tap = tl.sum(tl.where(tap[:, None] == k, along_taps_of_source, 0.0), axis=0)
-            from_values += along_tap[None, :] * u
-
-    along_query_of_source = tl.sum(tl.reshape(along_query, (TILE_SOURCES, TILE_X)), axis=1)
-    from_gradient_of_source = tl.sum(tl.reshape(from_gradient, (BLOCK_CHANNELS, TILE_SOURCES, TILE_X)), axis=2)
-    du = from_gradient_of_source + along_query_of_source[None, :] * q[:, None] - from_values
-    at = of_channel[:, None] + own[None, :] * of_position
-    part_of_item = (split * items + item) * CHANNELS
-    tl.store(source_parts + part_of_item * source_positions + at, du.to(source_parts.dtype.element_ty), mask=own_inside)
-    # dq is the sum of b_k(p) v_k(p) over p. That is the sum of along_query_of_source u_k over source positions.
-    u = tl.load(source + at, mask=own_inside, other=0.0).to(PRECISION)
-    dq = tl.sum(along_query_of_source[None, :] * u, axis=1)
-    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) * items * CHANNELS
-    tl.store(query_parts + program + part_of_item + channel, dq, mask=channel < CHANNELS)
+    k = tl.program_id(2)
+    factor_z = _select(FACTORS_Z, k)
+    elements = _select(elements_of_planes, k)
+    source_z = size_z // factor_z
+    last = first + planes - 1
+    below, _ = _below(first % size_z, factor_z, PRECISION)
+    last_below, _ = _below(last % size_z, factor_z, PRECISION)
+    plane = first // size_z * source_z + below + tl.program_id(1)
+    last_plane = last // size_z * source_z + tl.minimum(last_below + 1, source_z - 1)
+    if (tl.program_id(0) * BLOCK >= elements) | (plane > last_plane):
+        return
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    du = tl.zeros((STEPS, BLOCK), PRECISION)
+    for start in range(0, 2 * factor_z, STEPS):
+        step = start + tl.arange(0, STEPS)
+        z, weight, exists = _target(plane % source_z, step, source_z, factor_z, PRECISION)
+        of_target = plane // source_z * size_z + z - first
+        kept = exists & (of_target >= 0) & (of_target < planes)
+        at = of_target.to(tl.int64)[:, None] * elements + element[None, :]
+        du += weight[:, None] * tl.load(_select(of_planes, k) + at, mask=kept[:, None] & inside[None, :], other=0.0)
+    # The targets that have the plane as a tap.
+    before = plane // source_z * size_z
+    in_item = plane % source_z * factor_z - factor_z // 2
+    first_target = before + tl.maximum(in_item, 0)
+    last_target = before + tl.minimum(in_item + 2 * factor_z - 1 - factor_z % 2, size_z - 1)
+    slot = _select(unfinished, k) + plane % 2 * elements + element
+    sofar = tl.load(slot + (1 - half) * 2 * elements, mask=inside & (first_target < first), other=0.0)
+    total = sofar + tl.sum(du, axis=0)
+    tl.store(slot + half * 2 * elements, total, mask=inside & (last_target > last))
+    to = _select(of_coarse, k) + plane.to(tl.int64) * elements + element
+    tl.store(to, total.to(to.dtype.element_ty), mask=inside & (last_target <= last))
 
 
 @triton.jit
@@ -557,17 +563,25 @@ def _value(
     if k < len(rows):
         if len(rows) > 0:
             factor_x = _select(FACTORS_X, k)
-            source_x = size_x // factor_x
             source = _select(rows, k) + tl.program_id(1).to(tl.int64) * (plane_size // factor_x * CHANNELS)
-            below, fraction = _below(position % size_x, factor_x, PRECISION)
+            below, above, weight = _row_taps(position, size_x, factor_x, PRECISION)
             for tap in range(tl.minimum(factor_x, 2)):
-                x, weight = _tap(below, fraction, tap, source_x)
-                from_row = (position // size_x * source_x + x)[:, None] * CHANNELS + channel[None, :]
-                v += weight[:, None] * tl.load(source + from_row, mask=inside, other=0.0).to(PRECISION)
+                of_row = tl.where(tap == 1, above, below)[:, None] * CHANNELS + channel[None, :]
+                u = tl.load(source + of_row, mask=inside, other=0.0).to(PRECISION)
+                v += tl.where(tap == 1, weight, 1 - weight)[:, None] * u
     else:
         if len(fine) > 0:
             v = tl.load(_select(fine, k - len(rows)) + at, mask=inside, other=0.0).to(PRECISION)
     return v
+
+
+@triton.jit
+def _row_taps(position, size_x, factor_x, PRECISION: tl.constexpr):
+    """Positions of a plane: their taps below and above in the rows of a source, and the weight of the tap above."""
+    below, weight = _below(position % size_x, factor_x, PRECISION)
+    source_x = size_x // factor_x
+    row = position // size_x * source_x
+    return row + below, row + tl.minimum(below + 1, source_x - 1), weight
 
 
 @triton.jit
@@ -586,21 +600,15 @@ def _tap(below, fraction, above, source):
 
 
 @triton.jit
-def _target(j, half, step, source, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """Along one axis: the target position number `step` in a half of source position j, and the weight of j there.
+def _target(j, step, source, factor, PRECISION: tl.constexpr):
+    """Along one axis: a target position that has source position j as a tap, the weight of j there, and if it exists.
 
-    The weight is zero where there is no such target position.
+    step: its number among 2 * factor of them.
     """
-    position = j * FACTOR - FACTOR // 2 + half * FACTOR + step
-    at = tl.minimum(tl.maximum(2 * position + 1 - FACTOR, 0), 2 * FACTOR * (source - 1))
-    weight = 1 - tl.abs(at - 2 * FACTOR * j).to(PRECISION) / (2 * FACTOR)
-    return position, tl.where((position >= 0) & (position < source * FACTOR), weight, 0.0)
-
-
-@triton.jit
-def _corner(own, half, TAP: tl.constexpr, source):
-    """Along one axis: tap 0 of a half, the source position itself, or tap 1, its neighbour on that side."""
-    return tl.minimum(tl.maximum(own + 2 * half - 1, 0), source - 1) if TAP else own
+    position = j * factor - factor // 2 + step
+    at = tl.minimum(tl.maximum(2 * position + 1 - factor, 0), 2 * factor * (source - 1))
+    weight = 1 - tl.abs(at - 2 * factor * j).to(PRECISION) / (2 * factor)
+    return position, weight, (step < 2 * factor) & (position >= 0) & (position < source * factor)
 
 
 # Whether the kernels run under Triton's interpreter. Triton decides it when it decorates them.

@@ -17,9 +17,11 @@ CASES = {  # batch size, target size, source sizes; small, because the interpret
     "2d, one source": (2, (1, 4), [(1, 2)]),
     "2d, odd sizes and factors": (1, (3, 10), [(1, 2), (3, 5)]),
     "2d, several tiles along x": (1, (2, 36), [(1, 2)]),
+    "2d, only fine": (2, (2, 2), [(2, 2)]),
     "3d": (1, (2, 4, 2), [(1, 2, 1)]),
 }
 SLOW_CASES = {
+    "3d, odd factor along z": (1, (6, 1, 1), [(2, 1, 1)]),
     "2d, several tiles": (2, (5, 7), [(5, 7), (5, 1)]),
     "2d, large factors": (2, (2, 96), [(1, 2), (1, 4)]),
     "3d, several tiles": (1, (4, 6, 6), [(2, 3, 3), (1, 3, 1), (4, 6, 6)]),
@@ -66,14 +68,9 @@ def test_it_equals_the_reference_in_output_and_every_gradient(case):
     _assert_equals_reference(*_inputs(case))
 
 
-def test_sums_of_several_parts_equal_the_reference(monkeypatch):
-    monkeypatch.setattr(kernels, "SUM_TILES", 2)
-    _assert_equals_reference(*_inputs("2d, several tiles along x"))
-
-
-@pytest.mark.parametrize("case", ["2d, one source", "3d"])
+@pytest.mark.parametrize("case", ["2d, one source", "3d", "3d, odd factor along z"])
 def test_planes_in_several_chunks_equal_the_reference(case, monkeypatch):
-    monkeypatch.setattr(kernels, "ROWS_BYTES", 1)
+    monkeypatch.setattr(kernels, "PLANES_BYTES", 1)
     _assert_equals_reference(*_inputs(case))
 
 
@@ -85,8 +82,9 @@ def test_values_as_small_as_eps_equal_the_reference():
         torch.testing.assert_close(a, b, atol=1e-12 * b.abs().max().item(), rtol=0)
 
 
-def test_channels_of_several_blocks_equal_the_reference():
-    _assert_equals_reference(*_inputs("2d, one source", channels=35))
+@pytest.mark.parametrize("channels", [1, 35])
+def test_numbers_of_channels_that_fill_no_tile_equal_the_reference(channels):
+    _assert_equals_reference(*_inputs("2d, one source", channels=channels))
 
 
 # Rounding errors of sources and results in half precision, some of which add up in the gradients.
@@ -114,13 +112,15 @@ def test_under_autocast_the_largest_half_precision_values_stay_finite():
     torch.testing.assert_close(out.float(), expected, atol=60, rtol=0)
 
 
-def test_a_single_candidate_equals_the_reference():
+@pytest.mark.parametrize("chosen", [[0], [0, 1], [2]], ids=["one coarse", "only coarse", "one fine"])
+def test_candidates_of_one_kind_equal_the_reference(chosen):
     inputs, size = _inputs("2d")
-    query, norm_scale, _, coarse, _, projection, _ = inputs
-    candidates = [Candidate(coarse, projection)]
+    query, norm_scale, *_ = inputs
+    candidates = [_candidates(inputs)[k] for k in chosen]
     outputs = [attend(query, norm_scale, candidates, size) for attend in (attend_triton, attend_reference)]
     torch.testing.assert_close(*outputs, atol=1e-9, rtol=0)
-    gradients = [torch.autograd.grad(out.square().sum(), [query, coarse, projection]) for out in outputs]
+    tensors = [query, *(candidate.features for candidate in candidates)]
+    gradients = [torch.autograd.grad(out.square().sum(), tensors) for out in outputs]
     torch.testing.assert_close(*gradients, atol=1e-9, rtol=0)
 
 
