@@ -242,8 +242,9 @@ class TestMemoryOfTheBackwardPass:
         peak, _ = peak_and_live_bytes(lambda: torch.autograd.grad(out, leaves, upstream))
         assert peak <= sum(gradient.nbytes for gradient in returned) + (1 + finer) * out.nbytes
 
-    def test_the_halos_of_a_batch_are_added_to_its_own_items(self):
-        """With these channels, the gradients of two batch items are computed at a time."""
+    def test_the_halos_of_a_batch_are_added_to_its_own_items(self, monkeypatch):
+        """With these channels and threads, the gradients of two batch items are computed at a time."""
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         size = (64, 16)
         query, _, candidates = make_inputs(size, [(2, 2)] * 6, batch=3, channels=1024, dtype=torch.float32)
         upstream = torch.randn(3, 1024, *size)

@@ -573,7 +573,8 @@ static int64_t NAME(prepare)(NAME(job) * job, const call *call, int is_backward)
         job->halo += (along->halo_before + 1) * along->halo_row;
     }
     const int64_t halos = NAME(maximum)(job->blocks * job->halo, 1);
-    const int64_t for_all_threads = (call->threads + job->blocks - 1) / job->blocks;
+    /* Threads wait for each other after the items that are computed at once. Four blocks for each thread keep that short. */
+    const int64_t for_all_threads = (4 * call->threads + job->blocks - 1) / job->blocks;
     job->items = NAME(maximum)(HALO_BYTES / (halos * (int64_t)sizeof(REAL)), for_all_threads);
     job->items = NAME(maximum)(NAME(minimum)(job->items, call->batch), 1);
     job->halos = calloc((size_t)(job->items * halos), sizeof(REAL));

@@ -11,7 +11,7 @@
 #define CACHE_BYTES (512 * 1024) /* what a tile's buffers may take */
 #endif
 #ifndef HALO_BYTES
-#define HALO_BYTES (16 * 1024 * 1024) /* what all halos may take, unless threads would be without work */
+#define HALO_BYTES (16 * 1024 * 1024) /* what the halos of several batch items may take, if all threads have work then */
 #endif
 #define BLOCKS 16 /* per batch item, at most */
 
