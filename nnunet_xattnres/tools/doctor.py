@@ -261,8 +261,8 @@ def _triton_backend() -> Finding:
 
     try:
         check_backend("triton", "cuda")
-    except Exception as error:  # Triton's own version can be looked up where the rest of it is damaged.
-        return Finding(NOTE, str(error) if isinstance(error, XAttnResError) else type_and_message(error))
+    except XAttnResError as error:
+        return Finding(NOTE, str(error))
     return Finding(OK, "the backend 'triton' has kernels for this GPU")
 
 
