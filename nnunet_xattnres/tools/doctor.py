@@ -261,8 +261,8 @@ def _triton_backend() -> Finding:
 
     try:
         check_backend("triton", "cuda")
-    except XAttnResError as error:
-        return Finding(NOTE, str(error))
+    except Exception as error:  # PyTorch cannot tell the capability of a GPU that it cannot use.
+        return Finding(NOTE, str(error) if isinstance(error, XAttnResError) else type_and_message(error))
     return Finding(OK, "the backend 'triton' has kernels for this GPU")
 
 

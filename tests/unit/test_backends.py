@@ -179,6 +179,6 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         query, coarse, fine = torch.empty(20), torch.empty(1, 2, 2, 20).half(), torch.empty(1, 20, 2, 4).half()
     compiler.record(lambda: kernels.mix(query, [coarse], [fine], (2, 4), 1e-6))
     compiler.record(lambda: kernels.mix_gradients(fine, query, [coarse], [fine], 1e-6))
-    for compiled, grid, arguments in compiler.launches:
-        assert compiled.asm["cubin"]
-        assert study.loads_of_launch(compiled, grid, arguments).total() >= fine.numel()
+    for launch in compiler.launches:
+        assert launch[0].asm["cubin"]
+        assert study.accesses_of_launches([launch]).total() >= fine.numel()
