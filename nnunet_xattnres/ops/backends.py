@@ -6,9 +6,8 @@ from types import ModuleType
 from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError, type_and_message
-from nnunet_xattnres.ops import native_library
 from nnunet_xattnres.ops.context import log_fallback
-from nnunet_xattnres.ops.native_operator import attend_native, attend_served, check_native, is_served
+from nnunet_xattnres.ops.native_operator import attend_native, check_native, is_served
 from nnunet_xattnres.ops.reference import EPS, Attention, Candidate, Upsampled, attend_reference
 from nnunet_xattnres.ops.streaming import attend_streaming
 
@@ -24,7 +23,7 @@ def attend_auto(
     """The fastest backend for a call, as far as is known without measuring: `native` for what it computes, else
     `streaming`."""
     if is_served(query, candidates, key_channels):
-        return attend_served(query, norm_scale, candidates, size, eps)
+        return attend_native(query, norm_scale, candidates, size, eps=eps)
     return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
 
 
@@ -34,33 +33,38 @@ def attention_backend(name: str) -> Attention:
     Where `triton` is not installed, it is that of `streaming`, so that trained networks predict everywhere: a training
     calls `check_backend` before. Raises `XAttnResError` for a name that no backend has.
     """
-    if name not in ATTENTION_BACKENDS:
-        raise XAttnResError(f"the backend {name!r} is not available here: use one of {', '.join(ATTENTION_BACKENDS)}")
+    _check_name(name)
     return ATTENTION_BACKENDS[name]()
 
 
 def chosen_backend(name: str, device: str, is_stage_level: bool) -> tuple[str, str]:
     """The backend that computes in single precision on a device, where a config has the backend `name`.
 
-    With it, why `auto` does not choose `native` on a CPU. Empty otherwise.
+    With it, why `streaming` computes instead of the named backend, or on a CPU instead of `native`. Empty otherwise.
     """
     if not is_stage_level and name != "reference":
         return "streaming", ""
-    if name != "auto":
-        return name, ""
-    if device != "cpu":
-        return "streaming", ""
-    problem = native_library.why_not_available()
-    return "streaming" if problem else "native", problem
+    if name == "auto":
+        name = "native" if device == "cpu" else "streaming"
+    try:
+        check_backend(name, device)
+    except XAttnResError as error:
+        return "streaming", str(error)
+    return name, ""
 
 
 def check_backend(name: str, device: str) -> None:
     """Raise `XAttnResError` for a backend that is not available here, or not on a device, by its name."""
-    attention_backend(name)
+    _check_name(name)
     if name == "native":
         check_native(device)
     if name == "triton":
         _triton_operator().check_device(device)
+
+
+def _check_name(name: str) -> None:
+    if name not in ATTENTION_BACKENDS:
+        raise XAttnResError(f"the backend {name!r} is not available here: use one of {', '.join(ATTENTION_BACKENDS)}")
 
 
 def _attend_triton() -> Attention:
@@ -75,14 +79,12 @@ def _attend_triton() -> Attention:
 def _triton_operator() -> ModuleType:
     # Imported on request: Triton may be missing or broken, and its import takes time.
     try:
-        import triton  # noqa: F401
+        from nnunet_xattnres.ops import triton_operator
     except Exception as error:
         raise XAttnResError(
             f"the backend 'triton' needs Triton, which cannot be imported ({type_and_message(error)}): pip install "
             "triton, or use the backend 'auto'"
         ) from error
-    from nnunet_xattnres.ops import triton_operator
-
     return triton_operator
 
 

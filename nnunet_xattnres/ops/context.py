@@ -13,9 +13,11 @@ def is_exporting() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
+# Runs while a graph is compiled and is no part of the graph.
+@torch.compiler.assume_constant_result
 def log_fallback(why: str) -> None:
-    """Log that `streaming` computes instead of a backend, once for every reason. Not while a graph is recorded."""
-    if not is_exporting() and not torch.compiler.is_compiling():
+    """Log that `streaming` computes instead of a backend, once for every reason. Not while a graph is exported."""
+    if not is_exporting():
         _warn(f"{why}; 'streaming' computes instead")
 
 

@@ -1,7 +1,6 @@
 """The compiled library of the native backend: where it is, and its calls. The C sources are in `native/`."""
 
 import ctypes
-import logging
 import os
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p, cast
@@ -97,20 +96,24 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-@torch.compiler.assume_constant_result
 def is_available() -> bool:
-    """Whether the library is there and can be loaded. If not, the log says once why."""
+    """Whether the library is there and can be loaded."""
     return not why_not_available()
 
 
-@cache
+# A graph holds what is known when it is compiled.
+@torch.compiler.assume_constant_result
 def why_not_available() -> str:
-    """Why the library cannot be used, in one line. Empty if it can. The answer stays: loading takes time."""
+    """Why the library cannot be used, in one line. Empty if it can."""
+    return _problem()
+
+
+# The answer stays: loading takes time.
+@cache
+def _problem() -> str:
     try:
         library()
     except XAttnResError as error:
-        # Not a part of the graph that may be compiled at the moment.
-        logging.getLogger(__name__).warning(f"{error}; 'streaming' computes instead")
         return str(error)
     return ""
 

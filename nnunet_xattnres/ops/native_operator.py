@@ -1,8 +1,6 @@
 """The native backend: compiled loops for the CPU, as a registered operator with gradients."""
 
-import logging
 from collections.abc import Sequence
-from functools import cache
 from itertools import chain, islice, zip_longest
 from math import prod
 from typing import Any
@@ -11,16 +9,18 @@ import torch
 from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.ops import native_library
 from nnunet_xattnres.ops.alignment import averaged, is_finer, project
-from nnunet_xattnres.ops.context import is_exporting, without_autocast
+from nnunet_xattnres.ops.context import is_exporting, log_fallback, without_autocast
 from nnunet_xattnres.ops.flops import interpolation_flops, projection_flops, register_flop_formula
 from nnunet_xattnres.ops.interpolation import upsampling_factors
-from nnunet_xattnres.ops.native_library import Values, is_available, library, mix, mix_gradients
+from nnunet_xattnres.ops.native_library import Values, mix, mix_gradients
 from nnunet_xattnres.ops.reference import EPS, Candidate, Upsampled, computed, scaled_query
 from nnunet_xattnres.ops.streaming import attend_streaming
 
 Shape = Sequence[int]
 
+BEYOND_LOOPS = "the backend 'native' computes the stage level on a CPU without autocast, in float32 and float64"
 # Written out, because older PyTorch cannot infer them from annotations with collections.abc.Sequence.
 TENSORS = "Tensor query, Tensor[] features, Tensor[] projections, Tensor[] upsampling"
 FORWARD_SCHEMA = f"({TENSORS}, Tensor[] kept, SymInt[] size, float eps) -> Tensor"
@@ -43,25 +43,15 @@ def attend_native(
     For the backward pass, the query and the candidates at their own resolutions are kept, or what they are averaged
     from.
 
-    `attend_streaming` takes over what the loops do not compute, see `is_served`, and says so once in the log.
+    `attend_streaming` takes over what the loops do not compute, see `is_served`, and where there is no library that can
+    be loaded. The log says so once.
 
     Raises `XAttnResError` for a candidate that is finer than the target.
     """
-    if not is_served(query, candidates, key_channels):
-        if not is_exporting() and not torch.compiler.is_compiling():
-            _log_fallback()
+    problem = native_library.why_not_available() if is_served(query, candidates, key_channels) else BEYOND_LOOPS
+    if problem:
+        log_fallback(problem)
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
-    return attend_served(query, norm_scale, candidates, size, eps)
-
-
-def attend_served(
-    query: Tensor,
-    norm_scale: Tensor | None,
-    candidates: Sequence[Candidate | Upsampled],
-    size: Sequence[int],
-    eps: float,
-) -> Tensor:
-    """`attend_native` for a call that `is_served`."""
     for candidate in candidates:
         upsampling_factors(candidate.features.shape[2:], size)
     *others, last = candidates
@@ -80,7 +70,7 @@ def attend_served(
 
 
 def is_served(query: Tensor, candidates: Sequence[Candidate | Upsampled], key_channels: int | None) -> bool:
-    """Whether the compiled loops compute a call.
+    """Whether the compiled loops compute a call, where they are.
 
     They compute the stage level on a CPU without autocast, where all tensors are of float32 or all of float64. On the
     meta device, the operator gives the shapes. An exported graph must run without this package, so exports are not
@@ -101,7 +91,6 @@ def is_served(query: Tensor, candidates: Sequence[Candidate | Upsampled], key_ch
         and dtypes in ({torch.float32}, {torch.float64})
         and not torch.is_autocast_enabled("cpu")
         and not is_exporting()
-        and is_available()
     )
 
 
@@ -111,15 +100,8 @@ def check_native(device: str) -> None:
         raise XAttnResError(
             f"the backend 'native' runs on a CPU, and the network is on {device}: use the backend 'auto'"
         )
-    library()
-
-
-@cache
-def _log_fallback() -> None:
-    logging.getLogger(__name__).warning(
-        "the backend 'native' computes the stage level on a CPU without autocast, in float32 and float64, with its "
-        "compiled library: 'streaming' computes instead"
-    )
+    if problem := native_library.why_not_available():
+        raise XAttnResError(problem)
 
 
 @torch.library.custom_op("nnunet_xattnres::attend_on_cpu", mutates_args=(), schema=FORWARD_SCHEMA, device_types="cpu")

@@ -122,11 +122,15 @@ def measure(request: Request) -> Iterator[Answer]:
         except Exception:
             pass  # The network does not run on the meta device. Counts are made below, on the trainer's device.
         answer = replace(answer, **(measurement.inference_costs() if request.inference else measurement.costs()))
-        if answer.flops is None:
-            answer = replace(answer, **measurement.counts(measurement.trainer.device))
-        elif answer.computed_by != answer.inference_computed_by:
-            # The training measured the backends and took another one than was counted.
-            answer = replace(answer, **measurement.counts(torch.device("meta"), answer.computed_by))
+        try:
+            if answer.flops is None:
+                answer = replace(answer, **measurement.counts(measurement.trainer.device))
+            elif answer.computed_by != answer.inference_computed_by:
+                # The training measured the backends and took another one than was counted.
+                answer = replace(answer, flops=None)
+                answer = replace(answer, **measurement.counts(torch.device("meta"), answer.computed_by))
+        except Exception:
+            traceback.print_exc()  # What has been measured counts without its FLOPs, too.
         yield replace(answer, status=MEASURED)
     except Exception as error:
         traceback.print_exc()

@@ -261,7 +261,7 @@ def _triton_backend() -> Finding:
 
     try:
         check_backend("triton", "cuda")
-    except Exception as error:  # Triton's own version can be looked up where the rest of it is damaged.
+    except Exception as error:  # PyTorch cannot tell the capability of a GPU that it cannot use.
         return Finding(NOTE, str(error) if isinstance(error, XAttnResError) else type_and_message(error))
     return Finding(OK, "the backend 'triton' has kernels for this GPU")
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nnunet_xattnres import __version__
-from nnunet_xattnres.common.errors import type_and_message
+from nnunet_xattnres.common.errors import XAttnResError, type_and_message
 from nnunet_xattnres.common.processes import child_process, how_it_ended, last_meaningful_line
 from nnunet_xattnres.model.stage_level import HistoryAttention, XAttnResUNet
 from nnunet_xattnres.nnunet.installation import installed_version
-from nnunet_xattnres.ops.backends import attention_backend
+from nnunet_xattnres.ops.backends import attention_backend, check_backend
 from nnunet_xattnres.ops.reference import Candidate, Upsampled
 from nnunet_xattnres.ops.timing import Call, Findings, fastest
 
@@ -28,7 +28,7 @@ MEASURED_BACKENDS = ("streaming", "triton")
 # Most of it for imports, which take long on a busy machine or from a network's disk. Measuring takes seconds.
 MAX_SECONDS = 60
 
-# Of a measurement, in checkpoints: its "conditions" and "findings".
+# Of a measurement, in checkpoints: the "conditions" of every process, and "findings".
 Record = dict[str, Any]
 T = TypeVar("T")
 
@@ -39,23 +39,30 @@ def choose_backend(
     """Let the network compute with the backend that is the fastest for its largest attention in mixed precision.
 
     image_shape: of a batch. record: of an earlier measurement, which is used if it was made under the same conditions.
+    They are compared in all processes, and say which backends can be imported. A C compiler that Triton needs and that
+    is missing since then is not noticed.
 
     All processes of a distributed training call this and choose the same backend: one that every process can use, by
     its time in the slowest process, for which the others wait in every step.
 
-    Returns the backend's name, one line that says why, and the record of the measurement. It is None where there was
-    none. A training can do without it, so nothing that fails in it ends the training.
+    Returns the backend's name, one line that says why, and the record of the measurement. It is None where not every
+    backend has a time, so that the next start measures again. A training can do without a measurement, so nothing that
+    fails in it ends the training.
     """
-    source = ""
+    own, findings, problem, source = None, {}, "", ""
     try:
-        conditions = _conditions(image_shape, device)
-        if record is not None and record["conditions"] == conditions:
-            findings, problem, source = record["findings"], "", ", kept from an earlier start"
-        else:
-            findings, problem = _measured(largest_call(network, image_shape), device)
+        own = _conditions(image_shape, device)
     except Exception as error:
-        findings, problem = {}, f"not measured ({type_and_message(error)})"
-    # Nothing before this keeps a process from coming here, where the others wait.
+        problem = _not_measured(error)
+    # Nothing before an exchange keeps a process from coming there, where the others wait.
+    conditions = _of_all_processes(own)
+    if record is not None and record["conditions"] == conditions:
+        findings, source = record["findings"], ", kept from an earlier start"
+    elif own is not None:
+        try:
+            findings, problem = _measured(largest_call(network, image_shape), device)
+        except Exception as error:
+            problem = _not_measured(error)
     common, problem = _common(_of_all_processes((findings, problem)))
     chosen = fastest(common) or MEASURED_BACKENDS[0]
     for attention in network.xattnres.values():
@@ -66,11 +73,16 @@ def choose_backend(
         for backend, value in common.items()
     ]
     reason = f"forward and backward pass of the largest attention{source}: {problem or ', '.join(found)}"
-    return chosen, reason, {"conditions": conditions, "findings": common} if common else None
+    is_complete = bool(common) and all(isinstance(value, float) for value in common.values())
+    return chosen, reason, {"conditions": conditions, "findings": common} if is_complete else None
+
+
+def _not_measured(error: Exception) -> str:
+    return f"not measured ({type_and_message(error)})"
 
 
 def _conditions(image_shape: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What times of backends depend on, as a checkpoint can hold it.
+    """What a choice of backends depends on in one process, as a checkpoint can hold it.
 
     The batch size is left out: nnU-Net may give the processes of a training different ones.
     """
@@ -78,7 +90,16 @@ def _conditions(image_shape: Sequence[int], device: torch.device) -> dict[str, A
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "image_shape": list(image_shape[1:]),
         "versions": [__version__, *map(installed_version, ("torch", "triton"))],
+        "backends": [backend for backend in MEASURED_BACKENDS if _is_here(backend, device)],
     }
+
+
+def _is_here(backend: str, device: torch.device) -> bool:
+    try:
+        check_backend(backend, device.type)
+    except XAttnResError:
+        return False
+    return True
 
 
 def _of_all_processes(own: T) -> list[T]:

@@ -151,9 +151,9 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         is_measured = config.backend == "auto" and self.device.type == "cuda"
         if is_measured and isinstance(network, XAttnResUNet) and network.xattnres:
             image_shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
-            # Where a training goes on, nnU-Net has taken this from the checkpoint.
-            record = self.my_init_kwargs.get("xattnres", {}).get("backends")
-            backend, reason, self._backend_record = choose_backend(network, image_shape, self.device, record)
+            record = self._backend_record
+            backend, reason, new_record = choose_backend(network, image_shape, self.device, record)
+            self._backend_record = new_record or record
             return backend, reason
         return chosen_backend(config.backend, self.device.type, isinstance(config, XAttnResConfig))
 
@@ -227,6 +227,7 @@ class XAttnResTrainerMixin(nnUNetTrainer):
             content = read_checkpoint_as_nnunet(Path(name), DELETE_IT, LEAVE_IT_OUT)
             self._check_checkpoint(name, content, DELETE_IT)
             super().load_checkpoint(name)
+        self._backend_record = self.my_init_kwargs.get("xattnres", {}).get("backends")
 
     @property
     def _is_first_process(self) -> bool:

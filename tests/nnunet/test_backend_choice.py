@@ -9,6 +9,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from helpers.networks import ANISOTROPIC_2D, ISOTROPIC_3D, planned_network
 from helpers.routing import make_initialized_trainer
+from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.config import XAttnResConfig
 from nnunet_xattnres.model.planned_unet import uncompiled
 from nnunet_xattnres.model.stage_level import XAttnResUNet
@@ -57,8 +58,10 @@ def test_the_largest_call_is_that_of_the_last_decoder_stage(network):
 def test_the_network_computes_with_the_fastest_backend(network, monkeypatch, findings, problem, chosen, why):
     monkeypatch.setattr(backend_choice, "_measured", lambda call, device: (findings, problem))
     monkeypatch.setattr(backend_choice, "attention_backend", lambda name: f"computed by {name}")
-    backend, reason, _ = backend_choice.choose_backend(network, PATCH, CPU)
+    backend, reason, record = backend_choice.choose_backend(network, PATCH, CPU)
     assert backend == chosen and why in reason and "\n" not in reason
+    # What could not be measured is measured again when the training goes on.
+    assert (record is None) == (chosen == "streaming")
     assert backends_of(network) == {f"computed by {chosen}"}
 
 
@@ -98,9 +101,10 @@ class TestRecord:
     def record(self, network, monkeypatch):
         monkeypatch.setattr(backend_choice, "_measured", lambda call, device: (self.FINDINGS, ""))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        monkeypatch.setattr(backend_choice, "check_backend", lambda name, device: None)
         monkeypatch.setattr(backend_choice, "attention_backend", lambda name: f"computed by {name}")
         _, reason, record = backend_choice.choose_backend(network, PATCH, CUDA)
-        assert "kept" not in reason and record["conditions"]["device"] == "Some GPU"
+        assert "kept" not in reason and record["conditions"][0]["device"] == "Some GPU"
         monkeypatch.setattr(backend_choice, "_measured", lambda call, device: ({"streaming": 0.01}, ""))
         return record
 
@@ -110,7 +114,7 @@ class TestRecord:
         assert reason.endswith("attention, kept from an earlier start: streaming 20 ms, triton 10 ms")
         assert backends_of(network) == {"computed by triton"}
 
-    @pytest.mark.parametrize("what", ["device", "patch", "version", "package"])
+    @pytest.mark.parametrize("what", ["device", "patch", "version", "package", "backend"])
     def test_others(self, network, record, monkeypatch, what):
         patch = PATCH
         match what:
@@ -122,9 +126,16 @@ class TestRecord:
                 monkeypatch.setattr(backend_choice, "__version__", "0.0.1")
             case "package":
                 monkeypatch.setattr(backend_choice, "installed_version", lambda name: "9.9")
+            case "backend":  # installed as before, and broken
+                monkeypatch.setattr(backend_choice, "check_backend", fail_for_triton)
         backend, reason, again = backend_choice.choose_backend(network, patch, CUDA, record)
         assert backend == "streaming" and "kept" not in reason
         assert again["findings"] == {"streaming": 0.01} and again["conditions"] != record["conditions"]
+
+
+def fail_for_triton(name, device):
+    if name == "triton":
+        raise XAttnResError("it cannot be imported")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +170,10 @@ class TestAFailureStreams:
         error = FileNotFoundError(2, "No usable temporary directory found")
         monkeypatch.setattr(backend_choice, "TemporaryDirectory", fail(error))
         self.check(network, "not measured (FileNotFoundError: [Errno 2] No usable temporary directory found)")
+
+    def test_conditions_that_nobody_knows(self, network, monkeypatch):
+        monkeypatch.setattr(backend_choice, "installed_version", fail(OSError("broken")))
+        self.check(network, "not measured (OSError: broken)")
 
     def test_a_full_disk(self, network, monkeypatch):
         monkeypatch.setattr(torch, "save", fail(OSError(28, "No space left on device")))
@@ -221,6 +236,21 @@ class TestTraining:
         going_on.device = CUDA
         going_on.on_train_start()
         assert self.calls[1][3] == {"conditions": {}, "findings": {"triton": 0.01}}
+
+    @pytest.mark.parametrize("device", [CPU, CUDA])
+    def test_a_start_that_measures_nothing_keeps_the_record(self, trainer, nnunet_environment, monkeypatch, device):
+        trainer.device = CUDA
+        trainer.on_train_start()
+        checkpoint = Path(trainer.output_folder, "checkpoint_latest.pth")
+        trainer.save_checkpoint(str(checkpoint))
+        monkeypatch.setattr(mixin, "choose_backend", lambda *arguments: ("streaming", "not measured", None))
+        going_on = make_initialized_trainer(nnunet_environment)
+        going_on.load_checkpoint(str(checkpoint))
+        going_on.device = device
+        going_on.on_train_start()
+        going_on.save_checkpoint(str(checkpoint))
+        recorded = read_checkpoint(checkpoint, "")["init_args"]["xattnres"]["backends"]
+        assert recorded == {"conditions": {}, "findings": {"triton": 0.01}}
 
     def test_on_a_cpu_nothing_is_measured(self, trainer):
         trainer.on_train_start()

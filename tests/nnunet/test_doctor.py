@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError
@@ -16,7 +17,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from helpers.overhead import write_small_plans
-from nnunet_xattnres import plans_with_xattnres
+from nnunet_xattnres import ops, plans_with_xattnres
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.common import files
 from nnunet_xattnres.nnunet.installation import list_trainers, trainers_folder
@@ -378,6 +379,25 @@ class TestGpu:
         assert line.status == NOTE
         assert "needs a GPU of compute capability 8.0, and 7.5 is that of this GPU: use the backend 'auto'" in line.text
         assert line.exit_status == 0
+
+    def test_the_triton_backend_on_a_gpu_that_pytorch_cannot_use(self, examine, monkeypatch):
+        kernels = pytest.importorskip("nnunet_xattnres.ops.triton_operator", reason="Triton is not installed")
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
+
+        def refused() -> tuple[int, int]:
+            raise RuntimeError("CUDA unknown error")
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", refused)
+        line = examine("CUDA unknown error")
+        assert (line.status, line.exit_status) == (NOTE, 0)
+
+    def test_a_triton_whose_kernels_cannot_be_imported(self, examine, monkeypatch):
+        for module in ("triton_operator", "triton_kernels"):
+            monkeypatch.delitem(sys.modules, f"nnunet_xattnres.ops.{module}", raising=False)
+            monkeypatch.delattr(ops, module, raising=False)
+        monkeypatch.setitem(sys.modules, "triton.language", None)
+        line = examine("the backend 'triton' needs Triton, which cannot be imported")
+        assert (line.status, line.exit_status) == (NOTE, 0)
 
     def test_nnunet_compiles(self, examine):
         line = examine("torch.compile")

@@ -15,8 +15,10 @@ from torch import nn
 from helpers.memory import limited
 from helpers.overhead import NO_SKIP, PLANNED, small_plans, small_request, use_own_trainer
 from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.model.config import XAttnResConfig
 from nnunet_xattnres.model.stage_level import XAttnResUNet
 from nnunet_xattnres.nnunet.commands import NnUNet
+from nnunet_xattnres.nnunet.xattnres_plans import plans_with_xattnres
 from nnunet_xattnres.ops import native_library
 from nnunet_xattnres.ops.backends import ATTENTION_BACKENDS, chosen_backend
 from nnunet_xattnres.ops.reference import attend_reference
@@ -150,6 +152,43 @@ def test_a_step_has_the_backend_that_the_training_chose_and_inference_that_of_a_
     assert answer.inference_computed_by == chosen_backend("auto", "cpu", is_stage_level=True)[0]
     expected = Measurement(small_request(NO_SKIP, backend="reference")).counts(torch.device("meta"))
     assert answer.flops == expected["flops"]
+
+
+def choose_triton(trainer):
+    return "triton", "it was fast"
+
+
+def test_flops_are_those_of_triton_where_the_training_chose_it(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(XAttnResTrainerMixin, "choose_backend", choose_triton)
+    *_, answer = measure(small_request(NO_SKIP))
+    assert (answer.status, answer.computed_by) == (MEASURED, "triton")
+    expected = Measurement(small_request(NO_SKIP)).counts(torch.device("meta"), "triton")["flops"]
+    assert answer.flops == expected != Measurement(small_request(NO_SKIP)).counts(torch.device("meta"))["flops"]
+
+
+def test_a_measurement_that_is_finished_does_not_fail_because_flops_cannot_be_counted(monkeypatch):
+    counts = Measurement.counts
+
+    def count(self, device, backend=None):
+        if backend == "triton":
+            raise RuntimeError("no shapes without a GPU")
+        return counts(self, device, backend)
+
+    monkeypatch.setattr(Measurement, "counts", count)
+    monkeypatch.setattr(XAttnResTrainerMixin, "choose_backend", choose_triton)
+    *_, answer = measure(small_request(NO_SKIP))
+    assert (answer.status, answer.computed_by, answer.flops) == (MEASURED, "triton", None)
+    assert answer.parameters > 0 and len(answer.step_seconds) == 1
+
+
+def test_a_trainer_of_nnunet_itself_streams_where_the_backend_of_the_plans_is_not_available():
+    plans, dataset_json = small_plans()
+    carrying = plans_with_xattnres(plans, "carrying", XAttnResConfig(backend="triton"), ["small"])
+    *_, answer = measure(Request(carrying, "small", dataset_json, "nnUNetTrainer", "cpu"))
+    assert answer.status == MEASURED, answer.reason
+    assert answer.computed_by == answer.inference_computed_by == "streaming"
+    assert "the backend 'triton' needs" in answer.computed_by_reason
 
 
 def test_what_is_kept_is_counted_once_without_parameters():

@@ -13,6 +13,7 @@ from helpers.networks import planned_network
 from helpers.processes import run_ranks
 from helpers.routing import make_initialized_trainer, validate
 from nnunet_xattnres import BlockXAttnResConfig, XAttnResConfig
+from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.build import add_xattnres
 from nnunet_xattnres.model.planned_unet import uncompiled
 from nnunet_xattnres.nnunet.commands import NnUNet
@@ -111,6 +112,42 @@ def test_all_processes_choose_the_same_backend_whatever_fails_in_one(tmp_path):
     assert choices == of_the_other
     for (backend, reason, _), (_, chosen, why) in zip(choices, MEASUREMENTS, strict=True):
         assert backend == chosen and why in reason
+
+
+def choose_with_a_record(rank: int, folder: Path) -> None:
+    """Twice on GPUs of two kinds, and once more where the second process can no longer use Triton."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    network = build("stage", deep_supervision=True)
+    measured, choices, record = [], [], None
+
+    def measure(call: object, device: object) -> tuple[dict, str]:
+        measured.append(len(choices))
+        return {"streaming": 0.03, "triton": 0.01 * (1 + rank)}, ""
+
+    def check(backend: str, device: str) -> None:
+        if len(choices) == 2 and rank == 1 and backend == "triton":
+            raise XAttnResError("it cannot be imported")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend_choice, "_measured", measure)
+        patch.setattr(backend_choice, "check_backend", check)
+        patch.setattr(backend_choice, "attention_backend", lambda name: name)
+        patch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {rank}")
+        for _ in range(3):
+            choices.append(backend_choice.choose_backend(network, (2, 1, 8, 8, 8), torch.device("cuda"), record))
+            record = choices[-1][2]
+    torch.save((measured, choices), folder / f"rank{rank}.pth")
+    distributed.destroy_process_group()
+
+
+def test_all_processes_keep_a_measurement_or_none_does(tmp_path):
+    run_ranks(choose_with_a_record, tmp_path)
+    (measured, choices), of_the_other = (torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2))
+    assert (measured, choices) == of_the_other
+    assert measured == [0, 2]
+    assert ["kept" in reason for _, reason, _ in choices] == [False, True, False]
+    assert choices[0][2]["findings"] == {"streaming": 0.03, "triton": 0.02}
+    assert [each["device"] for each in choices[0][2]["conditions"]] == ["GPU 0", "GPU 1"]
 
 
 def record_on(rank: int, distribute: bool) -> ValidationRecorder:

@@ -3,24 +3,27 @@
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from helpers.studies import load_study
+from nnunet_xattnres import ops
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.model.config import BACKENDS, XAttnResConfig
 from nnunet_xattnres.model.stage_level import HistoryAttention
 from nnunet_xattnres.ops import backends, context
-from nnunet_xattnres.ops.backends import ATTENTION_BACKENDS, attention_backend, check_backend
+from nnunet_xattnres.ops.backends import ATTENTION_BACKENDS, attention_backend, check_backend, chosen_backend
 from nnunet_xattnres.ops.reference import attend_reference
 from nnunet_xattnres.ops.streaming import attend_streaming
 
 
 @pytest.fixture
 def without_triton(monkeypatch):
-    for module in ("nnunet_xattnres.ops.triton_operator", "nnunet_xattnres.ops.triton_kernels"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    for module in ("triton_operator", "triton_kernels"):
+        monkeypatch.delitem(sys.modules, f"nnunet_xattnres.ops.{module}", raising=False)
+        monkeypatch.delattr(ops, module, raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
 
 
@@ -45,9 +48,9 @@ def test_triton_is_imported_on_request_only():
 
 @pytest.fixture
 def log(caplog):
-    """What was logged. Nothing has been before."""
+    """What this package has logged. Nothing has been before. PyTorch logs what it compiles."""
     context._warn.cache_clear()
-    yield lambda: [record.getMessage() for record in caplog.records]
+    yield lambda: [record.getMessage() for record in caplog.records if record.name == "nnunet_xattnres"]
     context._warn.cache_clear()
 
 
@@ -58,9 +61,14 @@ class TestWithoutTriton:
     def _without_triton(self, without_triton):
         pass
 
-    def test_a_training_says_what_to_do(self):
+    def test_a_training_says_what_to_do(self, log):
         with pytest.raises(XAttnResError, match=r"needs Triton, which cannot be imported \(ModuleNot.*'auto'$"):
             check_backend("triton", "cuda")
+        assert log() == []
+
+    def test_what_computes_is_known_with_the_reason(self):
+        backend, why = chosen_backend("triton", "cuda", is_stage_level=True)
+        assert backend == "streaming" and "cannot be imported" in why
 
     def test_a_trained_network_is_built_and_predicts(self, log):
         assert attention_backend("triton") is attention_backend("triton") is attend_streaming
@@ -73,6 +81,15 @@ class TestWithoutTriton:
         monkeypatch.delitem(sys.modules, "triton")
         with pytest.raises(XAttnResError, match=r"\(OSError: libcuda.so is too old\): pip install"):
             check_backend("triton", "cuda")
+
+    def test_a_triton_whose_language_is_broken(self, monkeypatch, log):
+        monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+        monkeypatch.setitem(sys.modules, "triton.language", None)
+        with pytest.raises(XAttnResError, match=r"cannot be imported \(ModuleNot.*triton.language.*'auto'$"):
+            check_backend("triton", "cuda")
+        assert attention_backend("triton") is attend_streaming
+        (line,) = log()
+        assert "triton.language" in line and line.endswith("'streaming' computes instead")
 
 
 class TestTritonOnADevice:
@@ -106,7 +123,29 @@ class TestTritonOnADevice:
         network = HistoryAttention(2, [3], XAttnResConfig(backend="triton"))
         x, h = torch.randn(1, 2, 4, 4), torch.randn(1, 3, 2, 2)
         compiled = torch.compile(network, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(x, [h]), network(x, [h]))
+        computed = compiled(x, [h])
+        (line,) = log()
+        assert "needs CUDA" in line and line.endswith("'streaming' computes instead")
+        torch.testing.assert_close(computed, network(x, [h]))
+
+    @pytest.mark.parametrize("compiles", [False, True])
+    def test_what_its_kernels_do_not_compute_is_streamed_and_logged(self, compiles, log, monkeypatch):
+        torch._dynamo.reset()
+        monkeypatch.setattr("nnunet_xattnres.ops.triton_operator.INTERPRETED", True)
+        network = HistoryAttention(513, [3], XAttnResConfig(backend="triton"))
+        x, h = torch.randn(1, 513, 2, 2), torch.randn(1, 3, 2, 2)
+        computed = (torch.compile(network, fullgraph=True, backend="eager") if compiles else network)(x, [h])
+        (line,) = log()
+        assert "up to 512 channels" in line and line.endswith("'streaming' computes instead")
+        network.attend = attend_streaming
+        torch.testing.assert_close(computed, network(x, [h]))
+
+    def test_what_computes_is_known_with_the_reason(self, capability):
+        assert chosen_backend("triton", "cpu", is_stage_level=False) == ("streaming", "")
+        backend, why = chosen_backend("triton", "cpu", is_stage_level=True)
+        assert backend == "streaming" and "needs CUDA, and the network is on cpu" in why
+        capability(9, 0)
+        assert chosen_backend("triton", "cuda", is_stage_level=True) == ("triton", "")
 
     @pytest.mark.parametrize("version", [(5, 2), (7, 5)])
     def test_a_gpu_that_is_too_old(self, capability, version):
@@ -140,6 +179,6 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         query, coarse, fine = torch.empty(20), torch.empty(1, 2, 2, 20).half(), torch.empty(1, 20, 2, 4).half()
     compiler.record(lambda: kernels.mix(query, [coarse], [fine], (2, 4), 1e-6))
     compiler.record(lambda: kernels.mix_gradients(fine, query, [coarse], [fine], 1e-6))
-    for compiled, grid, arguments in compiler.launches:
-        assert compiled.asm["cubin"]
-        assert study.loads_of_launch(compiled, grid, arguments).total() >= fine.numel()
+    for launch in compiler.launches:
+        assert launch[0].asm["cubin"]
+        assert study.accesses_of_launches([launch]).total() >= fine.numel()

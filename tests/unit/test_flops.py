@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_xattnres.ops import native_operator
+from nnunet_xattnres.ops import native_library, native_operator
 from nnunet_xattnres.ops.flops import interpolation_flops, projection_flops
 from nnunet_xattnres.ops.reference import Candidate, Upsampled, upsample
 from nnunet_xattnres.ops.streaming import attend_streaming
@@ -49,7 +49,7 @@ def test_the_triton_operators_are_counted():
 
 def test_the_native_operators_are_counted(monkeypatch):
     """Projections and transposed convolution twice, their two gradients, and interpolations as for Triton."""
-    monkeypatch.setattr(native_operator, "is_available", lambda: True)  # shapes need no library
+    monkeypatch.setattr(native_library, "why_not_available", lambda: "")  # shapes need no library
     h, projection, size = parameter(2, 3, 4, 4, 4), parameter(5, 3), (8, 8, 8)
     described = Upsampled(parameter(2, 7, 4, 4, 4), parameter(7, 5, 2, 2, 2), parameter(5))
     with FlopCounterMode(display=False) as counter:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from helpers.memory import peak_and_live_bytes, saved_bytes
 from nnunet_xattnres.common.errors import XAttnResError
-from nnunet_xattnres.ops import native_library, native_operator
+from nnunet_xattnres.ops import context, native_library
 from nnunet_xattnres.ops.alignment import average_on_cpu, resize
 from nnunet_xattnres.ops.backends import attention_backend, check_backend, chosen_backend
 from nnunet_xattnres.ops.native_operator import attend_native, attend_on_cpu
@@ -361,9 +361,9 @@ class TestOperator:
 class TestFallback:
     @pytest.fixture(autouse=True)
     def _fresh_log(self):
-        native_operator._log_fallback.cache_clear()
+        context._warn.cache_clear()
         yield
-        native_operator._log_fallback.cache_clear()
+        context._warn.cache_clear()
 
     @pytest.mark.parametrize("reason", ["dtype", "mixed", "field", "keys"])
     def test_what_it_does_not_compute_is_streamed_and_logged_once(self, reason, caplog):
@@ -409,11 +409,12 @@ class TestLibrary:
     @pytest.fixture(autouse=True)
     def _loaded_anew(self):
         native_library.library.cache_clear()
-        native_library.why_not_available.cache_clear()
+        native_library._problem.cache_clear()
+        context._warn.cache_clear()
         yield
         native_library.library.cache_clear()
-        native_library.why_not_available.cache_clear()
-        native_operator._log_fallback.cache_clear()
+        native_library._problem.cache_clear()
+        context._warn.cache_clear()
 
     def test_without_it_auto_streams_and_the_backend_by_name_says_what_to_do(self, monkeypatch, tmp_path):
         monkeypatch.setattr(native_library, "FILE", tmp_path / "missing.so")
@@ -451,6 +452,20 @@ class TestLibrary:
         assert len(caplog.records) == 1
         backend, problem = chosen_backend("auto", "cpu", is_stage_level=True)
         assert backend == "streaming" and "cannot be loaded" in problem
+
+    @pytest.mark.parametrize("backend", ["native", "auto"])
+    def test_without_it_one_line_says_why(self, backend, monkeypatch, tmp_path, caplog):
+        monkeypatch.setattr(native_library, "FILE", tmp_path / "missing.so")
+        attention_backend(backend)(*make_inputs((4, 4), [(2, 2)]), (4, 4))
+        (record,) = caplog.records
+        assert "no compiled library here" in record.getMessage()
+
+    def test_without_it_nothing_is_said_where_nothing_is_streamed_instead(self, monkeypatch, tmp_path, caplog):
+        monkeypatch.setattr(native_library, "FILE", tmp_path / "missing.so")
+        resize(torch.randn(1, 2, 4, 6), (2, 3))
+        attention_backend("reference")(*make_inputs((4, 4), [(2, 2)]), (4, 4))
+        assert chosen_backend("native", "cpu", is_stage_level=True)[0] == "streaming"
+        assert caplog.records == []
 
     def test_a_failure_is_logged_while_a_graph_is_compiled(self, monkeypatch, tmp_path, caplog):
         torch._dynamo.reset()
