@@ -235,7 +235,7 @@ def _upsampling_gradients(gradient: Tensor, upsampling: Sequence[Tensor], wanted
         products = torch.stack([(features.flatten(2) @ of_product).sum(dim=0) for of_product in gradient])
         # (cells, C_in, steps x * C) -> (C_in, C, *steps)
         of_weight = products.unflatten(2, (-1, weight.shape[1])).permute(1, 3, 0, 2)
-        gradients.append(of_weight.reshape(weight.shape))
+        gradients.append(of_weight.reshape(weight.shape).contiguous())
     if wanted[2]:
         gradients.append(gradient.sum(dim=(0, 1, 2)).view(-1, len(bias)).sum(dim=0))
     return gradients
@@ -266,8 +266,16 @@ def _(
     projections_wanted: Sequence[bool],
     upsampling_wanted: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    shapes = [_averaged_shape(h.shape, gradient.shape) for h in features]
-    of_features = [query.new_empty(shape) for shape, wanted in zip(shapes, features_wanted, strict=True) if wanted]
+    of_features = []
+    for k, (h, wanted) in enumerate(zip(features, features_wanted, strict=True)):
+        batch, channels, *size = _averaged_shape(h.shape, gradient.shape)
+        if not wanted:
+            continue
+        # The loops compute the gradient of a coarser source channels last. A projection makes it channels first.
+        if k < len(projections) or tuple(size) == tuple(gradient.shape[2:]):
+            of_features.append(query.new_empty(batch, channels, *size))
+        else:
+            of_features.append(query.new_empty(batch, *size, channels).movedim(-1, 1))
     of_projections, of_upsampling = (
         [tensor.new_empty(tensor.shape) for tensor, wanted in zip(*pair, strict=True) if wanted]
         for pair in ((projections, projections_wanted), (upsampling, upsampling_wanted))

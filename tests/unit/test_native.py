@@ -9,14 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from helpers.memory import peak_and_live_bytes, saved_bytes
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops import context, native_library
 from nnunet_xattnres.ops.alignment import average_on_cpu, resize
 from nnunet_xattnres.ops.backends import attention_backend, check_backend, chosen_backend
-from nnunet_xattnres.ops.native_operator import attend_native, attend_on_cpu
+from nnunet_xattnres.ops.native_operator import attend_native, attend_on_cpu, attend_on_cpu_backward
 from nnunet_xattnres.ops.reference import Candidate, Upsampled, attend_reference
 
 needs_library = pytest.mark.skipif(not native_library.is_available(), reason="no compiled library")
@@ -334,6 +336,25 @@ class TestOperator:
         finer = features[0].detach().repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
         kept = [finer, *features[1:]]
         torch.library.opcheck(attend_on_cpu, (scaled, features, projections, upsampling, kept, [4, 4], 1e-6))
+
+    @pytest.mark.parametrize("size", [(8, 4), (4, 8, 4)])
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_compilers_are_told_the_memory_layout_of_its_results(self, size, batch):
+        """The gradients of sources with and without a projection, coarser, finer and of the same size as the target."""
+        factors = (2, 1, 0.5)
+        sources = [torch.randn(batch, 3, *(int(extent / factor) for extent in size)) for factor in factors * 2]
+        projections = [torch.randn(3, 3) for _ in factors]
+        upsampling = [sources[0], torch.randn(3, 3, *(2 for _ in size)), torch.randn(3)]
+        wanted = [[True] * len(tensors) for tensors in (sources, projections, upsampling)]
+        given = [torch.randn(batch, 3, *size), torch.randn(3), sources, projections, upsampling]
+        results = attend_on_cpu_backward(*given, 1e-6, *wanted)
+        with FakeTensorMode() as mode:
+            told = attend_on_cpu_backward(*tree_map(mode.from_tensor, given), 1e-6, *wanted)
+        for result, fake in zip(tree_leaves(results), tree_leaves(told), strict=True):
+            assert result.shape == fake.shape
+            # Steps along an axis of one position do not matter.
+            steps = [each for each in zip(result.shape, result.stride(), fake.stride(), strict=True) if each[0] > 1]
+            assert all(of_result == of_fake for _, of_result, of_fake in steps), steps
 
     def test_it_compiles_as_a_whole_for_all_shapes(self):
         torch._dynamo.reset()
