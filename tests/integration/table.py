@@ -88,7 +88,8 @@ def cell_results(reports: Iterable[Any]) -> dict[Cell, str]:
     recorded: dict[Cell, str] = {}
     for report in reports:
         properties = dict(getattr(report, "user_properties", ()))
-        if "cell" in properties:
+        # Tests that were deselected are among the reports, and have no outcome.
+        if "cell" in properties and hasattr(report, "outcome"):
             cell = Cell(*properties["cell"])
             outcomes[cell] = min(outcomes.get(cell, "passed"), report.outcome, key=OUTCOMES.index)
             recorded[cell] = properties.get("result", "")

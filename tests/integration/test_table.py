@@ -23,6 +23,7 @@ def test_scenarios_are_columns_and_other_features_rows():
             report("passed", "train", "standard", result="0.50 (0.04)"),
             report("skipped", "predict", "standard"),
             SimpleNamespace(outcome="passed", user_properties=[]),  # of no feature
+            SimpleNamespace(user_properties=[("cell", ["train", "regions"])]),  # deselected
             "a warning",
         ]
     )
