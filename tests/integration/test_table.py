@@ -42,7 +42,7 @@ def test_the_worst_of_a_cells_tests_and_phases_counts():
 
 def test_the_command_of_the_makefile_takes_a_table_that_exists_already():
     # As two words, pytest takes an existing file for a test, and does not load what adds the option.
-    make = ["make", "-n", "test-slow", "TABLE=docs/feature_matrix.md"]
+    make = ["make", "-n", "--no-print-directory", "test-slow", "TABLE=docs/feature_matrix.md"]
     command = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     _, arguments = command.split("/pytest ")
     pytest_help = [sys.executable, "-m", "pytest", *shlex.split(arguments), "--help"]

@@ -180,5 +180,5 @@ def assert_predicts_elsewhere(here: NnUNet, model: Model, tmp_path: Path) -> Non
 def assert_equal(these: dict[str, np.ndarray], those: dict[str, np.ndarray]) -> None:
     assert these.keys() == those.keys()
     for name, array in those.items():
-        # The last digit of a probability may differ between processes.
-        np.testing.assert_allclose(these[name], array, rtol=0, atol=1e-6, err_msg=name)
+        # The last digits may differ between processes, and attention to short vectors enlarges what differs.
+        np.testing.assert_allclose(these[name], array, rtol=0, atol=2e-3, err_msg=name)
