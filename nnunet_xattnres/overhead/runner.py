@@ -123,7 +123,7 @@ def _check_numbers(options: Options) -> None:
         if value is not None and not 1 <= value <= MAX_NUMBER:
             raise XAttnResError(f"{name} must be from 1 to {MAX_NUMBER}, not {value}")
     if options.inference and options.batch_size is not None:
-        raise XAttnResError("nnU-Net predicts patch by patch: leave --batch-size out, or --inference")
+        raise XAttnResError("nnU-Net predicts patch by patch: leave out --batch-size or --inference")
 
 
 def _networks(options: Options, carried: Config | None) -> list[tuple[str, str | None]]:

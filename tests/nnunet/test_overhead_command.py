@@ -270,7 +270,7 @@ def refuse(monkeypatch, capsys, outputs, plans_file):
         (["--preset", "msd04", "--batch-size", "1" + "0" * 20], "--batch-size must be from 1 to 1000000, not 1000"),
         (["--preset", "msd04", "--repeats", "0"], "--repeats must be from 1 to 1000000, not 0"),
         (["--preset", "msd04", "--device", "cpu", "--compile"], "never compiles on cpu"),
-        (["--preset", "msd04", "--inference", "--batch-size", "2"], "leave --batch-size out, or --inference"),
+        (["--preset", "msd04", "--inference", "--batch-size", "2"], "leave out --batch-size or --inference"),
         (["--preset", "msd04", "--json", "nowhere/o.json"], "cannot write nowhere/o.json (No such file or directory)"),
         (["--preset", "msd04", "--chart", "o.tiffany"], "use .png, .pdf or .svg"),
         (["--preset", "msd04", "--csv", "."], "is a folder"),
