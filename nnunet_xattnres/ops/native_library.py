@@ -77,7 +77,7 @@ def library() -> ctypes.CDLL:
     if not FILE.is_file():
         raise XAttnResError(
             "the backend 'native' has no compiled library here: install a C compiler, such as gcc, and install "
-            "nnunet-xattnres again, or let the backend 'auto' choose 'streaming'"
+            "nnunet-xattnres again (until then the backend 'auto' takes 'streaming')"
         )
     try:
         loaded = ctypes.CDLL(str(FILE))
