@@ -54,18 +54,18 @@ class Access(NamedTuple):
 
 
 class Compiler:
-    """Takes the place of a GPU's driver: kernels are compiled for `architecture`, and recorded instead of launched."""
+    """Takes the place of a GPU's driver: kernels are compiled for `target`, and recorded instead of launched."""
 
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
         self.launches: list[Launch] = []
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, WARP)
+        return self.target
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> int | str:
         # Triton keeps what it has compiled by device.
-        return self.architecture
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -99,7 +99,7 @@ def main(presets: tuple[str, ...]) -> None:
             }
             for architecture in ARCHITECTURES:
                 for name, launched in passes.items():
-                    compiler = Compiler(architecture)
+                    compiler = Compiler(GPUTarget("cuda", architecture, WARP))
                     compiler.record(launched)
                     print(f"{preset}, {len(source_sizes)} candidates, {dtype}, sm_{architecture}, {name}")
                     print_kernels(compiler, outputs)

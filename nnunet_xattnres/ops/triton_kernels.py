@@ -113,7 +113,7 @@ def mix_gradients(
                 **options | warps,
                 TOUCHED=touched,
                 BLOCK_SOURCES=triton.next_power_of_2(len(coarse) + len(fine)),
-                DOT=_DOT_PRECISIONS.get(gradient.dtype, "tf32"),
+                DOT=_dot_precision(gradient.dtype),
             )
             if not coarse:
                 continue
@@ -189,8 +189,14 @@ def _interpolate_rows(
 
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-# Of matrix products: as exact as the results are.
-_DOT_PRECISIONS = {torch.float32: "tf32x3", torch.float64: "ieee"}
+
+
+def _dot_precision(dtype: torch.dtype) -> str:
+    """How matrix products are computed: as exactly as dtype holds the results."""
+    # Triton knows no other way on AMD GPUs.
+    if dtype == torch.float64 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def _precision(query: Tensor, target: Tensor) -> torch.dtype:

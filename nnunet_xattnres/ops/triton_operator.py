@@ -6,6 +6,8 @@ from math import prod
 from typing import Any
 
 import torch
+import triton
+from packaging.version import Version
 from torch import Tensor
 
 from nnunet_xattnres.common.errors import XAttnResError
@@ -27,6 +29,8 @@ BACKWARD_SCHEMA = (
 # "NVIDIA GPUs (Compute Capability 8.0+)", https://github.com/triton-lang/triton#compatibility. What PyTorch calls the
 # capability of an AMD GPU is higher.
 OLDEST_CAPABILITY = (8, 0)
+# Earlier ones have no matrix products of few channels, nor in double precision.
+OLDEST_TRITON = "3.5"
 
 
 def attend_triton(
@@ -73,14 +77,20 @@ def _project_channels_last(features: Tensor, projection: Tensor | None) -> Tenso
 
 
 def check_device(device: str) -> None:
-    """Raise `XAttnResError` for a device, by its type, that Triton has no kernels for, except under its interpreter.
+    """Raise `XAttnResError` for a device, by its type, that Triton has no kernels for, and for a Triton that is too old.
 
-    A GPU is the current one. Where there is none, PyTorch refuses the device itself.
+    Triton's interpreter has kernels for all. A GPU is the current one. Where there is none, PyTorch refuses the device
+    itself.
     """
     if INTERPRETED:
         return
     if device in ("cpu", "mps"):
         raise XAttnResError(f"the backend 'triton' needs CUDA, and the network is on {device}: use the backend 'auto'")
+    if Version(triton.__version__) < Version(OLDEST_TRITON):
+        raise XAttnResError(
+            f"the backend 'triton' needs Triton {OLDEST_TRITON} (PyTorch 2.9), and {triton.__version__} is installed: "
+            "update PyTorch, or use the backend 'auto'"
+        )
     if device == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         if capability < OLDEST_CAPABILITY:

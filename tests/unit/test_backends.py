@@ -159,6 +159,20 @@ class TestTritonOnADevice:
         capability(*version)
         check_backend("triton", "cuda")
 
+    @pytest.mark.parametrize("version, is_refused", [("3.3.0", True), ("3.5.0", False), ("3.10.0", False)])
+    def test_a_triton_that_is_too_old(self, capability, monkeypatch, version, is_refused):
+        capability(9, 0)
+        monkeypatch.setattr("triton.__version__", version)
+        chosen = chosen_backend("triton", "cuda", is_stage_level=True)
+        if is_refused:
+            assert chosen == (
+                "streaming",
+                "the backend 'triton' needs Triton 3.5 (PyTorch 2.9), and 3.3.0 is installed: update PyTorch, or use the "
+                "backend 'auto'",
+            )
+        else:
+            assert chosen == ("triton", "")
+
     def test_under_the_interpreter_every_device_does(self, capability, monkeypatch):
         monkeypatch.setattr("nnunet_xattnres.ops.triton_operator.INTERPRETED", True)
         capability(7, 0)
@@ -166,19 +180,24 @@ class TestTritonOnADevice:
         check_backend("triton", "cpu")
 
 
-def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed")
+@pytest.mark.parametrize("target, binary", [(("cuda", 80, 32), "cubin"), (("hip", "gfx90a", 64), "hsaco")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(target, binary, dtype, tmp_path, monkeypatch):
+    compiler_of_triton = pytest.importorskip("triton.backends.compiler", reason="Triton is not installed")
     from nnunet_xattnres.ops import triton_kernels as kernels
 
     if kernels.INTERPRETED:
         pytest.skip("TRITON_INTERPRET is set")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.version, "hip", "7.0" if binary == "hsaco" else None)
     study = load_study("triton_kernels")
-    compiler = study.Compiler(80)
+    compiler = study.Compiler(compiler_of_triton.GPUTarget(*target))
     with torch.device("meta"):
-        query, coarse, fine = torch.empty(20), torch.empty(1, 2, 2, 20).half(), torch.empty(1, 20, 2, 4).half()
+        query = torch.empty(20)
+        coarse, fine = torch.empty(1, 2, 2, 20, dtype=dtype), torch.empty(1, 20, 2, 4, dtype=dtype)
     compiler.record(lambda: kernels.mix(query, [coarse], [fine], (2, 4), 1e-6))
     compiler.record(lambda: kernels.mix_gradients(fine, query, [coarse], [fine], 1e-6))
     for launch in compiler.launches:
-        assert launch[0].asm["cubin"]
-        assert study.accesses_of_launches([launch]).total() >= fine.numel()
+        assert launch[0].asm[binary]
+        if binary == "cubin":
+            assert study.accesses_of_launches([launch]).total() >= fine.numel()
