@@ -40,7 +40,8 @@ def attention_backend(name: str) -> Attention:
 def chosen_backend(name: str, device: str, is_stage_level: bool) -> tuple[str, str]:
     """The backend that computes in single precision on a device, where a config has the backend `name`.
 
-    With it, why `streaming` computes instead of the named backend, or on a CPU instead of `native`. Empty otherwise.
+    With it, why `streaming` computes instead of the named backend, or on a CPU instead of `native`. Empty otherwise,
+    and at block level, where all names but `reference` mean `streaming`.
     """
     if not is_stage_level and name != "reference":
         return "streaming", ""

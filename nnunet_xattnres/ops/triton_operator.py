@@ -54,7 +54,7 @@ def attend_triton(
     """
     if is_exporting():
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
-    if problem := _why_not(query.device.type) or _beyond_kernels(query, candidates, size, key_channels):
+    if problem := _why_not(query.device.type) or _beyond_kernels(query, size, key_channels):
         log_fallback(problem)
         return attend_streaming(query, norm_scale, candidates, size, key_channels, eps)
     coarse, fine = [], []
@@ -77,9 +77,9 @@ def _project_channels_last(features: Tensor, projection: Tensor | None) -> Tenso
 
 
 def check_device(device: str) -> None:
-    """Raise `XAttnResError` for a device, by its type, that Triton has no kernels for, and for a Triton that is too old.
+    """Raise `XAttnResError` for a device, by its type, that Triton has no kernels for, and for a Triton too old.
 
-    Triton's interpreter has kernels for all. A GPU is the current one. Where there is none, PyTorch refuses the device
+    Neither matters to Triton's interpreter. A GPU is the current one. Where there is none, PyTorch refuses the device
     itself.
     """
     if INTERPRETED:
@@ -112,17 +112,11 @@ def _why_not(device: str) -> str:
     return ""
 
 
-def _beyond_kernels(
-    query: Tensor, candidates: Sequence[Candidate | Upsampled], size: Sequence[int], key_channels: int | None
-) -> str:
+def _beyond_kernels(query: Tensor, size: Sequence[int], key_channels: int | None) -> str:
     beyond_stage_level = query.ndim > 1 or key_channels is not None
-    if beyond_stage_level or len(query) > MAX_CHANNELS or _largest_offset(len(query), candidates, size) > MAX_ELEMENTS:
+    if beyond_stage_level or len(query) > MAX_CHANNELS or len(query) * prod(size) > MAX_ELEMENTS:
         return f"the backend 'triton' computes the stage level, up to {MAX_CHANNELS} channels and 2^31 elements"
     return ""
-
-
-def _largest_offset(channels: int, candidates: Sequence[Candidate | Upsampled], size: Sequence[int]) -> int:
-    return max(channels, 2 * len(candidates[0].features)) * prod(size)
 
 
 # `custom_op`, not `triton_op`: torch.compile must not look inside, because it may keep aligned sources for the backward

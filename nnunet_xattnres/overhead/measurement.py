@@ -120,18 +120,15 @@ def measure(request: Request) -> Iterator[Answer]:
         except XAttnResError:
             raise
         except Exception:
-            pass  # The network does not run on the meta device. Counts are made below, on the trainer's device.
-        answer = replace(answer, **(measurement.inference_costs() if request.inference else measurement.costs()))
-        try:
-            if answer.flops is None:
-                answer = replace(answer, **measurement.counts(measurement.trainer.device))
-            elif answer.computed_by != answer.inference_computed_by:
-                # The training measured the backends and took another one than was counted.
-                answer = replace(answer, flops=None)
-                answer = replace(answer, **measurement.counts(torch.device("meta"), answer.computed_by))
-        except Exception:
-            traceback.print_exc()  # What has been measured counts without its FLOPs, too.
-        yield replace(answer, status=MEASURED)
+            pass  # The network cannot be built on the meta device. Counts are made below, on the trainer's device.
+        costs = measurement.inference_costs() if request.inference else measurement.costs()
+        counts = {}
+        if answer.flops is None:
+            counts = measurement.counts(measurement.trainer.device)
+        elif costs["computed_by"] != costs["inference_computed_by"]:
+            # The training measured the backends and took another one than was counted.
+            counts = measurement.counts(torch.device("meta"), costs["computed_by"])
+        yield replace(answer, status=MEASURED, **counts | costs)
     except Exception as error:
         traceback.print_exc()
         if is_out_of_memory(error):
@@ -168,8 +165,9 @@ class Measurement:
 
         device: "meta" for shapes alone. On any other device, the trainer must be initialised: its network is used.
         backend: to count with on the meta device. None for the one that computes where none is measured.
+        FLOPs are None where the network does not run, as one that needs values on the meta device.
         """
-        trainer, configuration = self.trainer, self.planned.manager
+        trainer = self.trainer
         with device:
             network = trainer.network and uncompiled(trainer.network)
             if network is None or device.type == "meta":
@@ -179,19 +177,27 @@ class Measurement:
                     for attention in network.xattnres.values():
                         # "auto" would take the meta device for a CPU.
                         attention.attend = attention_backend(backend)  # type: ignore[assignment]
-            batch_size = 1 if self.inference else configuration.batch_size
-            images = torch.zeros(batch_size, self.planned.num_input_channels, *configuration.patch_size)
-        with FlopCounterMode(display=False) as counter, torch.inference_mode(self.inference):
-            outputs = network(images)
-            if not self.inference:
-                sum(output.sum() for output in (outputs if isinstance(outputs, list) else [outputs])).backward()
         return {
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "flops": counter.get_total_flops(),
+            "flops": self._flops(network, device),
             "reads_at": list(network.routing_sources) if isinstance(network, PlannedUNet) else [],
             "threads": torch.get_num_threads(),
             "device_name": torch.cuda.get_device_name() if trainer.device.type == "cuda" else None,
         }
+
+    def _flops(self, network: nn.Module, device: torch.device) -> int | None:
+        batch_size = 1 if self.inference else self.planned.manager.batch_size
+        shape = (batch_size, self.planned.num_input_channels, *self.planned.manager.patch_size)
+        try:
+            with FlopCounterMode(display=False) as counter, torch.inference_mode(self.inference):
+                outputs = network(torch.zeros(shape, device=device))
+                if not self.inference:
+                    sum(output.sum() for output in (outputs if isinstance(outputs, list) else [outputs])).backward()
+        except XAttnResError:
+            raise
+        except Exception:
+            return None
+        return int(counter.get_total_flops())
 
     def costs(self) -> dict[str, Any]:
         """Time and memory of training steps, what is kept for the backward pass, time of inference."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,8 +40,7 @@ def choose_backend(
     """Let the network compute with the backend that is the fastest for its largest attention in mixed precision.
 
     image_shape: of a batch. record: of an earlier measurement, which is used if it was made under the same conditions.
-    They are compared in all processes, and say which backends can be imported. A C compiler that Triton needs and that
-    is missing since then is not noticed.
+    They are compared in all processes.
 
     All processes of a distributed training call this and choose the same backend: one that every process can use, by
     its time in the slowest process, for which the others wait in every step.
@@ -56,7 +56,7 @@ def choose_backend(
         problem = _not_measured(error)
     # Nothing before an exchange keeps a process from coming there, where the others wait.
     conditions = _of_all_processes(own)
-    if record is not None and record["conditions"] == conditions:
+    if record is not None and record.get("conditions") == conditions:
         findings, source = record["findings"], ", kept from an earlier start"
     elif own is not None:
         try:
@@ -91,6 +91,8 @@ def _conditions(image_shape: Sequence[int], device: torch.device) -> dict[str, A
         "image_shape": list(image_shape[1:]),
         "versions": [__version__, *map(installed_version, ("torch", "triton"))],
         "backends": [backend for backend in MEASURED_BACKENDS if _is_here(backend, device)],
+        # Triton needs one, unless it finds in its cache what it has compiled before.
+        "has_c_compiler": any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))),
     }
 
 

@@ -47,21 +47,24 @@ def test_the_largest_call_is_that_of_the_last_decoder_stage(network):
 
 
 @pytest.mark.parametrize(
-    "findings, problem, chosen, why",
+    "findings, problem, chosen, why, is_recorded",
     [
-        ({"streaming": 0.02, "triton": 0.01}, "", "triton", "streaming 20 ms, triton 10 ms"),
-        ({"streaming": 0.01, "triton": "it differs"}, "", "streaming", "streaming 10 ms, not triton (it differs)"),
-        ({"streaming": "it fails", "triton": "it fails"}, "", "streaming", "not streaming (it fails)"),
-        ({}, "not measured within 60 s", "streaming", "not measured within 60 s"),
+        ({"streaming": 0.02, "triton": 0.01}, "", "triton", "streaming 20 ms, triton 10 ms", True),
+        ({"streaming": 0.01, "triton": 0.02}, "", "streaming", "streaming 10 ms, triton 20 ms", True),
+        ({"streaming": 0.01, "triton": "differs"}, "", "streaming", "streaming 10 ms, not triton (differs)", False),
+        ({"streaming": "it fails", "triton": "it fails"}, "", "streaming", "not streaming (it fails)", False),
+        ({}, "not measured within 60 s", "streaming", "not measured within 60 s", False),
     ],
 )
-def test_the_network_computes_with_the_fastest_backend(network, monkeypatch, findings, problem, chosen, why):
+def test_the_network_computes_with_the_fastest_backend(
+    network, monkeypatch, findings, problem, chosen, why, is_recorded
+):
     monkeypatch.setattr(backend_choice, "_measured", lambda call, device: (findings, problem))
     monkeypatch.setattr(backend_choice, "attention_backend", lambda name: f"computed by {name}")
     backend, reason, record = backend_choice.choose_backend(network, PATCH, CPU)
     assert backend == chosen and why in reason and "\n" not in reason
     # What could not be measured is measured again when the training goes on.
-    assert (record is None) == (chosen == "streaming")
+    assert (record is not None) == is_recorded
     assert backends_of(network) == {f"computed by {chosen}"}
 
 
@@ -114,7 +117,11 @@ class TestRecord:
         assert reason.endswith("attention, kept from an earlier start: streaming 20 ms, triton 10 ms")
         assert backends_of(network) == {"computed by triton"}
 
-    @pytest.mark.parametrize("what", ["device", "patch", "version", "package", "backend"])
+    def test_a_record_without_conditions(self, network, record):
+        _, reason, again = backend_choice.choose_backend(network, PATCH, CUDA, {"findings": self.FINDINGS})
+        assert "kept" not in reason and again["conditions"] == record["conditions"]
+
+    @pytest.mark.parametrize("what", ["device", "patch", "version", "package", "backend", "compiler"])
     def test_others(self, network, record, monkeypatch, what):
         patch = PATCH
         match what:
@@ -128,6 +135,9 @@ class TestRecord:
                 monkeypatch.setattr(backend_choice, "installed_version", lambda name: "9.9")
             case "backend":  # installed as before, and broken
                 monkeypatch.setattr(backend_choice, "check_backend", fail_for_triton)
+            case "compiler":
+                monkeypatch.setenv("CC", "")
+                monkeypatch.setenv("PATH", "")
         backend, reason, again = backend_choice.choose_backend(network, patch, CUDA, record)
         assert backend == "streaming" and "kept" not in reason
         assert again["findings"] == {"streaming": 0.01} and again["conditions"] != record["conditions"]

@@ -22,6 +22,7 @@ CASES = {  # batch size, target size, source sizes; small, because the interpret
 }
 SLOW_CASES = {
     "3d, odd factor along z": (1, (6, 1, 1), [(2, 1, 1)]),
+    "3d, two images": (2, (6, 1, 2), [(3, 1, 1), (2, 1, 2)]),
     "2d, several tiles": (2, (5, 7), [(5, 7), (5, 1)]),
     "2d, large factors": (2, (2, 96), [(1, 2), (1, 4)]),
     "3d, several tiles": (1, (4, 6, 6), [(2, 3, 3), (1, 3, 1), (4, 6, 6)]),
@@ -72,6 +73,13 @@ def test_it_equals_the_reference_in_output_and_every_gradient(case):
 def test_planes_in_several_chunks_equal_the_reference(case, monkeypatch):
     monkeypatch.setattr(kernels, "PLANES_BYTES", 1)
     _assert_equals_reference(*_inputs(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planes", [4, 5])
+def test_chunks_of_several_planes_of_two_images_equal_the_reference(planes, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_PLANES", planes)
+    _assert_equals_reference(*_inputs("3d, two images"))
 
 
 def test_values_as_small_as_eps_equal_the_reference():

@@ -167,8 +167,8 @@ class TestTritonOnADevice:
         if is_refused:
             assert chosen == (
                 "streaming",
-                "the backend 'triton' needs Triton 3.5 (PyTorch 2.9), and 3.3.0 is installed: update PyTorch, or use the "
-                "backend 'auto'",
+                "the backend 'triton' needs Triton 3.5 (PyTorch 2.9), and 3.3.0 is installed: update PyTorch, or use "
+                "the backend 'auto'",
             )
         else:
             assert chosen == ("triton", "")
