@@ -192,8 +192,8 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _dot_precision(dtype: torch.dtype) -> str:
-    """How matrix products are computed: as exactly as dtype holds the results."""
-    # Triton knows no other way on AMD GPUs.
+    """How matrix products are computed: at least as exactly as dtype holds the results."""
+    # Triton has no tf32x3 for AMD GPUs, and tf32 only for some of them.
     if dtype == torch.float64 or torch.version.hip is not None:
         return "ieee"
     return "tf32x3" if dtype == torch.float32 else "tf32"

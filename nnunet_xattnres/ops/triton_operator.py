@@ -45,7 +45,7 @@ def attend_triton(
 
     For the backward pass, the query and the projected candidates at their own resolutions are kept.
 
-    `attend_streaming` takes over where there is no device for the kernels, see `check_device`, and what they do not
+    `attend_streaming` takes over where the kernels cannot run, see `check_device`, and what they do not
     compute: query fields and separate keys (block level), more than 512 channels, and 2^31 or more elements per batch
     item. It says so once in the log. It also takes over exports, because an exported graph must run without this
     package.
@@ -104,7 +104,7 @@ def check_device(device: str) -> None:
 # A graph holds what is known when it is compiled.
 @torch.compiler.assume_constant_result
 def _why_not(device: str) -> str:
-    """The message of `check_device`. Empty for a device that Triton has kernels for."""
+    """The message of `check_device`. Empty where the kernels can run."""
     try:
         check_device(device)
     except XAttnResError as error:

@@ -122,13 +122,19 @@ def measure(request: Request) -> Iterator[Answer]:
         except Exception:
             pass  # The network cannot be built on the meta device. Counts are made below, on the trainer's device.
         costs = measurement.inference_costs() if request.inference else measurement.costs()
-        counts = {}
-        if answer.flops is None:
-            counts = measurement.counts(measurement.trainer.device)
-        elif costs["computed_by"] != costs["inference_computed_by"]:
-            # The training measured the backends and took another one than was counted.
-            counts = measurement.counts(torch.device("meta"), costs["computed_by"])
-        yield replace(answer, status=MEASURED, **counts | costs)
+        answer = replace(answer, **costs)
+        try:
+            counts = {}
+            if answer.flops is None:
+                counts = measurement.counts(measurement.trainer.device)
+            elif answer.computed_by != answer.inference_computed_by:
+                # The training measured the backends and took another one than was counted.
+                answer = replace(answer, flops=None)
+                counts = measurement.counts(torch.device("meta"), answer.computed_by)
+            answer = replace(answer, **counts | costs)
+        except Exception:
+            pass  # What has been measured counts without these counts, too.
+        yield replace(answer, status=MEASURED)
     except Exception as error:
         traceback.print_exc()
         if is_out_of_memory(error):

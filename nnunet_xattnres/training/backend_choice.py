@@ -56,8 +56,8 @@ def choose_backend(
         problem = _not_measured(error)
     # Nothing before an exchange keeps a process from coming there, where the others wait.
     conditions = _of_all_processes(own)
-    if record is not None and record.get("conditions") == conditions:
-        findings, source = record["findings"], ", kept from an earlier start"
+    if kept := _kept_findings(record, conditions):
+        findings, source = kept, ", kept from an earlier start"
     elif own is not None:
         try:
             findings, problem = _measured(largest_call(network, image_shape), device)
@@ -91,9 +91,24 @@ def _conditions(image_shape: Sequence[int], device: torch.device) -> dict[str, A
         "image_shape": list(image_shape[1:]),
         "versions": [__version__, *map(installed_version, ("torch", "triton"))],
         "backends": [backend for backend in MEASURED_BACKENDS if _is_here(backend, device)],
-        # Triton needs one, unless it finds in its cache what it has compiled before.
-        "has_c_compiler": any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))),
+        "has_c_compiler": _has_c_compiler(),
     }
+
+
+def _has_c_compiler() -> bool:
+    """Whether there is the compiler that Triton would take. Triton needs none for what it finds in its cache."""
+    chosen = os.environ.get("CC")
+    return any(shutil.which(name) for name in ((chosen,) if chosen is not None else ("gcc", "clang")))
+
+
+def _kept_findings(record: Record | None, conditions: list[Any]) -> Findings:
+    """The findings of a record that was made under these conditions. Empty if it is another one, or none of ours."""
+    if not isinstance(record, dict) or record.get("conditions") != conditions:
+        return {}
+    findings = record.get("findings")
+    if not isinstance(findings, dict) or set(findings) != set(MEASURED_BACKENDS):
+        return {}
+    return findings if all(isinstance(value, float) for value in findings.values()) else {}
 
 
 def _is_here(backend: str, device: torch.device) -> bool:

@@ -1,5 +1,6 @@
 """The backend that a training on a GPU chooses, with made-up measurements and with a process on a CPU."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +107,7 @@ class TestRecord:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
         monkeypatch.setattr(backend_choice, "check_backend", lambda name, device: None)
         monkeypatch.setattr(backend_choice, "attention_backend", lambda name: f"computed by {name}")
+        monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
         _, reason, record = backend_choice.choose_backend(network, PATCH, CUDA)
         assert "kept" not in reason and record["conditions"][0]["device"] == "Some GPU"
         monkeypatch.setattr(backend_choice, "_measured", lambda call, device: ({"streaming": 0.01}, ""))
@@ -117,9 +119,21 @@ class TestRecord:
         assert reason.endswith("attention, kept from an earlier start: streaming 20 ms, triton 10 ms")
         assert backends_of(network) == {"computed by triton"}
 
-    def test_a_record_without_conditions(self, network, record):
-        _, reason, again = backend_choice.choose_backend(network, PATCH, CUDA, {"findings": self.FINDINGS})
-        assert "kept" not in reason and again["conditions"] == record["conditions"]
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            None,
+            {"conditions": None},
+            {"findings": None},
+            {"findings": {"streaming": 0.02}},
+            {"findings": {"streaming": 0.02, "another": 0.01}},
+            {"findings": {"streaming": 0.02, "triton": "it fails"}},
+        ],
+    )
+    def test_a_record_that_is_no_record(self, network, record, changes):
+        broken = "broken" if changes is None else record | changes
+        _, reason, _ = backend_choice.choose_backend(network, PATCH, CUDA, broken)
+        assert "kept" not in reason
 
     @pytest.mark.parametrize("what", ["device", "patch", "version", "package", "backend", "compiler"])
     def test_others(self, network, record, monkeypatch, what):
@@ -136,11 +150,28 @@ class TestRecord:
             case "backend":  # installed as before, and broken
                 monkeypatch.setattr(backend_choice, "check_backend", fail_for_triton)
             case "compiler":
-                monkeypatch.setenv("CC", "")
-                monkeypatch.setenv("PATH", "")
+                monkeypatch.setattr(shutil, "which", lambda name: None)
         backend, reason, again = backend_choice.choose_backend(network, patch, CUDA, record)
         assert backend == "streaming" and "kept" not in reason
         assert again["findings"] == {"streaming": 0.01} and again["conditions"] != record["conditions"]
+
+
+@pytest.mark.parametrize(
+    "variable, installed, expected",
+    [
+        (None, ["gcc"], True),
+        (None, ["clang"], True),
+        (None, ["cc"], False),
+        ("icx", ["gcc"], False),
+        ("cc", ["cc"], True),
+    ],
+)
+def test_the_compiler_is_the_one_that_triton_takes(monkeypatch, variable, installed, expected):
+    monkeypatch.delenv("CC", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CC", variable)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in installed else None)
+    assert backend_choice._has_c_compiler() is expected
 
 
 def fail_for_triton(name, device):

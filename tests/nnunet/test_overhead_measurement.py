@@ -168,18 +168,35 @@ def test_flops_are_those_of_triton_where_the_training_chose_it(monkeypatch):
     assert answer.flops == expected != Measurement(small_request(NO_SKIP)).counts(torch.device("meta"))["flops"]
 
 
-def test_a_measurement_that_is_finished_does_not_fail_because_flops_cannot_be_counted(monkeypatch):
-    """Neither on the meta device nor on the trainer's. Everything else is known."""
+@pytest.mark.parametrize("successes, chooses", [(0, False), (1, True)])
+def test_flops_that_cannot_be_counted_are_all_that_is_not_known(monkeypatch, successes, chooses):
+    """Neither on the meta device nor on the trainer's, or not for the backend that the training chose."""
+    expected = Measurement(small_request(NO_SKIP)).counts(torch.device("meta"))
+    counters = []
 
     class Broken(FlopCounterMode):
         def __enter__(self):
-            raise RuntimeError("no shapes without a GPU")
+            counters.append(self)
+            if len(counters) > successes:
+                raise RuntimeError("no shapes without a GPU")
+            return super().__enter__()
 
-    expected = Measurement(small_request(NO_SKIP)).counts(torch.device("meta"))
-    monkeypatch.setattr("nnunet_xattnres.overhead.measurement.FlopCounterMode", Broken)
+    monkeypatch.setattr(measurement, "FlopCounterMode", Broken)
+    if chooses:
+        monkeypatch.setattr(XAttnResTrainerMixin, "choose_backend", choose_triton)
     *_, answer = measure(small_request(NO_SKIP))
     assert answer.status == MEASURED and len(answer.step_seconds) == 1
+    assert len(counters) == 2
     assert {name: getattr(answer, name) for name in expected} == expected | {"flops": None}
+
+
+def test_a_measurement_that_is_finished_does_not_fail_because_counts_fail(monkeypatch):
+    def counts(self, device):
+        raise RuntimeError("no shapes")
+
+    monkeypatch.setattr(Measurement, "counts", counts)
+    *_, answer = measure(small_request(NO_SKIP))
+    assert (answer.status, answer.parameters) == (MEASURED, None) and len(answer.step_seconds) == 1
 
 
 def test_a_trainer_of_nnunet_itself_streams_where_the_backend_of_the_plans_is_not_available():

@@ -131,7 +131,7 @@ def test_a_life_of_a_model(here: InProcess, tmp_path: Path, trainer: str, config
     assert validated.keys() == {"phantom_002.nii.gz", "phantom_002.npz"}
     shutil.rmtree(fold / "validation")
     here.run(*train, "--val", "--npz", log="validate")
-    assert_equal(read_predictions(fold / "validation"), validated, model)
+    assert_equal(read_predictions(fold / "validation"), validated)
 
     assert_predicts_elsewhere(here, model, tmp_path)
 
@@ -174,12 +174,11 @@ def assert_predicts_elsewhere(here: NnUNet, model: Model, tmp_path: Path) -> Non
     alone = {"nnUNet_npp": "0", "nnUNet_nps": "0"}
     predict = model.predict_command(("0",), images, installed, "cpu", PROBABILITIES)
     elsewhere.run(*predict, log="predict", environment=alone)
-    assert_equal(read_predictions(installed), predictions, model)
+    assert_equal(read_predictions(installed), predictions)
 
 
-def assert_equal(these: dict[str, np.ndarray], those: dict[str, np.ndarray], model: Model) -> None:
+def assert_equal(these: dict[str, np.ndarray], those: dict[str, np.ndarray]) -> None:
     assert these.keys() == those.keys()
-    # The last digits may differ between processes. Block level's attention to short vectors enlarges what differs.
-    tolerance = 2e-3 if "Block" in model.trainer else 1e-5
     for name, array in those.items():
-        np.testing.assert_allclose(these[name], array, rtol=0, atol=tolerance, err_msg=name)
+        # The last digits may differ between processes. nnU-Net adds logits in half precision, which enlarges that.
+        np.testing.assert_allclose(these[name], array, rtol=0, atol=2e-3, err_msg=name)

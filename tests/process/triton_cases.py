@@ -9,9 +9,16 @@ import torch
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.ops import triton_kernels as kernels
 from nnunet_xattnres.ops.reference import Candidate, attend_reference
-from nnunet_xattnres.ops.triton_operator import attend_triton, attend_upsampled, attend_upsampled_backward
+from nnunet_xattnres.ops.triton_operator import (
+    attend_triton,
+    attend_upsampled,
+    attend_upsampled_backward,
+    check_device,
+)
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
+# Where the kernels cannot run, `attend_triton` would compute everything with another backend.
+check_device(DEVICE)
 CASES = {  # batch size, target size, source sizes; small, because the interpreter takes its time
     "2d": (1, (2, 4), [(1, 2), (2, 1)]),
     "2d, one source": (2, (1, 4), [(1, 2)]),

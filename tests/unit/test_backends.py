@@ -159,19 +159,22 @@ class TestTritonOnADevice:
         capability(*version)
         check_backend("triton", "cuda")
 
-    @pytest.mark.parametrize("version, is_refused", [("3.3.0", True), ("3.5.0", False), ("3.10.0", False)])
-    def test_a_triton_that_is_too_old(self, capability, monkeypatch, version, is_refused):
+    @pytest.mark.parametrize("version", ["3.3.0", "3.4.0"])
+    def test_a_triton_that_is_too_old(self, capability, monkeypatch, version):
         capability(9, 0)
         monkeypatch.setattr("triton.__version__", version)
-        chosen = chosen_backend("triton", "cuda", is_stage_level=True)
-        if is_refused:
-            assert chosen == (
-                "streaming",
-                "the backend 'triton' needs Triton 3.5 (PyTorch 2.9), and 3.3.0 is installed: update PyTorch, or use "
-                "the backend 'auto'",
-            )
-        else:
-            assert chosen == ("triton", "")
+        backend, why = chosen_backend("triton", "cuda", is_stage_level=True)
+        assert backend == "streaming"
+        assert why == (
+            f"the backend 'triton' needs Triton 3.5 (PyTorch 2.9), and {version} is installed: update PyTorch, or use "
+            "the backend 'auto'"
+        )
+
+    @pytest.mark.parametrize("version", ["3.5.0", "3.10.0"])
+    def test_a_triton_that_is_not(self, capability, monkeypatch, version):
+        capability(9, 0)
+        monkeypatch.setattr("triton.__version__", version)
+        assert chosen_backend("triton", "cuda", is_stage_level=True) == ("triton", "")
 
     def test_under_the_interpreter_every_device_does(self, capability, monkeypatch):
         monkeypatch.setattr("nnunet_xattnres.ops.triton_operator.INTERPRETED", True)
@@ -181,8 +184,8 @@ class TestTritonOnADevice:
 
 
 @pytest.mark.parametrize("target, binary", [(("cuda", 80, 32), "cubin"), (("hip", "gfx90a", 64), "hsaco")])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_the_kernels_compile_for_a_gpu_that_is_not_here(target, binary, dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize("channels, dtype", [(20, torch.float16), (20, torch.float32), (5, torch.float64)])
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(target, binary, channels, dtype, tmp_path, monkeypatch):
     compiler_of_triton = pytest.importorskip("triton.backends.compiler", reason="Triton is not installed")
     from nnunet_xattnres.ops import triton_kernels as kernels
 
@@ -193,11 +196,12 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(target, binary, dtype, t
     study = load_study("triton_kernels")
     compiler = study.Compiler(compiler_of_triton.GPUTarget(*target))
     with torch.device("meta"):
-        query = torch.empty(20)
-        coarse, fine = torch.empty(1, 2, 2, 20, dtype=dtype), torch.empty(1, 20, 2, 4, dtype=dtype)
+        query = torch.empty(channels)
+        coarse, fine = torch.empty(1, 2, 2, channels, dtype=dtype), torch.empty(1, channels, 2, 4, dtype=dtype)
     compiler.record(lambda: kernels.mix(query, [coarse], [fine], (2, 4), 1e-6))
     compiler.record(lambda: kernels.mix_gradients(fine, query, [coarse], [fine], 1e-6))
     for launch in compiler.launches:
         assert launch[0].asm[binary]
-        if binary == "cubin":
+        # The study follows no branch that depends on values, as those of exponentials in double precision do.
+        if binary == "cubin" and dtype != torch.float64:
             assert study.accesses_of_launches([launch]).total() >= fine.numel()
