@@ -7,6 +7,7 @@ the cells count as finished there without any file of a training.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from nnunet_xattnres.common.files import folder_written_atomically
 from nnunet_xattnres.common.text import counted
 
 BY_CELL = ("cells", "cases", "curves", "label_curves")
+OF_REPORT = ", report "
 GIVE_ANOTHER = "give a report on the same spec"
 
 
@@ -88,6 +90,8 @@ def take_over(theirs: Tables, root: Path) -> None:
     tables = _only(theirs, same)
     # The same tables have the same folder, so that taking them over again, or twice at a time, changes nothing.
     digest = sha256("".join(getattr(tables, name).to_csv() for name in COLUMNS).encode()).hexdigest()[:12]
+    origin = partial(_with_report, digest=digest)
+    tables = replace(tables, cells=tables.cells.assign(device=tables.cells.device.map(origin)))
     with locked(root / f"{EARLIER}.lock", patience=float("inf")):
         if not (root / EARLIER / digest).is_dir():
             with folder_written_atomically(root / EARLIER / digest) as folder:
@@ -103,6 +107,14 @@ def take_over(theirs: Tables, root: Path) -> None:
         f"{len(same) - taken} finished or running here, {num_finished - len(same)} not of this matrix{example}",
         flush=True,
     )
+
+
+def _with_report(device: str, digest: str) -> str:
+    """The name of a known device with the report that a training comes from, unless it has one already.
+
+    Another machine of the same name may be of another speed. Trainings of one report may be compared among themselves.
+    """
+    return device if device == "" or OF_REPORT in device else f"{device}{OF_REPORT}{digest[:6]}"
 
 
 def _joined(cells: list[Cell], parts: list[Tables]) -> Tables:

@@ -14,6 +14,8 @@ from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 
 COSTS = "costs.json"
+# Between the names of devices, if a training was continued on another one.
+SEVERAL = " and "
 SAMPLING_SECONDS = 0.2
 WRITING_SECONDS = 5.0
 
@@ -41,8 +43,7 @@ def logged_times(logged: dict[str, Any]) -> dict[str, Any]:
 def recorded_costs(folder: Path) -> dict[str, Any]:
     """The costs over all attempts at a training: peak_memory_gb, None if unknown, and device, "" if unknown."""
     recorded = _recorded(folder)
-    # Several devices, if the training was continued on another machine.
-    return {"peak_memory_gb": recorded["peak_memory_gb"], "device": " and ".join(recorded["devices"])}
+    return {"peak_memory_gb": recorded["peak_memory_gb"], "device": SEVERAL.join(recorded["devices"])}
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

@@ -1,10 +1,16 @@
-"""Time, parameters and memory of trainers."""
+"""Time, parameters and memory of trainers.
+
+Time and memory are compared on one device only. A training that was taken over from a report has that report in the
+name of its device, because machines with the same name may differ in speed (`collecting.take_over`). A training on
+several devices, one after the other, belongs to none.
+"""
 
 from typing import Any
 
 import pandas
 
 from nnunet_xattnres.benchmark.cells import FINISHED
+from nnunet_xattnres.benchmark.cost_recording import SEVERAL
 from nnunet_xattnres.common.samples import rounded
 
 COSTS = ("seconds_per_epoch", "parameters", "peak_memory_gb")
@@ -30,12 +36,12 @@ def cost_ratios(
 ) -> dict[str, float | None]:
     """The ratios first / second: medians over the folds and seeds that both trainers have finished.
 
-    For time and memory, only folds and seeds count that both have trained on the device that `costs` names.
+    For time and memory, only folds and seeds count that both have trained on the same device, whichever it is.
     """
-    finished, device = _finished(cells, dataset, configuration)
+    finished, _ = _finished(cells, dataset, configuration)
     ours, theirs = (finished[finished.trainer == trainer] for trainer in (first, second))
     both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
-    comparable = both[(both.device == device) & (both.device_of_second == device) & (device != "")]
+    comparable = both[(both.device == both.device_of_second) & both.device.map(_is_known).astype(bool)]
     ratios = {}
     for cost in COSTS:
         pairs = comparable if cost in COSTS_OF_DEVICE else both
@@ -48,5 +54,9 @@ def _finished(cells: pandas.DataFrame, dataset: str, configuration: str) -> tupl
     """The finished cells, and the known device of most of them, "" if none is known."""
     of_set = (cells.dataset == dataset) & (cells.configuration == configuration)
     finished = cells[of_set & (cells.state == FINISHED)]
-    devices = [device for device in finished.device if device]
+    devices = [device for device in finished.device if _is_known(device)]
     return finished, max(devices, key=devices.count, default="")
+
+
+def _is_known(device: str) -> bool:
+    return device != "" and SEVERAL not in device

@@ -57,7 +57,8 @@ def markdown(tables: Tables, results: Results, figures: list[str]) -> str:
         *_learning(results, figures),
         "## Which datasets can tell trainers apart",
         "Standard deviation of the trainers' mean Dice, beside that of the folds and seeds of one trainer (pooled), in "
-        "percentage points. Where the ratio is low, differences between trainers drown in those between trainings. "
+        "percentage points. Where the ratio is low, these means do not tell trainers apart. What is common to all "
+        "trainers in a fold is in the second value, and not in the paired differences. "
         "Trainers that lack one of the trainings are left out.",
         _spreads(results.spreads),
         *_differences("## Paired differences in Dice, other pairs", results.without_first, "dice"),
@@ -159,9 +160,9 @@ def _explanation(results: Results) -> str:
         parts.append(
             f"- **{OVER_TRAININGS}**: 95 % interval of a hierarchical bootstrap, which resamples trainings (folds, and "
             "seeds within them) and the cases within them. It says what other trainings may show. If it contains 0, "
-            "a better or worse may be owed to these trainings alone. Of few trainings it is too narrow: of two it sees "
-            "half of the variance between trainings, of ten nine tenths. '-': one training, which has no such "
-            "interval, or a family."
+            "a better or worse may be owed to these trainings alone. Of few trainings it is rough: with two folds, it "
+            "holds half of the variance between folds, and 1.5 times that between cases. '-': one training, which has "
+            "no such interval, or a family."
         )
     else:
         parts.append(
@@ -185,7 +186,7 @@ def _explanation(results: Results) -> str:
     if _knows(results.comparisons, [f"{cost}_ratio" for cost in COSTS]):
         parts.append(
             "- **time, parameters, memory**: first / second, the median over these trainings; of time and memory over "
-            "those of both on the device that is named under the dataset's next table."
+            "the folds and seeds that both have trained on the same device."
         )
     return "\n".join(parts)
 
@@ -397,23 +398,30 @@ def _learning(results: Results, figures: list[str]) -> list[str]:
         for row in results.learning["flatness"]
     ]
     header = ["dataset", "label", "trainer", "trainings", "reached in", "steps", "minutes", "steps, ratio"]
+    steps = results.learning["steps_to_target"]
+    most = {(_configuration_name(row), row["label"]): row["trainings"] for row in reversed(steps)}
+    is_incomplete = [row["trainings"] < most[_configuration_name(row), row["label"]] for row in steps]
     lines = [
         [
             _configuration_name(row),
             row["label"],
             short_name(row["trainer"]),
-            str(row["trainings"]),
+            f"{row['trainings']}{'*' * has_fewer}",
             str(row["reached"]),
             _until_target(row["steps"]),
             _until_target(row["minutes"]),
             *_learning_ratios(row, first),
         ]
-        for row in results.learning["steps_to_target"]
+        for row, has_fewer in zip(steps, is_incomplete, strict=True)
     ]
     return [
         "## How fast every trainer learns",
         text,
         _table([*header, "minutes, ratio"], lines) if lines else f"{first} has learned no label.",
+        f"\\* Fewer trainings than {first}: its steps and minutes are not to be compared with those of other rows; the "
+        "ratios are over common trainings."
+        if any(is_incomplete)
+        else "",
         flat,
         _table(["dataset", "label", "trainings", "final pseudo-Dice", "gain, points", "flat"], flat_lines),
         *(_picture(name) for name in figures if name.startswith("learning")),

@@ -23,7 +23,7 @@ from nnunet_xattnres.benchmark.tables import (
     write_csv,
     write_tables,
 )
-from nnunet_xattnres.common.errors import XAttnResError
+from nnunet_xattnres.common.errors import XAttnResError, differences
 from nnunet_xattnres.common.files import check_writable, make_writable_folder, write_text_atomically
 from nnunet_xattnres.nnunet.folders import check_not_of_nnunet
 from nnunet_xattnres.nnunet.installation import check_installed
@@ -108,9 +108,12 @@ def check_output(output: Path, tables: Tables, remedy: str = KEEP_TRAININGS) -> 
     here = tables.finished
     lost = [key for key, settings in there.items() if here.get(key) != settings]
     if lost:
+        example = " ".join(map(str, lost[0]))
+        if lost[0] in here:
+            example += f" with {differences(there[lost[0]], here[lost[0]])}"
         raise XAttnResError(
-            f"{output} is a report with trainings that this one would lack ({len(lost)} of {len(there)}): choose "
-            f"another -o, or {remedy}"
+            f"{output} is a report with trainings that this one would lack ({len(lost)} of {len(there)}, such as "
+            f"{example}): choose another -o, or {remedy}"
         )
 
 

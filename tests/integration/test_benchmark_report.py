@@ -235,6 +235,11 @@ class TestMarkdown:
         assert "| Dataset001_A, small | a | 4 | 50.00 | - | too short to say |" in text
         text = markdown(one, results_of(one), [])
         assert "| Dataset001_A, small | a | XAttnRes | 4 | 4 | 200 | 1 | 1.00x [1.00, 1.00] | 1.50x |" in text
+        assert "Fewer trainings" not in text
+        fewer = replace(one, label_curves=one.label_curves[~is_slow])
+        text = markdown(fewer, results_of(fewer), [])
+        assert "| Dataset001_A, small | a | XAttnRes | 2* | 2 | 200 | 1 | 1.00x [1.00, 1.00] | 1.50x |" in text
+        assert "\\* Fewer trainings than Planned: its steps" in text
         never = replace(one, label_curves=one.label_curves.assign(pseudo_dice=0.0))
         assert "Planned has learned no label." in markdown(never, results_of(never), [])
 

@@ -512,6 +512,6 @@ class TestBadInput:
         compare(first, second)
         assert main(["compare", str(first), str(second), "--folds", "0", "-o", "out"]) == 1
         message = capsys.readouterr().err
-        assert "would lack (2 of 4)" in message
+        assert "would lack (2 of 4, such as " in message
         assert message.endswith("or give the results, --folds and --group that it was made from\n")
         compare(first, second)
