@@ -15,6 +15,7 @@ import pandas
 
 from nnunet_xattnres.benchmark.cell_tables import cases_to_predict, cell_key, measured_tables, planned_tables
 from nnunet_xattnres.benchmark.cells import EARLIER, FINISHED, Cell, read_cells
+from nnunet_xattnres.benchmark.cost_recording import OF_REPORT
 from nnunet_xattnres.benchmark.locks import SECONDS_FOR_A_LOOK, Busy, locked
 from nnunet_xattnres.benchmark.spec import Spec
 from nnunet_xattnres.benchmark.tables import CELL, COLUMNS, REMEDY, Tables, read_tables, write_tables
@@ -23,7 +24,6 @@ from nnunet_xattnres.common.files import folder_written_atomically
 from nnunet_xattnres.common.text import counted
 
 BY_CELL = ("cells", "cases", "curves", "label_curves")
-OF_REPORT = ", report "
 GIVE_ANOTHER = "give a report on the same spec"
 
 

@@ -16,6 +16,8 @@ from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 COSTS = "costs.json"
 # Between the names of devices, if a training was continued on another one.
 SEVERAL = " and "
+# Between the name of a device and the report that a training comes from, see `collecting.take_over`.
+OF_REPORT = ", report "
 SAMPLING_SECONDS = 0.2
 WRITING_SECONDS = 5.0
 

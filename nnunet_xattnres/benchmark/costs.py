@@ -1,16 +1,17 @@
 """Time, parameters and memory of trainers.
 
-Time and memory are compared on one device only. A training that was taken over from a report has that report in the
-name of its device, because machines with the same name may differ in speed (`collecting.take_over`). A training on
+Time and memory are compared on one device only. A training that was taken over from a report has that report behind
+the name of its device, because machines of the same name may differ in speed (`collecting.take_over`). A training on
 several devices, one after the other, belongs to none.
 """
 
 from typing import Any
 
+import numpy as np
 import pandas
 
 from nnunet_xattnres.benchmark.cells import FINISHED
-from nnunet_xattnres.benchmark.cost_recording import SEVERAL
+from nnunet_xattnres.benchmark.cost_recording import OF_REPORT, SEVERAL
 from nnunet_xattnres.common.samples import rounded
 
 COSTS = ("seconds_per_epoch", "parameters", "peak_memory_gb")
@@ -36,12 +37,15 @@ def cost_ratios(
 ) -> dict[str, float | None]:
     """The ratios first / second: medians over the folds and seeds that both trainers have finished.
 
-    For time and memory, only folds and seeds count that both have trained on the same device, whichever it is.
+    For time and memory, only folds and seeds count that both have trained on the same device. Its name is the known one
+    of most finished cells of all trainers, with any report.
     """
     finished, _ = _finished(cells, dataset, configuration)
+    name = _most_frequent([device.split(OF_REPORT)[0] for device in finished.device])
     ours, theirs = (finished[finished.trainer == trainer] for trainer in (first, second))
     both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
-    comparable = both[(both.device == both.device_of_second) & both.device.map(_is_known).astype(bool)]
+    has_name = [name != "" and device.split(OF_REPORT)[0] == name for device in both.device]
+    comparable = both[(both.device == both.device_of_second) & np.array(has_name, dtype=bool)]
     ratios = {}
     for cost in COSTS:
         pairs = comparable if cost in COSTS_OF_DEVICE else both
@@ -54,9 +58,9 @@ def _finished(cells: pandas.DataFrame, dataset: str, configuration: str) -> tupl
     """The finished cells, and the known device of most of them, "" if none is known."""
     of_set = (cells.dataset == dataset) & (cells.configuration == configuration)
     finished = cells[of_set & (cells.state == FINISHED)]
-    devices = [device for device in finished.device if _is_known(device)]
-    return finished, max(devices, key=devices.count, default="")
+    return finished, _most_frequent(list(finished.device))
 
 
-def _is_known(device: str) -> bool:
-    return device != "" and SEVERAL not in device
+def _most_frequent(devices: list[str]) -> str:
+    known = [device for device in devices if device and SEVERAL not in device]
+    return max(known, key=known.count, default="")

@@ -186,7 +186,7 @@ def _explanation(results: Results) -> str:
     if _knows(results.comparisons, [f"{cost}_ratio" for cost in COSTS]):
         parts.append(
             "- **time, parameters, memory**: first / second, the median over these trainings; of time and memory over "
-            "the folds and seeds that both have trained on the same device."
+            "the folds and seeds that both have trained on the same device, of the name under the dataset's next table."
         )
     return "\n".join(parts)
 
