@@ -7,7 +7,6 @@ several devices, one after the other, belongs to none.
 
 from typing import Any
 
-import numpy as np
 import pandas
 
 from nnunet_xattnres.benchmark.cells import FINISHED
@@ -24,7 +23,8 @@ def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: st
     Time and memory are those on one device, cost_device: the known device of most finished cells of all trainers. If no
     device is known, cost_device is "", and the cells without a device count.
     """
-    finished, device = _finished(cells, dataset, configuration)
+    finished = _finished(cells, dataset, configuration)
+    device = _most_frequent(finished.device)
     own = finished[finished.trainer == trainer]
     comparable = own[own.device == device]
     medians = {cost: (comparable if cost in COSTS_OF_DEVICE else own)[cost].median() for cost in COSTS}
@@ -40,12 +40,12 @@ def cost_ratios(
     For time and memory, only folds and seeds count that both have trained on the same device. Its name is the known one
     of most finished cells of all trainers, with any report.
     """
-    finished, _ = _finished(cells, dataset, configuration)
-    name = _most_frequent([device.split(OF_REPORT)[0] for device in finished.device])
+    finished = _finished(cells, dataset, configuration)
+    name = _most_frequent(_without_report(finished.device))
     ours, theirs = (finished[finished.trainer == trainer] for trainer in (first, second))
     both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
-    has_name = [name != "" and device.split(OF_REPORT)[0] == name for device in both.device]
-    comparable = both[(both.device == both.device_of_second) & np.array(has_name, dtype=bool)]
+    is_one_device = (both.device == both.device_of_second) & (both.device != "")
+    comparable = both[is_one_device & (_without_report(both.device) == name)]
     ratios = {}
     for cost in COSTS:
         pairs = comparable if cost in COSTS_OF_DEVICE else both
@@ -54,13 +54,16 @@ def cost_ratios(
     return ratios
 
 
-def _finished(cells: pandas.DataFrame, dataset: str, configuration: str) -> tuple[pandas.DataFrame, str]:
-    """The finished cells, and the known device of most of them, "" if none is known."""
+def _finished(cells: pandas.DataFrame, dataset: str, configuration: str) -> pandas.DataFrame:
     of_set = (cells.dataset == dataset) & (cells.configuration == configuration)
-    finished = cells[of_set & (cells.state == FINISHED)]
-    return finished, _most_frequent(list(finished.device))
+    return cells[of_set & (cells.state == FINISHED)]
 
 
-def _most_frequent(devices: list[str]) -> str:
+def _without_report(devices: pandas.Series) -> pandas.Series:
+    return devices.str.split(OF_REPORT, regex=False).str[0]
+
+
+def _most_frequent(devices: pandas.Series) -> str:
+    """The known device that is most frequent, "" if none is known."""
     known = [device for device in devices if device and SEVERAL not in device]
     return max(known, key=known.count, default="")

@@ -1,7 +1,7 @@
 """The Triton backend: a registered operator, its gradients, and the function around it."""
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import cache, reduce
 from math import prod
 from typing import Any
 
@@ -86,7 +86,7 @@ def check_device(device: str) -> None:
         return
     if device in ("cpu", "mps"):
         raise XAttnResError(f"the backend 'triton' needs CUDA, and the network is on {device}: use the backend 'auto'")
-    if Version(triton.__version__) < Version(OLDEST_TRITON):
+    if _is_too_old(triton.__version__):
         raise XAttnResError(
             f"the backend 'triton' needs Triton {OLDEST_TRITON} (PyTorch 2.9), and {triton.__version__} is installed: "
             "update PyTorch, or use the backend 'auto'"
@@ -99,6 +99,12 @@ def check_device(device: str) -> None:
                 f"the backend 'triton' needs a GPU of compute capability {needed}, and {here} is that of this GPU: use "
                 "the backend 'auto'"
             )
+
+
+# Every call of the attention asks, and to read a version takes time.
+@cache
+def _is_too_old(version: str) -> bool:
+    return Version(version) < Version(OLDEST_TRITON)
 
 
 # A graph holds what is known when it is compiled.
