@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ COMPLETE = ".complete"
 PREPARATION_LOCK = "preparation.lock"
 EARLIER = "earlier"
 FINISHED, FAILED, RUNNING, INTERRUPTED, WAITING = STATES = ("finished", "failed", "running", "interrupted", "waiting")
+
+
+def title_of(training: Iterable[str | int]) -> str:
+    """How messages name a training, given its dataset, configuration, trainer, fold and seed."""
+    return "{} {} {} fold {} seed {}".format(*training)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        return f"{self.dataset} {self.configuration} {self.trainer} fold {self.fold} seed {self.seed}"
+        return title_of((self.dataset, self.configuration, self.trainer, self.fold, self.seed))
 
     @property
     def model(self) -> Model:

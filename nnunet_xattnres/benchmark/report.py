@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas
 
-from nnunet_xattnres.benchmark.cells import FINISHED, MATRIX
+from nnunet_xattnres.benchmark.cells import FINISHED, MATRIX, title_of
 from nnunet_xattnres.benchmark.drawing import write_figures
 from nnunet_xattnres.benchmark.markdown import markdown
 from nnunet_xattnres.benchmark.results import LEARNING, Results, results_of, versions_of
@@ -108,7 +108,7 @@ def check_output(output: Path, tables: Tables, remedy: str = KEEP_TRAININGS) -> 
     here = tables.finished
     lost = [key for key, settings in there.items() if here.get(key) != settings]
     if lost:
-        example = " ".join(map(str, lost[0]))
+        example = title_of(lost[0])
         if lost[0] in here:
             example += f" with {differences(there[lost[0]], here[lost[0]])}"
         raise XAttnResError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas
 
-from nnunet_xattnres.benchmark.cells import FINISHED
+from nnunet_xattnres.benchmark.cells import FINISHED, title_of
 from nnunet_xattnres.common.errors import XAttnResError, one_line
 from nnunet_xattnres.common.files import written_atomically
 
@@ -187,8 +187,9 @@ def _check_consistency(tables: Tables, folder: Path) -> None:
     of_cells = set(finished[CELL].itertuples(index=False, name=None))
     for cell in sorted(with_cases ^ of_cells):
         has, lacks = ("cases.csv", "cells.csv") if cell in with_cases else ("cells.csv", "cases.csv")
-        name = "{}, {}, {}, fold {}, seed {}".format(*cell)
-        raise XAttnResError(f"{folder}: {has} has {name}, finished, and {lacks} has not: take files of one report")
+        raise XAttnResError(
+            f"{folder}: {has} has {title_of(cell)}, finished, and {lacks} has not: take files of one report"
+        )
     unknown = tables.cells[~tables.cells.trainer.isin(tables.trainers.trainer)]
     if not unknown.empty:
         name = unknown.iloc[0].trainer

@@ -284,7 +284,7 @@ class TestReport:
         second.write_record(new, "finished", epochs=2)
         before = {file.name: file.read_bytes() for file in one.iterdir()}
         lacking = r"is a report with trainings that this one would lack \(1 of 1, such as {}\): choose another -o"
-        name = f"{DATASET} small {PLANNED} 0 5"
+        name = f"{DATASET} small {PLANNED} fold 0 seed 5"
         with pytest.raises(XAttnResError, match=lacking.format(name)):
             run_report(new, one)
         # The same names are not the same trainings.
