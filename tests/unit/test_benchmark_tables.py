@@ -32,7 +32,10 @@ def test_tables_are_read_as_they_were_written(tables, tmp_path):
         (lambda folder: (folder / "cells.csv").unlink(), "cannot read"),
         (lambda folder: edit(folder / "cases.csv", ",nsd,", ",surface,"), "cases.csv has no column nsd"),
         (lambda folder: edit(folder / "cases.csv", ",10,10\n", ",ten,10\n"), "cases.csv is damaged"),
-        (lambda folder: edit(folder / "cells.csv", "Dataset003", "Dataset009"), "fold 0 seed 0, finished, and"),
+        (
+            lambda folder: edit(folder / "cells.csv", "Dataset003", "Dataset009"),
+            "fold 0 seed 0, finished, and cells.csv has not: take files of one report",
+        ),
         (lambda folder: edit(folder / "datasets.csv", "Sarcoma", "other"), "of family Sarcoma"),
         (lambda folder: edit(folder / "trainers.csv", f"{OURS},{OURS}", "b,b"), f"lacks {OURS}"),
         (lambda folder: edit(folder / "cells.csv", "finished", "failed"), "no cell is finished"),
