@@ -34,7 +34,9 @@ from nnunet_xattnres.benchmark.tables import Tables, read_tables, write_tables
 from nnunet_xattnres.cli import main
 from nnunet_xattnres.common.errors import XAttnResError
 
-EVIDENCE = ROOT / "results" / "cpu-evidence"
+of_every_committed_report = pytest.mark.parametrize(
+    "evidence", [ROOT / "results" / "evidence", ROOT / "results" / "cpu-evidence"], ids=lambda folder: folder.name
+)
 WRITTEN = {"cases", "cells", "curves", "datasets", "trainers", "versions", "summary", "comparisons", "spreads"}
 OF_LEARNING_CURVES = {"label_curves", "flatness", "steps_to_target"}
 
@@ -54,8 +56,8 @@ def of_dataset(tables: Tables, *names: str) -> Tables:
     return tables_of(tables.cases[tables.cases.dataset.isin(names)].to_dict("records"))
 
 
-def committed_figures() -> list[str]:
-    return re.findall(r"!\[.*\]\((.*)\.png\)", (EVIDENCE / "report.md").read_text())
+def figures_of(evidence: Path) -> list[str]:
+    return re.findall(r"!\[.*\]\((.*)\.png\)", (evidence / "report.md").read_text())
 
 
 class TestFiles:
@@ -72,10 +74,11 @@ class TestFiles:
         assert all(f"![{name}]({name}.png)" in files["report.md"].decode() for name in figures)
         json.loads(files["report.json"], parse_constant=pytest.fail)
 
-    def test_the_committed_numbers_follow_from_the_committed_tables(self):
+    @of_every_committed_report
+    def test_the_committed_numbers_follow_from_the_committed_tables(self, evidence):
         """Of one dataset with two of its trainers; `test_the_committed_report_follows_from_its_tables` checks all."""
-        committed = pandas.read_csv(EVIDENCE / "comparisons.csv", keep_default_na=False)
-        tables = read_tables(EVIDENCE)
+        committed = pandas.read_csv(evidence / "comparisons.csv", keep_default_na=False)
+        tables = read_tables(evidence)
         dataset = "Dataset004_Hippocampus"
         arms = tables.trainers[tables.trainers.trainer.isin([PLANNED, OURS])]
         chosen = replace(
@@ -87,24 +90,29 @@ class TestFiles:
         pair = cells_of(committed, dataset=dataset, first=OURS, second=PLANNED)
         expected = committed[pair].set_index("metric").loc[["dice", "nsd"]]
         # Other families of the pair, which the correction counts, are left out here.
-        for column in ("cases", "difference", "low", "high", "wins", "ties", "losses", "p"):
+        over_trainings = ("low_of_trainings", "high_of_trainings")
+        for column in ("cases", "difference", "low", "high", *over_trainings, "wins", "ties", "losses", "p"):
             assert list(rows[column]) == pytest.approx(list(expected[column].astype(float)), rel=1e-5), column
         for column in ("seconds_per_epoch_ratio", "parameters_ratio"):
             assert list(rows[column]) == pytest.approx(list(expected[column].astype(float)), rel=1e-5), column
+        # Of Dice only: the margin is one of Dice.
+        assert rows.p_equivalence["dice"] == pytest.approx(float(expected.p_equivalence["dice"]), rel=1e-5)
 
-    def test_the_committed_corrections_are_holms(self):
+    @of_every_committed_report
+    def test_the_committed_corrections_are_holms(self, evidence):
         """Of all pairs, from the committed p of families."""
-        committed = pandas.read_csv(EVIDENCE / "comparisons.csv", keep_default_na=False)
+        committed = pandas.read_csv(evidence / "comparisons.csv", keep_default_na=False)
         tested = committed[committed.p_holm != ""]
         for _, of_pair in tested.groupby(["first", "second", "metric"], sort=False):
             assert holm(list(of_pair.p)) == pytest.approx(list(of_pair.p_holm.astype(float)), rel=1e-5)
 
     @pytest.mark.slow
-    def test_the_committed_report_follows_from_its_tables(self, tmp_path, monkeypatch):
+    @of_every_committed_report
+    def test_the_committed_report_follows_from_its_tables(self, evidence, tmp_path, monkeypatch):
         """But for figures, whose bytes depend on what draws them."""
-        monkeypatch.setattr(report, "write_figures", lambda *given: committed_figures())
-        run_report(EVIDENCE, tmp_path)
-        committed = {file.name: file.read_bytes() for file in EVIDENCE.iterdir() if file.suffix not in (".png", ".pdf")}
+        monkeypatch.setattr(report, "write_figures", lambda *given: figures_of(evidence))
+        run_report(evidence, tmp_path)
+        committed = {file.name: file.read_bytes() for file in evidence.iterdir() if file.suffix not in (".png", ".pdf")}
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == committed
 
     def test_tables_of_an_earlier_version_have_no_curves_of_labels(self, tables, tmp_path, without_figures):
@@ -252,8 +260,8 @@ class TestFigures:
         assert_no_texts_overlap(draw_cases(values[values.dataset == "Dataset001_A"], [PLANNED, OURS]))
 
     @pytest.fixture
-    def evidence(self, monkeypatch) -> Tables:
-        """Tables of the size of the evidence's matrix, with two cases per fold."""
+    def largest(self, monkeypatch) -> Tables:
+        """Tables of the size of `specs/cpu-evidence.yaml`, which has the most trainers, with two cases per fold."""
         monkeypatch.setenv("XATTNRES_DATA", "/")
         spec = read_spec(ROOT / "specs" / "cpu-evidence.yaml")
         rng = np.random.default_rng(0)
@@ -269,21 +277,21 @@ class TestFigures:
             ]
         return tables_of(rows, trainers=tuple(arm.name for arm in spec.trainers))
 
-    def test_eight_trainers_are_readable(self, evidence):
-        results = results_of(evidence)
+    def test_eight_trainers_are_readable(self, largest):
+        results = results_of(largest)
         # 7 on one dataset, 4 on three of them and on a family.
         rows = [row for row in results.with_first if row["metric"] == "dice"]
         assert len(rows) == 7 + 4 * 4
         assert_no_texts_overlap(draw_differences(rows))
         assert_no_texts_overlap(draw_differences([row for row in rows if row["dataset"] == "Task04_Hippocampus"]))
-        trainers = list(evidence.trainers.trainer)
-        values = case_values(evidence.cases)
+        trainers = list(largest.trainers.trainer)
+        values = case_values(largest.cases)
         assert_no_texts_overlap(draw_cases(values[values.dataset == "Task04_Hippocampus"], trainers))
-        assert_no_texts_overlap(draw_curves(evidence.curves[evidence.curves.configuration == "2d_cpu"], trainers))
-        curves = learning_curves(evidence)
+        assert_no_texts_overlap(draw_curves(largest.curves[largest.curves.configuration == "2d_cpu"], trainers))
+        curves = learning_curves(largest)
         of_one = curves[curves.configuration == "2d_cpu"]
         assert_no_texts_overlap(draw_learning(of_one, results.learning["flatness"], trainers))
-        text, _, other_pairs = markdown(evidence, results, []).partition("other pairs\n")
+        text, _, other_pairs = markdown(largest, results, []).partition("other pairs\n")
         assert text.count("XAttnResBlock - Planned |") == 1 + 2 * 5
         assert "PlannedSameParameters - XAttnRes |" not in text
         assert other_pairs.count("| PlannedSameParameters - XAttnRes | Task04_Hippocampus") == 1

@@ -272,7 +272,7 @@ def test_every_page_is_in_the_site() -> None:
 def test_figure_of_the_results_is_that_of_the_report() -> None:
     # The site cannot show a file of another folder.
     figure = "paired_differences.png"
-    assert (DOCS / figure).read_bytes() == (ROOT / "results" / "cpu-evidence" / figure).read_bytes()
+    assert (DOCS / figure).read_bytes() == (ROOT / "results" / "evidence" / figure).read_bytes()
 
 
 def messages() -> Iterator[str]:
