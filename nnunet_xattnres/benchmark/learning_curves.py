@@ -83,8 +83,9 @@ def steps_to_target(tables: Tables) -> list[dict[str, Any]]:
 
     trainings: the number of these. reached: in how many the target is reached.
     epochs, steps, minutes: the median over trainings, infinite if it was not reached there; None if unknown.
-    ratio: the geometric mean of epochs / those of the first trainer. low, high: its t interval, each training counting
-        by itself; NaN for a single training. minutes_ratio: the ratio times that of the time per epoch.
+    ratio: the geometric mean of steps / those of the first trainer. low, high: its t interval, each training counting
+        by itself; NaN for a single training. A training with unknown iterations counts with as many as the other.
+    minutes_ratio: the geometric mean of epochs / those of the first trainer, times the ratio of the time per epoch.
     is_bound: a training has not reached the target and counts with all its epochs, so that the ratios are too low.
     """
     curves = learning_curves(tables)
@@ -106,11 +107,13 @@ def steps_to_target(tables: Tables) -> list[dict[str, Any]]:
             epochs = np.array([_first_epoch(curve, targets[name]) for name, curve in own.items()])
             budgets = np.array([len(curve) for curve in own.values()])
             epochs_of_first = np.array([_first_epoch(of_first[name], targets[name]) for name in own])
+            iterations = np.array([_iterations(curve) / _iterations(of_first[name]) for name, curve in own.items()])
+            ratios = np.minimum(epochs, budgets) / epochs_of_first
             rows.append(
                 identity
                 | {"trainer": trainer, "trainings": len(own), "reached": int(np.isfinite(epochs).sum())}
                 | _amounts(tables, identity, trainer, epochs, of_label[of_label.trainer == trainer].iterations)
-                | _ratios(tables, identity, (trainer, first), np.minimum(epochs, budgets) / epochs_of_first)
+                | _ratios(tables, identity, (trainer, first), ratios, np.nan_to_num(iterations, nan=1.0))
                 | {"is_bound": bool(np.isinf(epochs).any())}
             )
     return rows
@@ -135,6 +138,11 @@ def _first_epoch(curve: pandas.DataFrame, target: float) -> float:
     return float(reached.iloc[0]) if len(reached) else np.inf
 
 
+def _iterations(curve: pandas.DataFrame) -> float:
+    """Per epoch; NaN if unknown."""
+    return float(curve.iterations.to_numpy(float, na_value=np.nan)[0])
+
+
 def _amounts(
     tables: Tables, identity: dict[str, Any], trainer: str, epochs: NDArray[np.floating], iterations: pandas.Series
 ) -> dict[str, Any]:
@@ -149,16 +157,20 @@ def _amounts(
 
 
 def _ratios(
-    tables: Tables, identity: dict[str, Any], pair: tuple[str, str], of_trainings: NDArray[np.floating]
+    tables: Tables,
+    identity: dict[str, Any],
+    pair: tuple[str, str],
+    of_epochs: NDArray[np.floating],
+    of_iterations: NDArray[np.floating],
 ) -> dict[str, float | None]:
-    mean, low, high = _geometric_mean(of_trainings)
+    mean, low, high = _geometric_mean(of_epochs * of_iterations)
     of_costs = cost_ratios(tables.cells, identity["dataset"], identity["configuration"], *pair)
     of_time = of_costs["seconds_per_epoch_ratio"]
     return {
         "ratio": mean,
         "low": low,
         "high": high,
-        "minutes_ratio": None if of_time is None else rounded(mean * of_time),
+        "minutes_ratio": None if of_time is None else rounded(_geometric_mean(of_epochs)[0] * of_time),
     }
 
 

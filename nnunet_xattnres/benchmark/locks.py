@@ -57,7 +57,7 @@ def is_locked(path: Path) -> bool:
     check_locks()
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         return not _try(descriptor, fcntl.LOCK_SH)

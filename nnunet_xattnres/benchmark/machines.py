@@ -135,7 +135,9 @@ class SlurmCluster:
         if time.monotonic() > self._looked + QUEUE_SECONDS:
             command = ["squeue", "--noheader", "--user", getpass.getuser(), "--format", "%j"]
             try:
-                self._queue = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+                listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                # A line is a name. The name of a dataset may have spaces.
+                self._queue = {line.strip() for line in listed.splitlines()}
             except subprocess.CalledProcessError as error:
                 # The controller may be down for a while. Its queue does not change by that.
                 print(f"squeue: {one_line(error.stderr)}", file=sys.stderr)

@@ -296,11 +296,6 @@ class Spec(_Entry):
             raise XAttnResError(
                 f"the plans would have {twice[0]} twice (a wide trainer adds CONFIGURATION_TRAINER): rename one"
             )
-        names: dict[Arm, str] = {}
-        for arm in self.trainers:
-            same = names.setdefault(arm.model_copy(update={"name": ""}), arm.name)
-            if same != arm.name:
-                raise XAttnResError(f"trainers {same} and {arm.name} are the same: remove one")
         return self
 
 

@@ -14,7 +14,7 @@ from nnunet_xattnres.common.errors import XAttnResError, suggestion
 from nnunet_xattnres.nnunet.datasets import InputDataset, read_dataset, read_dataset_json
 from nnunet_xattnres.nnunet.folders import dataset_folder
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
-from nnunet_xattnres.nnunet.xattnres_plans import preset_config
+from nnunet_xattnres.nnunet.xattnres_plans import default_plans_name, preset_config
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin, adds_xattnres, check_bases
 
 
@@ -25,6 +25,7 @@ def check_spec(spec: Spec) -> tuple[Spec, list[InputDataset]]:
     """
     for arm in spec.trainers:
         _check_arm(arm, spec.configurations)
+    _check_differences(spec.trainers)
     inputs = [_input_dataset(dataset) for dataset in spec.datasets]
     by_number: dict[str, InputDataset] = {}
     for data in inputs:
@@ -66,6 +67,18 @@ def _check_arm(arm: Arm, configurations: tuple[Configuration, ...]) -> None:
             f"{arm.trainer} ignores the budget of the configuration {budgets[0]}: take a trainer of this plugin, "
             "nnUNetTrainerPlanned for the planned network"
         )
+
+
+def _check_differences(arms: tuple[Arm, ...]) -> None:
+    """Raise `XAttnResError` if two trainers train the same plans in the same way: they would share their folders."""
+    names: dict[Arm, str] = {}
+    for arm in arms:
+        plans = plans_name(arm.planner)
+        if arm.preset is not None:
+            plans = default_plans_name(plans, arm.preset)
+        same = names.setdefault(arm.model_copy(update={"name": "", "planner": plans, "preset": None}), arm.name)
+        if same != arm.name:
+            raise XAttnResError(f"trainers {same} and {arm.name} are the same: remove one")
 
 
 def _input_dataset(dataset: Dataset) -> InputDataset:

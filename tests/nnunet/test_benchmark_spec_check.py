@@ -65,6 +65,11 @@ def arm(**keys):
         (arm(parameters_of="nnUNetTrainerX"), "finds no trainer nnUNetTrainerX"),
         (arm(preset="NoSkips"), "there is no preset NoSkips of XAttnRes: did you mean NoSkip"),
         (arm(trainer=OURS, preset="NoSkip"), f"{OURS} and the preset NoSkip both add XAttnRes"),
+        ({"trainers": [PLANNED, {"trainer": PLANNED, "name": "A"}]}, f"{PLANNED} and A are the same: remove one"),
+        (
+            {"trainers": [{"trainer": PLANNED, "name": p, "preset": p} for p in ("NoSkip", "XAttnResNoSkip")]},
+            "trainers NoSkip and XAttnResNoSkip are the same: remove one",
+        ),
     ],
 )
 def test_a_mistake_is_refused_in_one_line(change, message, raw, tmp_path, monkeypatch):

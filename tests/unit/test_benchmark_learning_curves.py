@@ -132,8 +132,20 @@ def test_trainings_of_a_few_epochs_have_no_target_and_may_be_flat_or_not():
     assert steps_to_target(tables) == []
 
 
+def test_steps_of_trainings_with_different_iterations_per_epoch():
+    tables = with_curves({(trainer, 0, seed): {"a": RISING} for trainer in (PLANNED, OURS) for seed in (0, 1)})
+    tables.cells.loc[tables.cells.trainer == OURS, "iterations"] = 250
+    planned, ours = steps_to_target(tables)
+    assert (planned["steps"], ours["steps"]) == (400, 2000)
+    assert (ours["ratio"], ours["low"], ours["high"]) == (5, 5, 5)
+    # The time of an epoch is known, and is 1.5 times as long.
+    assert ours["minutes_ratio"] == 1.5
+
+
 def test_unknown_costs_and_iterations():
     tables = with_curves({(trainer, 0, 0): {"a": RISING} for trainer in (PLANNED, OURS)})
     tables.cells[["iterations", "seconds_per_epoch"]] = pandas.NA
     _, ours = steps_to_target(tables)
     assert (ours["epochs"], ours["steps"], ours["minutes"], ours["minutes_ratio"]) == (8, None, None, None)
+    # The same network on the same plans has the same iterations.
+    assert ours["ratio"] == 1

@@ -143,7 +143,7 @@ class TestSlurm:
         return queue
 
     def test_what_slurm_does_not_take_now_it_is_given_again(self, queue, tmp_path, capsys):
-        cells = [replace(CELL, seed=seed) for seed in range(3)]
+        cells = [replace(CELL, dataset="Dataset123_Two words", seed=seed) for seed in range(3)]
         machine = make_machine(tmp_path, SLURM)
         assert [machine.submit(cell) for cell in cells] == [True, True, False]
         assert not machine.has_room()

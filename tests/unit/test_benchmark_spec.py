@@ -164,10 +164,6 @@ def slurm(**keys):
         (trainer(preset="NoSkip"), f": trainers, entry 1: {PLANNED} with a width, planner or preset needs a name"),
         ({"trainers": [PLANNED, PLANNED]}, f": trainers: {PLANNED} is there twice: say it once"),
         (
-            {"trainers": [PLANNED, {"trainer": PLANNED, "name": "A"}]},
-            f": trainers {PLANNED} and A are the same: remove one",
-        ),
-        (
             {
                 "configurations": {name: {"base": "2d", "epochs": len(name)} for name in ("small", "small_wide")},
                 "trainers": [{"trainer": PLANNED, "name": "wide", "width": 1.5}],

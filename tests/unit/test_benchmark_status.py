@@ -86,6 +86,9 @@ def test_status_of_a_matrix(tmp_path, capsys):
 def test_status_of_something_else(tmp_path, capsys):
     assert main(["benchmark", "status", str(tmp_path / "nowhere")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "spec.yaml").touch()
+    assert main(["benchmark", "status", str(tmp_path / "spec.yaml")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
     (tmp_path / "matrix.json").write_text("")
     assert main(["benchmark", "status", str(tmp_path)]) == 1
     assert "is damaged: `nnunet-xattnres benchmark run` writes it again" in capsys.readouterr().err
