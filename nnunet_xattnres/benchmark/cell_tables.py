@@ -110,14 +110,9 @@ def _predictions(root: Path, cell: Cell, references: _ReferencesOfBenchmark) -> 
 
 def _cell_row(root: Path, cell: Cell, state: str) -> dict[str, Any]:
     plans = read_planned(root / "nnUNet_preprocessed" / cell.dataset / f"{cell.plans}.json")
-    record = cell.record(root)
-    more = {
-        "state": state,
-        "plans": cell.plans,
-        "parameters": cell.parameters,
-        "versions": "; ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
-    }
-    return {"device": ""} | record | cell_key(cell) | planned_columns(plans, cell.planned_configuration) | more
+    recorded = {"device": "", "versions": ""} | cell.record(root)
+    more = {"state": state, "plans": cell.plans, "parameters": cell.parameters}
+    return recorded | cell_key(cell) | planned_columns(plans, cell.planned_configuration) | more
 
 
 def _arm_row(arm: Arm) -> dict[str, Any]:

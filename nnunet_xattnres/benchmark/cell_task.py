@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from nnunet_xattnres.nnunet.commands import NUM_AUGMENTATION_WORKERS, NnUNet, au
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
 
 LAUNCH = ("-m", "nnunet_xattnres.benchmark.launch")
-RECORDED_VERSIONS = ("nnunet-xattnres", "nnunetv2", "torch", "numpy")
 
 
 class CellTask(Checkpointable):
@@ -99,8 +97,4 @@ class _Steps:
 def _results(root: Path, cell: Cell) -> dict[str, Any]:
     checkpoint = cell.folder(root) / FINAL_CHECKPOINT
     logged = read_checkpoint(checkpoint, "delete its folder to train again")["logging"]
-    return {
-        **logged_times(logged),
-        **recorded_costs(cell.folder(root)),
-        "versions": {package: version(package) for package in RECORDED_VERSIONS} | {"python": sys.version.split()[0]},
-    }
+    return {**logged_times(logged), **recorded_costs(cell.folder(root))}

@@ -1,9 +1,11 @@
-"""The device and the peak memory of a training, recorded in its folder while it runs."""
+"""The device, the versions and the peak memory of a training, recorded in its folder while it runs."""
 
 import json
 import statistics
+import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from nnunet_xattnres.common.files import write_json_atomically
 from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT
 
 COSTS = "costs.json"
-# Between the names of devices, if a training was continued on another one.
+RECORDED_VERSIONS = ("nnunet-xattnres", "nnunetv2", "torch", "numpy")
+# Between the names of devices, or versions, if a training was continued with others.
 SEVERAL = " and "
 # Between the name of a device and the report that a training comes from, see `collecting.take_over`.
 OF_REPORT = ", report "
@@ -23,7 +26,7 @@ WRITING_SECONDS = 5.0
 
 
 def record_costs(folder: Path, device: str, num_gpus: int = 1) -> None:
-    """Record in `folder`, until the training has ended, the device and the peak memory of this process.
+    """Record in `folder`, until the training has ended, the device, the versions and the peak memory of this process.
 
     device: "cpu", "cuda" or "mps". Memory on a CPU is the growth of this process from now on, without nnU-Net's
         workers. Memory on GPUs is what PyTorch has allocated on the first one.
@@ -43,17 +46,24 @@ def logged_times(logged: dict[str, Any]) -> dict[str, Any]:
 
 
 def recorded_costs(folder: Path) -> dict[str, Any]:
-    """The costs over all attempts at a training: peak_memory_gb, None if unknown, and device, "" if unknown."""
+    """Over all attempts at a training: peak_memory_gb, None if unknown; device and versions, each "" if unknown."""
     recorded = _recorded(folder)
-    return {"peak_memory_gb": recorded["peak_memory_gb"], "device": SEVERAL.join(recorded["devices"])}
+    joined = {"device": SEVERAL.join(recorded["devices"]), "versions": SEVERAL.join(recorded["versions"])}
+    return {"peak_memory_gb": recorded["peak_memory_gb"]} | joined
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
     """The content of the file of costs. A damaged file counts as no record."""
+    nothing: dict[str, Any] = {"peak_memory_gb": None, "devices": [], "versions": []}
     try:
-        return json.loads((folder / COSTS).read_text())
+        return nothing | json.loads((folder / COSTS).read_text())
     except (FileNotFoundError, ValueError):
-        return {"peak_memory_gb": None, "devices": []}
+        return nothing
+
+
+def _versions() -> str:
+    packages = [f"{package} {version(package)}" for package in RECORDED_VERSIONS]
+    return "; ".join([*packages, f"python {sys.version.split()[0]}"])
 
 
 def _device_name(device: str, num_gpus: int) -> str:
@@ -68,6 +78,7 @@ def _device_name(device: str, num_gpus: int) -> str:
 def _record(folder: Path, device: str, memory: PeakMemory) -> None:
     earlier = _recorded(folder)
     devices = list(dict.fromkeys([*earlier["devices"], device]))
+    versions = list(dict.fromkeys([*earlier["versions"], _versions()]))
     peak, written, last_writing = earlier["peak_memory_gb"] or 0.0, -1.0, -WRITING_SECONDS
     has_ended = False
     while not has_ended:
@@ -75,7 +86,8 @@ def _record(folder: Path, device: str, memory: PeakMemory) -> None:
         memory.sample()
         peak = max(peak, memory.peak / 1e9)
         if peak > written and (has_ended or time.monotonic() > last_writing + WRITING_SECONDS):
-            write_json_atomically({"peak_memory_gb": peak, "devices": devices}, folder / COSTS)
+            costs = {"peak_memory_gb": peak, "devices": devices, "versions": versions}
+            write_json_atomically(costs, folder / COSTS)
             written, last_writing = peak, time.monotonic()
         if not has_ended:
             time.sleep(SAMPLING_SECONDS)

@@ -84,8 +84,8 @@ class Result:
         debug = _debug_information(folder)
         gpu = str(debug.get("gpu_name")) if str(debug.get("device")).startswith("cuda") else ""
         recorded = recorded_costs(folder)
-        version = debug.get("torch_version")
-        known = recorded | {"device": recorded["device"] or gpu, "versions": f"torch {version}" if version else ""}
+        torch_version = f"torch {debug['torch_version']}" if debug.get("torch_version") else ""
+        known = recorded | {"device": recorded["device"] or gpu, "versions": recorded["versions"] or torch_version}
         if self.planned["iterations"] is not None:
             # A trainer may ignore the budget in the plans. nnU-Net notes how many iterations it trains.
             noted = str(debug.get("num_iterations_per_epoch"))

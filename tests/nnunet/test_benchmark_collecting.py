@@ -70,7 +70,7 @@ def made_benchmark(tmp_path_factory) -> Path:
         for name, configuration in ((PLANNED, "small"), ("wide", "small_wide"))
     ]
     write_cells(root, cells)
-    results = {"epochs": 2, "seconds_per_epoch": 3.5, "peak_memory_gb": None, "versions": {"torch": "2.8"}}
+    results = {"epochs": 2, "seconds_per_epoch": 3.5, "peak_memory_gb": None, "versions": "torch 2.8"}
     cells[0].write_record(root, "finished", **results, device="cpu")
     cells[1].write_record(root, "failed", reason="because")
     folder = cells[0].folder(root)

@@ -128,7 +128,7 @@ class TestResultFolders:
             seeds=[0],
         )
         write_spec(spec, root / "spec.yaml")
-        costs = {"epochs": 2, "seconds_per_epoch": 3.5, "device": "NVIDIA H100", "versions": {"torch": "2.8"}}
+        costs = {"epochs": 2, "seconds_per_epoch": 3.5, "device": "NVIDIA H100", "versions": "torch 2.8"}
         cells = [
             Cell(DATASET, "small", name, name, "nnUNetPlans", "small", fold, 0, 2, 0, test=False)
             for fold in FOLDS
