@@ -118,7 +118,7 @@ class ValidationRecorder:
         # Every process must take part, even if it has recorded nothing, because the others wait for it.
         sums = torch.cat(list(self._means.sums.values())).to(self.device)
         calls = torch.tensor([self._means.calls[target] for target in self.sources], device=self.device)
-        if distributed.is_initialized():
+        if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
             distributed.all_reduce(calls)
         if not calls.all():

@@ -34,11 +34,15 @@ from nnunet_xattnres.nnunet.planned_network import (
     from_file,
 )
 from nnunet_xattnres.nnunet.trainer_lookup import find_trainer
-from nnunet_xattnres.training.checkpoint import FINAL_CHECKPOINT, checkpoints_of_folds, choose_fold, read_checkpoint
+from nnunet_xattnres.training.checkpoint import (
+    FINAL_CHECKPOINT,
+    LATEST_CHECKPOINT,
+    checkpoints_of_folds,
+    choose_fold,
+    read_checkpoint,
+)
 from nnunet_xattnres.training.mixin import XAttnResTrainerMixin
 
-# `nnUNetv2_train --c` continues from this file. It prefers checkpoint_final.pth, also to what it has trained since.
-CHECKPOINT = "checkpoint_latest.pth"
 PRETRAINED = "pretrained.pth"
 # nnU-Net initialises weights of this name anew in every training from pretrained weights.
 HEADS = ".seg_layers."
@@ -217,7 +221,7 @@ def _moving_of_plans(trained: TrainedNetwork, target: PlannedNetwork) -> str:
         new_name += "_"
     commands = []
     if not _plans_network(Path(nnUNet_preprocessed) / source / f"{plans_name}.json", trained):
-        plans_of_model = trained.file.parents[1] / "plans.json"
+        plans_of_model = trained.file.resolve().parents[1] / "plans.json"
         if not _plans_network(plans_of_model, trained):
             return "give the model folder, with its plans.json, as --from"
         source, plans_name = target.name, f"{new_name}_original"
@@ -283,9 +287,10 @@ def _trainer_with_weights(
 ) -> nnUNetTrainer:
     """The trainer before its first epoch, on the CPU, with the trained weights."""
     trainer = target.make_trainer(trainer_class, trained.fold, "cpu")
-    if not Path(trainer.preprocessed_dataset_folder).is_dir():
+    preprocessed = Path(trainer.preprocessed_dataset_folder)
+    if not (preprocessed.is_dir() and any(preprocessed.iterdir())):
         command = shell_command(*_preprocessing(target.name, target.plans["plans_name"], target.configuration))
-        raise XAttnResError(f"{trainer.preprocessed_dataset_folder} does not exist: run {command}")
+        raise XAttnResError(f"there is no preprocessed data in {preprocessed}: run {command}")
     trainer.initialize()
     _load_weights(trainer.network, trained, with_heads)
     trainer.inference_allowed_mirroring_axes = trained.checkpoint.get("inference_allowed_mirroring_axes")
@@ -335,13 +340,15 @@ def _write_model(folder: Path, trainer: nnUNetTrainer, trained: TrainedNetwork) 
     write_json_atomically(trained.planned.dataset_json, folder / "dataset.json")
     fold = folder / f"fold_{trained.fold}"
     fold.mkdir()
-    trainer.save_checkpoint(str(fold / CHECKPOINT))
+    # `nnUNetv2_train --c` continues from this file. It prefers checkpoint_final.pth, also to what it has trained since.
+    trainer.save_checkpoint(str(fold / LATEST_CHECKPOINT))
 
 
 def _print_commands_of_model_folder(
     options: Options, train: Sequence[str], fold: int | str, model_folder: Path
 ) -> None:
-    predict = ["nnUNetv2_predict_from_modelfolder", "-m", str(options.output), "-f", str(fold), "-chk", CHECKPOINT]
+    model = ["-m", str(options.output), "-f", str(fold), "-chk", LATEST_CHECKPOINT]
+    predict = ["nnUNetv2_predict_from_modelfolder", *model]
     print(f"{options.output} computes what {options.start} does. To predict with it:")
     print(f"  {shell_command(*predict, '-i', 'IMAGES', '-o', 'PREDICTIONS')}")
     print("To train on from it, segmentation heads included:")

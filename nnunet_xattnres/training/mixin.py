@@ -87,8 +87,11 @@ class XAttnResTrainerMixin(nnUNetTrainer):
         check_plans(planned, self.xattnres_config)
         budget = planned.configuration.get("training", {})
         _check_budget(budget, configuration)
-        # Prediction does not come here, so that a network predicts on machines without its backend.
-        check_backend((carried_config(planned) or self.xattnres_config).backend, device.type)
+        config = carried_config(planned) or self.xattnres_config
+        # Other networks do not compute with the backend. Prediction does not come here, so that a network predicts on
+        # machines without its backend.
+        if isinstance(config, XAttnResConfig) and config.has_attention:
+            check_backend(config.backend, device.type)
         self._checkpoint_seconds = 60 * checkpoint_minutes(self.checkpoint_minutes)
         records = records_weights()
         super().__init__(plans, configuration, fold, dataset_json, device)

@@ -577,6 +577,22 @@ class TestStartOfATraining:
             f"{count / expected:.3f}x the {expected:,} of the planned network"
         ) in log_of(trainer)
 
+    @pytest.mark.parametrize(
+        ("config", "computed"),
+        [
+            (BlockXAttnResConfig(backend="triton"), ", computed by streaming;"),
+            (XAttnResConfig(read_in_encoder=False, read_in_decoder=False, backend="triton"), "nothing added;"),
+        ],
+    )
+    def test_a_backend_that_is_not_here_does_not_matter_where_it_would_compute_nothing(
+        self, nnunet_environment, config, computed
+    ):
+        own = type("Own", (XAttnResTrainerMixin, nnUNetTrainer), {"xattnres_config": config})
+        trainer = make_trainer(nnunet_environment, own, CONFIGURATION)
+        trainer.initialize()
+        trainer.on_train_start()
+        assert computed in log_of(trainer)
+
     def test_pretrained_weights_of_another_temperature_are_refused(self, nnunet_environment):
         trainer = make_trainer(nnunet_environment, installed("XAttnResBlockInput"), CONFIGURATION)
         trainer.initialize()

@@ -595,18 +595,22 @@ class TestRemedies:
         training.on_train_start()
         assert training.train_step(next(training.dataloader_train))["loss"] > -1
 
-    def test_plans_that_are_in_the_checkpoint_only(self, nnunet, own_folders, tmp_path, refuse):
+    def test_plans_that_are_in_the_checkpoint_only(self, nnunet, own_folders, tmp_path, refuse, monkeypatch):
         plans = read_plans(nnunet)
         plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]["conv_bias"] = False
         plain = save_untrained(tmp_path / "plain", nnUNetTrainer, nnunet.preprocessed, plans=plans)
         alone = shutil.copy(plain, tmp_path / "alone.pth")
         assert "; give the model folder, with its plans.json, as --from" in refuse(alone)
-        assert "to plan it for" in refuse(plain.parents[1])
+        monkeypatch.chdir(plain.parent)
+        assert f"cp {plain.parents[1]}/plans.json" in refuse(Path(plain.name))
 
     def test_a_dataset_that_is_not_preprocessed(self, nnunet, own_folders, tmp_path, refuse):
         plain = save_untrained(tmp_path / "plain", nnUNetTrainer, nnunet.preprocessed)
         message = refuse(plain)
-        assert f"{PHANTOM}/nnUNetPlans_2d does not exist: run nnUNetv2_preprocess -d 901" in message
+        assert f"{PHANTOM}/nnUNetPlans_2d: run nnUNetv2_preprocess -d 901" in message
+        # A preprocessing that was interrupted at once leaves an empty folder.
+        (own_folders.preprocessed / PHANTOM / "nnUNetPlans_2d").mkdir()
+        assert refuse(plain) == message
         own_folders.run(*shlex.split(message.partition(": run ")[2]), log="")
         assert warm_start(plain, tmp_path / "out") == 0
 
