@@ -1,8 +1,9 @@
-"""The device and the peak memory of a training, recorded while it runs."""
+"""The device, the versions and the peak memory of a training, recorded while it runs."""
 
 import platform
 import threading
 import time
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -60,7 +61,9 @@ def test_an_apple_gpu_is_not_taken_for_the_cpu(tmp_path, monkeypatch):
     (tmp_path / "checkpoint_final.pth").touch()
     assert eventually(lambda: not any(thread.name == cost_recording.COSTS for thread in threading.enumerate()))
     costs = recorded_costs(tmp_path)
-    assert (costs["peak_memory_gb"], costs["device"]) == (3.0, "Apple M9, MPS")
+    versions = [f"{name} {version(name)}" for name in ("nnunet-xattnres", "nnunetv2", "torch", "numpy")]
+    versions.append(f"python {platform.python_version()}")
+    assert costs == {"peak_memory_gb": 3.0, "device": "Apple M9, MPS", "versions": "; ".join(versions)}
 
 
 def test_no_record_and_a_damaged_one_say_nothing(tmp_path):
