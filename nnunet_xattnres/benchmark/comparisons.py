@@ -69,19 +69,18 @@ def compare(tables: Tables) -> list[dict[str, Any]]:
 
 
 def unrelated_datasets(cases: pandas.DataFrame) -> list[tuple[str, str, str]]:
-    """The pairs of datasets of one family that have no validation case in common, as family and two names.
+    """The pairs of datasets of one family that have no case of a set in common, as family and two names.
 
     Only common folds are compared, because different folds have different patients.
     """
-    validation = cases[cases.set == "validation"]
-    found = []
-    for family, of_family in validation.groupby("family", sort=False):
+    found: dict[tuple[str, str, str], None] = {}
+    for (family, _), of_family in cases.groupby(["family", "set"], sort=False):
         names = of_family.groupby(["dataset", "fold"], sort=False)["case"].agg(set)
         for one, other in combinations(of_family.dataset.unique(), 2):
             common = names[one].index.intersection(names[other].index)
             if len(common) and not any(names[one][fold] & names[other][fold] for fold in common):
-                found.append((family, one, other))
-    return found
+                found[family, one, other] = None
+    return list(found)
 
 
 def lacking_cases(cases: pandas.DataFrame) -> list[dict[str, Any]]:
@@ -138,7 +137,7 @@ def _rows_of_pair(
             identity = {"family": family, **dict.fromkeys(SET, ""), "sets_of_family": len(sets)}
             per_set = of_family.groupby([*SET, "case"], sort=False)[metric].mean()
             per_patient = per_set.groupby(["set", "case"], sort=False).mean()
-            no_ratios = {f"{cost}_ratio": None for cost in COSTS}
+            no_ratios = dict.fromkeys(["cost_cells", *(f"{cost}_ratio" for cost in COSTS)])
             yield identity | {"cells": None, "cells_ahead": None} | _test(per_patient.to_numpy(), metric) | no_ratios
 
 

@@ -32,13 +32,11 @@ def costs(cells: pandas.DataFrame, dataset: str, configuration: str, trainer: st
     return known | {"cost_device": device}
 
 
-def cost_ratios(
-    cells: pandas.DataFrame, dataset: str, configuration: str, first: str, second: str
-) -> dict[str, float | None]:
+def cost_ratios(cells: pandas.DataFrame, dataset: str, configuration: str, first: str, second: str) -> dict[str, Any]:
     """The ratios first / second: medians over the folds and seeds that both trainers have finished.
 
     For time and memory, only folds and seeds count that both have trained on the same device. Its name is the known one
-    of most finished cells of all trainers, with any report.
+    of most finished cells of all trainers, with any report. cost_cells: how many these are.
     """
     finished = _finished(cells, dataset, configuration)
     name = _most_frequent(_without_report(finished.device))
@@ -46,7 +44,7 @@ def cost_ratios(
     both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
     is_one_device = (both.device == both.device_of_second) & (both.device != "")
     comparable = both[is_one_device & (_without_report(both.device) == name)]
-    ratios = {}
+    ratios: dict[str, Any] = {"cost_cells": len(comparable)}
     for cost in COSTS:
         pairs = comparable if cost in COSTS_OF_DEVICE else both
         median = (pairs[cost] / pairs[f"{cost}_of_second"]).median()

@@ -22,6 +22,8 @@ from nnunet_xattnres.common.samples import CONFIDENCE, DIGITS, rounded
 
 WINDOW = 3
 QUARTER = 4
+# Targets are reached after whole epochs. Two trainings often have the same ratio, and an interval without width.
+TRAININGS_OF_INTERVAL = 3
 # In Dice.
 LEARNED = 0.05
 FLAT = 0.005
@@ -83,8 +85,10 @@ def steps_to_target(tables: Tables) -> list[dict[str, Any]]:
 
     trainings: the number of these. reached: in how many the target is reached.
     epochs, steps, minutes: the median over trainings, infinite if it was not reached there; None if unknown.
-    ratio: the geometric mean of steps / those of the first trainer. low, high: its t interval, each training counting
-        by itself; NaN for a single training. A training with unknown iterations counts with as many as the other.
+    ratio: the geometric mean of steps / those of the first trainer. A training with unknown iterations counts with as
+        many as the other.
+    low, high: the t interval of ratio, each training counting by itself. NaN for fewer than `TRAININGS_OF_INTERVAL`
+        trainings, and for a bound.
     minutes_ratio: the geometric mean of epochs / those of the first trainer, times the ratio of the time per epoch.
     is_bound: a training has not reached the target and counts with all its epochs, so that the ratios are too low.
     """
@@ -109,12 +113,13 @@ def steps_to_target(tables: Tables) -> list[dict[str, Any]]:
             epochs_of_first = np.array([_first_epoch(of_first[name], targets[name]) for name in own])
             iterations = np.array([_iterations(curve) / _iterations(of_first[name]) for name, curve in own.items()])
             ratios = np.minimum(epochs, budgets) / epochs_of_first
+            is_bound = bool(np.isinf(epochs).any())
             rows.append(
                 identity
                 | {"trainer": trainer, "trainings": len(own), "reached": int(np.isfinite(epochs).sum())}
                 | _amounts(tables, identity, trainer, epochs, of_label[of_label.trainer == trainer].iterations)
-                | _ratios(tables, identity, (trainer, first), ratios, np.nan_to_num(iterations, nan=1.0))
-                | {"is_bound": bool(np.isinf(epochs).any())}
+                | _ratios(tables, identity, (trainer, first), ratios, np.nan_to_num(iterations, nan=1.0), is_bound)
+                | {"is_bound": is_bound}
             )
     return rows
 
@@ -162,23 +167,17 @@ def _ratios(
     pair: tuple[str, str],
     of_epochs: NDArray[np.floating],
     of_iterations: NDArray[np.floating],
+    is_bound: bool,
 ) -> dict[str, float | None]:
-    mean, low, high = _geometric_mean(of_epochs * of_iterations)
     of_costs = cost_ratios(tables.cells, identity["dataset"], identity["configuration"], *pair)
     of_time = of_costs["seconds_per_epoch_ratio"]
+    logs = np.log(of_epochs * of_iterations)
+    half = np.nan
+    if len(logs) >= TRAININGS_OF_INTERVAL and not is_bound:
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * stats.sem(logs)
     return {
-        "ratio": mean,
-        "low": low,
-        "high": high,
-        "minutes_ratio": None if of_time is None else rounded(_geometric_mean(of_epochs)[0] * of_time),
+        "ratio": rounded(np.exp(logs.mean())),
+        "low": rounded(np.exp(logs.mean() - half)),
+        "high": rounded(np.exp(logs.mean() + half)),
+        "minutes_ratio": None if of_time is None else rounded(stats.gmean(of_epochs) * of_time),
     }
-
-
-def _geometric_mean(values: NDArray[np.floating]) -> tuple[float, float, float]:
-    """With its t interval, NaN for a single value."""
-    logs = np.log(values)
-    mean = logs.mean()
-    if len(logs) < 2:
-        return rounded(np.exp(mean)), np.nan, np.nan
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * stats.sem(logs)
-    return rounded(np.exp(mean)), rounded(np.exp(mean - half)), rounded(np.exp(mean + half))

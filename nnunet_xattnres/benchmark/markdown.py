@@ -10,7 +10,7 @@ import pandas
 from nnunet_xattnres.benchmark.cells import FINISHED
 from nnunet_xattnres.benchmark.comparisons import MARGIN, cases_left_empty, lacking_cases, unrelated_datasets
 from nnunet_xattnres.benchmark.costs import COSTS, COSTS_OF_DEVICE
-from nnunet_xattnres.benchmark.learning_curves import FLAT, LEARNED, WINDOW
+from nnunet_xattnres.benchmark.learning_curves import FLAT, LEARNED, TRAININGS_OF_INTERVAL, WINDOW
 from nnunet_xattnres.benchmark.results import UNKNOWN_DEVICE, Results, Rows, versions_of
 from nnunet_xattnres.benchmark.statistics import (
     BETTER,
@@ -154,15 +154,16 @@ def _explanation(results: Results) -> str:
         "over these first, a case's value being its mean over the labels that its reference contains.",
         "- **Dice, NSD**: the mean difference in points. Brackets: 95 % bootstrap interval over cases "
         f"({RESAMPLES} resamples). It says what these trainings would show on other cases. Neither it nor p says how "
-        "far another training would differ. 'Ahead in': in how many of the trainings first had the higher mean.",
+        "far another training would differ. 'Ahead in': in how many of the trainings the first trainer had the higher "
+        "mean.",
     ]
     if _knows(results.comparisons, ["low_of_trainings"]):
         parts.append(
             f"- **{OVER_TRAININGS}**: 95 % interval of a hierarchical bootstrap, which resamples trainings (folds, and "
             "seeds within them) and the cases within them. It says what other trainings may show. If it contains 0, "
-            "a better or worse may be owed to these trainings alone. Of few trainings it is rough: with two folds, it "
-            "holds half of the variance between folds, and 1.5 times that between cases. '-': one training, which has "
-            "no such interval, or a family."
+            "a better or worse may come from these trainings alone. Of few trainings it is rough: with two folds, it "
+            "holds half of the variance between folds, and 1.5 times that between cases. Where folds differ, it is too "
+            "narrow. '-': one training, which has no such interval, or a family."
         )
     else:
         parts.append(
@@ -185,8 +186,9 @@ def _explanation(results: Results) -> str:
     ]
     if _knows(results.comparisons, [f"{cost}_ratio" for cost in COSTS]):
         parts.append(
-            "- **time, parameters, memory**: first / second, the median over these trainings; of time and memory over "
-            "the folds and seeds that both have trained on the same device, of the name under the dataset's next table."
+            "- **time, parameters, memory**: first / second, the median over these trainings. Of time and memory only "
+            "the folds and seeds count that both have trained on one machine, and the number in brackets is how many. "
+            "The device of such a machine has the name under the dataset's table, with the same report or another one."
         )
     return "\n".join(parts)
 
@@ -227,11 +229,19 @@ def _differences(heading: str, comparisons: Rows, metric: str) -> list[str]:
             _number(row["p_of_pairs"], ".3g"),
             f"see family {row['family']}" if row["verdict"] is None else row["verdict"],
             _equivalence(row),
-            *(_number(row[f"{cost}_ratio"], ".2f", "x") for cost in COSTS),
+            *_cost_ratios(row),
         ]
         for row in rows
     ]
     return [heading, _table(header, lines, may_be_left_out=[OVER_TRAININGS, OF_MARGIN, *COST_COLUMNS])] if lines else []
+
+
+def _cost_ratios(row: dict[str, Any]) -> list[str]:
+    ratios = {cost: _number(row[f"{cost}_ratio"], ".2f", "x") for cost in COSTS}
+    for cost in COSTS_OF_DEVICE:
+        if ratios[cost] != NOTHING:
+            ratios[cost] += f" ({row['cost_cells']})"
+    return list(ratios.values())
 
 
 def _left_empty(tables: Tables, comparisons: Rows) -> str:
@@ -376,9 +386,10 @@ def _learning(results: Results, figures: list[str]) -> list[str]:
         f"The target is the final pseudo-Dice of {first} in the same fold and seed: the mean of its curve over the "
         "last quarter of its epochs. Steps and minutes: when the curve first reaches it, the median over trainings, a "
         "training that does not reach it being later than all others. Beside them the ratio to "
-        f"{first} over trainings: geometric mean and 95 % t interval, in which every fold and seed counts by itself. "
+        f"{first} over trainings: geometric mean and, from {TRAININGS_OF_INTERVAL} trainings on, 95 % t interval, not "
+        "corrected for the number of trainers and labels. Every fold and seed counts by itself. "
         "'>': a training has not reached the target and counts with its whole budget, so that the ratio is higher. "
-        f"A training counts if {first} has learned the label (pseudo-Dice of {_points(LEARNED)} or more). Figures: "
+        f"A training counts if {first} has learned the label (pseudo-Dice of {100 * LEARNED:g} % or more). Figures: "
         "median and range over trainings; the grey line is the mean target."
     )
     flat = (
@@ -408,8 +419,8 @@ def _learning(results: Results, figures: list[str]) -> list[str]:
             short_name(row["trainer"]),
             f"{row['trainings']}{'*' * has_fewer}",
             str(row["reached"]),
-            _until_target(row["steps"]),
-            _until_target(row["minutes"]),
+            _until_target(row["steps"], ",.0f"),
+            _until_target(row["minutes"], ".3g"),
             *_learning_ratios(row, first),
         ]
         for row, has_fewer in zip(steps, is_incomplete, strict=True)
@@ -428,15 +439,15 @@ def _learning(results: Results, figures: list[str]) -> list[str]:
     ]
 
 
-def _until_target(value: float | None) -> str:
-    return "not reached" if value == math.inf else _number(value, ".3g")
+def _until_target(value: float | None, form: str) -> str:
+    return "not reached" if value == math.inf else _number(value, form)
 
 
 def _learning_ratios(row: dict[str, Any], first: str) -> list[str]:
     if short_name(row["trainer"]) == first:
         return [NOTHING, NOTHING]
     bound = "> " if row["is_bound"] else ""
-    interval = "" if row["is_bound"] or math.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
     minutes = _number(row["minutes_ratio"], ".2f", "x")
     return [f"{bound}{row['ratio']:.2f}x{interval}", minutes if minutes == NOTHING else bound + minutes]
 
@@ -462,7 +473,8 @@ def _table(header: list[str], lines: list[list[str]], may_be_left_out: Sequence[
 
 
 def _points(fraction: float, sign: str = "") -> str:
-    return NOTHING if math.isnan(fraction) else f"{100 * fraction:{sign}.2f}"
+    # 0 is added because a value that is rounded to -0.0 would keep its sign.
+    return NOTHING if math.isnan(fraction) else f"{round(100 * fraction, 2) + 0:{sign}.2f}"
 
 
 def _interval(low: float, high: float, sign: str = "") -> str:

@@ -1,6 +1,7 @@
 """How fast trainers learn: targets, when they are reached, ratios, and whether curves are flat at the end."""
 
 import math
+import statistics
 from dataclasses import replace
 
 import pandas
@@ -70,18 +71,31 @@ def test_steps_until_the_first_trainers_final_dice():
     assert (planned["trainer"], planned["trainings"], planned["reached"]) == (PLANNED, 2, 2)
     # 0.8 in epoch 8.
     assert (planned["epochs"], planned["steps"], planned["minutes"]) == (8, 400, pytest.approx(80 / 60, abs=1e-6))
-    assert (planned["ratio"], planned["low"], planned["high"], planned["minutes_ratio"]) == (1, 1, 1, 1)
+    assert (planned["ratio"], planned["minutes_ratio"]) == (1, 1)
     assert (ours["trainer"], ours["trainings"], ours["reached"], ours["is_bound"]) == (OURS, 2, 2, False)
     assert (ours["epochs"], ours["steps"], ours["minutes"]) == (3.5, 175, pytest.approx(3.5 * 15 / 60, abs=1e-6))
-    # Logarithms of 4/8 and 3/8; t of one degree of freedom is 12.7062.
-    mean, half = math.log(math.sqrt(12) / 8), 12.7062 * (math.log(4) - math.log(3)) / 2
-    assert ours["ratio"] == pytest.approx(math.exp(mean), abs=1e-5)
-    assert (ours["low"], ours["high"]) == pytest.approx((math.exp(mean - half), math.exp(mean + half)), rel=1e-4)
-    assert ours["minutes_ratio"] == pytest.approx(1.5 * math.exp(mean), abs=1e-5)
+    # 4/8 and 3/8.
+    assert ours["ratio"] == pytest.approx(math.sqrt(12) / 8, abs=1e-5)
+    assert ours["minutes_ratio"] == pytest.approx(1.5 * math.sqrt(12) / 8, abs=1e-5)
+    # Too few for an interval.
+    assert math.isnan(ours["low"]) and math.isnan(ours["high"])
+
+
+def test_the_ratio_has_the_t_interval_of_logarithms():
+    in_epoch_4, in_epoch_3 = [0.5, 0.7, 0.75, 0.8, 0.8, 0.8, 0.8, 0.8], [0.8] * 8
+    ours_by_seed = [in_epoch_4, in_epoch_3, in_epoch_3]
+    curves = {(PLANNED, 0, seed): {"a": RISING} for seed in range(3)}
+    curves |= {(OURS, 0, seed): {"a": curve} for seed, curve in enumerate(ours_by_seed)}
+    _, ours = steps_to_target(with_curves(curves))
+    logs = [math.log(4 / 8), math.log(3 / 8), math.log(3 / 8)]
+    # t of two degrees of freedom is 4.30265.
+    half = 4.30265 * statistics.stdev(logs) / math.sqrt(3)
+    expected = [math.exp(statistics.mean(logs) + sign * half) for sign in (-1, 0, 1)]
+    assert [ours["low"], ours["ratio"], ours["high"]] == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_is_not_reached_is_later_than_all_else():
-    low = [0.5] * 8
+    low = [0.5] * 12
     tables = with_curves(
         {(trainer, 0, seed): {"a": RISING} for seed in range(3) for trainer in (PLANNED, OURS)}
         | {(OURS, 0, 2): {"a": low}}
@@ -91,8 +105,9 @@ def test_what_is_not_reached_is_later_than_all_else():
     assert (ours["trainings"], ours["reached"], ours["epochs"], ours["is_bound"]) == (3, 2, 8, True)
     assert (no_skip["trainings"], no_skip["reached"], no_skip["is_bound"]) == (3, 1, True)
     assert (no_skip["epochs"], no_skip["steps"], no_skip["minutes"]) == (math.inf, math.inf, math.inf)
-    # They count with their whole budget, which is what the first trainer took.
-    assert no_skip["ratio"] == 1
+    # They count with their whole budget, 12 epochs instead of the 8 of the first trainer, and have no interval.
+    assert no_skip["ratio"] == pytest.approx((12 / 8) ** (2 / 3), rel=1e-5)
+    assert math.isnan(no_skip["low"]) and math.isnan(no_skip["high"])
 
 
 def test_a_label_that_the_first_trainer_has_not_learned_is_no_target():
@@ -137,7 +152,7 @@ def test_steps_of_trainings_with_different_iterations_per_epoch():
     tables.cells.loc[tables.cells.trainer == OURS, "iterations"] = 250
     planned, ours = steps_to_target(tables)
     assert (planned["steps"], ours["steps"]) == (400, 2000)
-    assert (ours["ratio"], ours["low"], ours["high"]) == (5, 5, 5)
+    assert ours["ratio"] == 5
     # The time of an epoch is known, and is 1.5 times as long.
     assert ours["minutes_ratio"] == 1.5
 
