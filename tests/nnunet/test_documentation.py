@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import nnunetv2
+import pandas
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -44,6 +45,9 @@ COMMAND_ENDS = (";", "&&", "||", "|")
 FOLDERS = ("nnunet_xattnres", "trainers", "tests", "docs", "specs", "results", "studies")
 FILE_NAME = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 OWN_TRAINER = re.compile(r"nnUNetTrainer(?:XAttnRes|NoSkip|Planned)\w*")
+# With the value before it, if it has one: +1.21 [+0.32, +2.12]
+NUMBER = r"([+-]?\d+\.\d+)"
+INTERVAL = re.compile(rf"(?:{NUMBER}(?:\*\*|x)?(?:\s(?:points|the\ssteps))?\s)?\[{NUMBER},\s{NUMBER}\]")
 # In a string of the source code: a part that varies.
 VARIES = "\0"
 
@@ -273,6 +277,32 @@ def test_figure_of_the_results_is_that_of_the_report() -> None:
     # The site cannot show a file of another folder.
     figure = "paired_differences.png"
     assert (DOCS / figure).read_bytes() == (ROOT / "results" / "evidence" / figure).read_bytes()
+
+
+@cache
+def numbers_of_reports() -> set[tuple[float, ...]]:
+    """(value, low, high) and (low, high) of the reports in results, rounded to one digit and to two.
+
+    Mean differences in points, in both directions, and ratios of steps.
+    """
+    found: list[tuple[float, ...]] = []
+    for path in (ROOT / "results").glob("*/comparisons.csv"):
+        for row in pandas.read_csv(path).itertuples():
+            intervals = [(row.low, row.high), (row.low_of_trainings, row.high_of_trainings)]
+            found += [tuple(100 * value for value in (row.difference, *interval)) for interval in intervals]
+            found += [(-value, -high, -low) for value, low, high in found[-2:]]
+    for path in (ROOT / "results").glob("*/steps_to_target.csv"):
+        found += pandas.read_csv(path)[["ratio", "low", "high"]].itertuples(index=False, name=None)
+    rounded = {tuple(round(value, digits) for value in values) for values in found for digits in (1, 2)}
+    return rounded | {values[1:] for values in rounded}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "results.md"], ids=lambda page: page.name)
+def test_intervals_are_those_of_a_report(page: Path) -> None:
+    found = list(INTERVAL.finditer(page.read_text(encoding="utf-8")))
+    assert len(found) > 5
+    quoted = {match[0]: tuple(float(value) for value in match.groups() if value) for match in found}
+    assert [text for text, values in quoted.items() if values not in numbers_of_reports()] == []
 
 
 def messages() -> Iterator[str]:
