@@ -428,7 +428,7 @@ def test_committed_specs_are_read(name, monkeypatch):
 
 
 def test_the_pilot_is_a_part_of_the_evidence(monkeypatch):
-    """The evidence continues from the pilot: it takes one of its candidates per dataset, with the same settings."""
+    """The evidence can continue from the pilot: it takes one of its candidates per dataset, with the same settings."""
     monkeypatch.setenv("XATTNRES_DATA", "/data")
     pilot, evidence = (read_spec(SPECS / f"{name}.yaml") for name in ("evidence-pilot", "evidence"))
     assert set(evidence.configurations) <= set(pilot.configurations)
