@@ -108,10 +108,10 @@ def _add_doctor(commands: Commands) -> None:
 def _add_plans(commands: Commands) -> None:
     plans = commands.add_parser(
         "plans",
-        help="write plans that carry XAttnRes, for any trainer",
-        description="Write plans whose network has XAttnRes beside the plans of a dataset. Every trainer trains them, "
-        "nnU-Net's own included, and nothing is preprocessed again: the data are those of the plans that they are made "
-        "from.",
+        help="write plans that carry XAttnRes, for nnU-Net's own trainers and yours",
+        description="Write plans whose network has XAttnRes beside the plans of a dataset. Every trainer that builds "
+        "the network of its plans trains it, as nnU-Net's own do, except those of Primus. Nothing is preprocessed "
+        "again: the data are those of the plans that they are made from.",
     )
     plans.add_argument("-d", required=True, dest="dataset", metavar="DATASET", help="name or number of the dataset")
     plans.add_argument(
@@ -124,16 +124,31 @@ def _add_plans(commands: Commands) -> None:
         "--preset",
         default="XAttnRes",
         metavar="NAME",
-        help="what is added: XAttnRes, NoSkip, Decoder, Finetune, Block or BlockInput. NoSkip adds what "
-        "nnUNetTrainerXAttnResNoSkip does, and can be called that (default: %(default)s). The options below change it",
+        help="what is added: XAttnRes, XAttnResNoSkip, XAttnResDecoder, XAttnResFinetune, XAttnResBlock or "
+        "XAttnResBlockInput, as the trainer of that name adds it (default: %(default)s). The options below change it",
     )
-    for flag in ("skip-connections", "read-in-encoder", "read-in-decoder"):
-        plans.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help="stage level")
-    plans.add_argument("--fusion", choices=FUSIONS, help="stage level")
-    for flag in ("isar-in-encoder", "isar-in-decoder", "bank-includes-input"):
-        plans.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help="block level")
-    for option in ("kv-ratio", "temperature"):
-        plans.add_argument(f"--{option}", type=float, metavar="NUMBER", help="block level")
+    stage = plans.add_argument_group("stage level")
+    for flag, text in (
+        ("skip-connections", "keep nnU-Net's skip connections beside the attention"),
+        ("read-in-encoder", "encoder stages read from the history pool"),
+        ("read-in-decoder", "decoder stages read from the history pool"),
+    ):
+        stage.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+    stage.add_argument(
+        "--fusion", choices=FUSIONS, help="the mixture replaces the stage's input, or is added to it through a gate"
+    )
+    block = plans.add_argument_group("block level")
+    for flag, text in (
+        ("isar-in-encoder", "blocks of encoder stages read from the earlier blocks of their stage"),
+        ("isar-in-decoder", "blocks of decoder stages read from the earlier blocks of their stage"),
+        ("bank-includes-input", "these blocks also read the input of their stage"),
+    ):
+        block.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+    for option, text in (
+        ("kv-ratio", "channels of the keys, as a multiple of the memory's, from 0.001 to 8"),
+        ("temperature", "divides the scores among blocks, from 0.001 to 1000"),
+    ):
+        block.add_argument(f"--{option}", type=float, metavar="NUMBER", help=text)
     plans.add_argument(
         "-o",
         dest="output",

@@ -125,8 +125,9 @@ def read_cells(root: Path) -> list[Cell]:
     try:
         return [Cell(**entry) for entry in json.loads((root / MATRIX).read_text())]
     except (FileNotFoundError, NotADirectoryError):
+        problem = f"has no {MATRIX}" if root.exists() else "does not exist"
         raise XAttnResError(
-            f"{root} has no {MATRIX}: give the folder of `nnunet-xattnres benchmark run`, once it has prepared the data"
+            f"{root} {problem}: give the folder of `nnunet-xattnres benchmark run`, once it has prepared the data"
         ) from None
     except (ValueError, TypeError):
         raise XAttnResError(

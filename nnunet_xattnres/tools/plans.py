@@ -1,4 +1,4 @@
-"""The command `nnunet-xattnres plans`: write plans that carry XAttnRes, for any trainer."""
+"""The command `nnunet-xattnres plans`: write plans that carry XAttnRes."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -106,7 +106,7 @@ def _write(plans: dict[str, object], path: Path) -> None:
 
 
 def _print_use(name: str, source: str, dataset: str, configuration: str) -> None:
-    print("To train, with any trainer:")
+    print("To train, with any trainer that builds the network of its plans:")
     print(f"  {shell_command('nnUNetv2_train', dataset, configuration, '0', '-p', name)}")
     print(
         f"They use the data that is preprocessed for {source}. Do not run nnUNetv2_preprocess with -plans_name {name}: "

@@ -195,7 +195,8 @@ class TestInspect:
         out = tmp_path / "out"
         arguments = ("-m", model, "-f", 0, "-i", tmp_path / "images", "-o", out, "--targets", "D0_memory,E0_block2")
         assert inspect(*arguments, "--pdf") == 0
-        progress = capsys.readouterr().err
+        printed, progress = capsys.readouterr()
+        assert printed.endswith(f"\n{out}: 2 cases. Look at routing.png in the folder of a case first\n")
         assert "2/2" in progress and "case=" not in progress and "map" not in progress
         assert re.search(r"1/2 \[[\d:]+<[\d:]+, ", progress)  # the time that remains, after the first case
         assert sorted(file.name for file in out.iterdir()) == ["a", "b", "training.pdf"]
@@ -479,12 +480,19 @@ class TestMistakes:
             monkeypatch.delenv(variable, raising=False)
         nowhere = tmp_path / "nowhere"
         error = self.complaint(capsys, tmp_path, "-m", nowhere, "-f", 0, "-i", image)
+        assert f"{nowhere} does not exist: -m takes a model's folder" in error
         assert error.endswith("(nnUNet_results is not set in this shell)")
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", nowhere)
         assert error.endswith("(nnUNet_raw is not set in this shell)")
         knock_out = ("--knock-out", "--labels", nowhere)
         error = self.complaint(capsys, tmp_path, "-m", model, "-f", 0, "-i", image, *knock_out)
         assert error.endswith("(nnUNet_raw is not set in this shell)")
+
+    def test_the_folder_of_the_images_is_not_written_to(self, model, image, tmp_path, capsys):
+        before = sorted(image.parent.iterdir())
+        assert inspect("-m", model, "-f", 0, "-i", image.parent, "-o", tmp_path / "." / image.parent.name) == 1
+        assert "is the folder of the images: choose another -o" in capsys.readouterr().err
+        assert sorted(image.parent.iterdir()) == before
 
     def test_plans_that_are_not_those_of_the_model(self, model, image, tmp_path, capsys):
         plans = json.loads((model / "plans.json").read_text())

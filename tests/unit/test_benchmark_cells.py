@@ -41,8 +41,10 @@ def test_cells_are_read_as_they_were_written(tmp_path):
 
 
 def test_a_folder_without_cells(tmp_path):
-    with pytest.raises(XAttnResError, match=r"has no matrix\.json: give the folder of `nnunet-xattnres benchmark run`"):
+    with pytest.raises(XAttnResError, match="nowhere does not exist: give the folder of `nnunet-xattnres"):
         read_cells(tmp_path / "nowhere")
+    with pytest.raises(XAttnResError, match=r"has no matrix\.json: give the folder of `nnunet-xattnres benchmark run`"):
+        read_cells(tmp_path)
     (tmp_path / "matrix.json").write_text("[{}]")
     with pytest.raises(XAttnResError, match="is damaged: `nnunet-xattnres benchmark run` writes it again"):
         read_cells(tmp_path)

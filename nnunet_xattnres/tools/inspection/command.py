@@ -14,6 +14,7 @@ from nnunet_xattnres.common.device import choose_device, free_memory, is_out_of_
 from nnunet_xattnres.common.errors import XAttnResError
 from nnunet_xattnres.common.files import check_writable, temporary_folder
 from nnunet_xattnres.common.processes import termination_as_exception
+from nnunet_xattnres.common.text import counted
 from nnunet_xattnres.nnunet.datasets import check_nifti_files
 from nnunet_xattnres.nnunet.folders import check_not_of_nnunet
 from nnunet_xattnres.routing.drawing import draw_history, save_figure
@@ -76,6 +77,8 @@ def run_inspect(options: Options) -> None:
     if device.type == "cpu":
         limit_memory(free_memory())
     model = Model(options.model, options.fold, options.checkpoint, options.targets, device, options.trust_checkpoint)
+    if options.output.resolve() in [path.resolve() for path in options.images]:
+        raise XAttnResError(f"-o {options.output} is the folder of the images: choose another -o")
     cases = find_cases(options.images, model.dataset_json["file_ending"])
     history = _history_of(model) if options.pdf else None
     beside_the_cases = [*(REPORT_FILES if options.knock_out else ()), *([TRAINING_PICTURE] if history else ())]
@@ -112,6 +115,7 @@ def run_inspect(options: Options) -> None:
         if history is not None:
             with _errors_explained("the training", device):
                 save_figure(lambda: draw_history(history), options.output / TRAINING_PICTURE)
+    print(f"{options.output}: {counted(len(cases), 'case')}. Look at routing.png in the folder of a case first")
 
 
 def _prepared_knock_out(

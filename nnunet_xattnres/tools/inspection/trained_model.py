@@ -292,8 +292,9 @@ def _read_checkpoint(model: Path, path: Path, trusted: bool) -> dict[str, Any]:
     if not path.exists():
         there = [str(file.relative_to(model)) for file in sorted(model.glob("fold_*/*.pth"))]
         if not there:
+            problem = "holds no fold_*/*.pth" if model.exists() else "does not exist"
             raise XAttnResError(
-                f"{model} holds no fold_*/*.pth: -m takes a model's folder in nnUNet_results, "
+                f"{model} {problem}: -m takes a model's folder in nnUNet_results, "
                 f"TRAINER__PLANS__CONFIGURATION{hint_if_unset('nnUNet_results', model)}"
             )
         raise XAttnResError(f"{path} does not exist: choose with -f and -chk from {', '.join(there)}")
