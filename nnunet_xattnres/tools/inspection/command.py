@@ -64,7 +64,7 @@ class Options:
 
 
 def run_inspect(options: Options) -> None:
-    """Write the attention weights of the model in every case and, if asked for, what the loss of a source costs.
+    """Write the attention weights of the model in every case and, if asked for, how far Dice falls without a source.
 
     Raises `XAttnResError` for a folder without an XAttnRes model, a target or source that the model does not have,
     images and references that cannot be read or do not fit the model, an output that cannot be written or that would

@@ -1,4 +1,4 @@
-"""What the loss of a source costs: every case is predicted once more without it."""
+"""What the removal of a source costs: every case is predicted once more without it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Table and heat maps of what the loss of sources costs."""
+"""Table and heat maps of what the removal of sources costs."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ Pair = tuple[str, str]  # target and source
 
 @dataclass(frozen=True)
 class KnockOutReport:
-    """What the loss of every source of a target has changed.
+    """What the removal of every source of a target has changed.
 
     mean_weights: over the predicted foreground and the cases that have one. NaN if there is no such case.
     effects: by label, over cases: the change in Dice, or without references the share of labelled voxels that change.
