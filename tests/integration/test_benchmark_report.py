@@ -180,7 +180,7 @@ class TestMarkdown:
         assert "| XAttnRes - Planned | family Sarcoma, by patient | - | - | 12 |" in text
         assert "| a | Planned | 4 | 12 |" in text
         # No memory is known, and no trainer is widened.
-        assert text.count("1.50x | 2.00x |\n") == 2 * len(DATASETS)
+        assert text.count("1.50x (4) | 2.00x |\n") == 2 * len(DATASETS)
         assert "memory |" not in text and "memory GB" not in text and "widened" not in text
         assert "have no name of a case in common" not in text
 
@@ -245,7 +245,7 @@ class TestMarkdown:
         assert "Fewer trainings" not in text
         fewer = replace(one, label_curves=one.label_curves[~is_slow])
         text = markdown(fewer, results_of(fewer), [])
-        assert "| Dataset001_A, small | a | XAttnRes | 2* | 2 | 200 | 1 | 1.00x [1.00, 1.00] | 1.50x |" in text
+        assert "| Dataset001_A, small | a | XAttnRes | 2* | 2 | 200 | 1 | 1.00x | 1.50x |" in text
         assert "\\* Fewer trainings than Planned: its steps" in text
         never = replace(one, label_curves=one.label_curves.assign(pseudo_dice=0.0))
         assert "Planned has learned no label." in markdown(never, results_of(never), [])
