@@ -19,7 +19,7 @@ import numpy as np
 import pandas
 from numpy.typing import NDArray
 
-from nnunet_xattnres.benchmark.costs import COSTS, cost_ratios
+from nnunet_xattnres.benchmark.costs import cost_ratios
 from nnunet_xattnres.benchmark.statistics import (
     NO_DIFFERENCE,
     SIGNIFICANCE,
@@ -48,7 +48,7 @@ def compare(tables: Tables) -> list[dict[str, Any]]:
 
     first, second: the trainers; first is the later one in the spec. Differences are first - second, ratios of costs
         first / second.
-    cells: the number of folds and seeds that both have finished, whose costs are compared.
+    cells: the number of folds and seeds that both have finished. Those whose costs are compared: see `cost_ratios`.
     cells_ahead: the number of these with a positive mean difference.
     low, high: over cases. low_of_trainings, high_of_trainings: over trainings and cases within them; NaN for a single
         training and for families.
@@ -68,19 +68,21 @@ def compare(tables: Tables) -> list[dict[str, Any]]:
     return _corrected_over_pairs(rows)
 
 
-def unrelated_datasets(cases: pandas.DataFrame) -> list[tuple[str, str, str]]:
-    """The pairs of datasets of one family that have no case of a set in common, as family and two names.
+def unrelated_datasets(cases: pandas.DataFrame) -> list[tuple[str, str, str, str]]:
+    """The pairs of datasets of one family whose validation or test cases have no name in common.
+
+    As family, set and two names of datasets.
 
     Only common folds are compared, because different folds have different patients.
     """
-    found: dict[tuple[str, str, str], None] = {}
-    for (family, _), of_family in cases.groupby(["family", "set"], sort=False):
+    found = []
+    for (family, kind), of_family in cases.groupby(["family", "set"], sort=False):
         names = of_family.groupby(["dataset", "fold"], sort=False)["case"].agg(set)
         for one, other in combinations(of_family.dataset.unique(), 2):
             common = names[one].index.intersection(names[other].index)
             if len(common) and not any(names[one][fold] & names[other][fold] for fold in common):
-                found[family, one, other] = None
-    return list(found)
+                found.append((family, kind, one, other))
+    return found
 
 
 def lacking_cases(cases: pandas.DataFrame) -> list[dict[str, Any]]:
@@ -137,8 +139,8 @@ def _rows_of_pair(
             identity = {"family": family, **dict.fromkeys(SET, ""), "sets_of_family": len(sets)}
             per_set = of_family.groupby([*SET, "case"], sort=False)[metric].mean()
             per_patient = per_set.groupby(["set", "case"], sort=False).mean()
-            no_ratios = dict.fromkeys(["cost_cells", *(f"{cost}_ratio" for cost in COSTS)])
-            yield identity | {"cells": None, "cells_ahead": None} | _test(per_patient.to_numpy(), metric) | no_ratios
+            of_family_alone = {"cells": None, "cells_ahead": None}
+            yield identity | of_family_alone | _test(per_patient.to_numpy(), metric) | dict.fromkeys(ratios)
 
 
 def _test(

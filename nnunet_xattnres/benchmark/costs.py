@@ -36,7 +36,8 @@ def cost_ratios(cells: pandas.DataFrame, dataset: str, configuration: str, first
     """The ratios first / second: medians over the folds and seeds that both trainers have finished.
 
     For time and memory, only folds and seeds count that both have trained on the same device. Its name is the known one
-    of most finished cells of all trainers, with any report. cost_cells: how many these are.
+    of most finished cells of all trainers, with any report. `seconds_per_epoch_cells` and `peak_memory_gb_cells` are
+    the numbers of folds and seeds behind these two ratios.
     """
     finished = _finished(cells, dataset, configuration)
     name = _most_frequent(_without_report(finished.device))
@@ -44,11 +45,13 @@ def cost_ratios(cells: pandas.DataFrame, dataset: str, configuration: str, first
     both = ours.merge(theirs, on=["fold", "seed"], suffixes=("", "_of_second"))
     is_one_device = (both.device == both.device_of_second) & (both.device != "")
     comparable = both[is_one_device & (_without_report(both.device) == name)]
-    ratios: dict[str, Any] = {"cost_cells": len(comparable)}
+    ratios: dict[str, Any] = {}
     for cost in COSTS:
         pairs = comparable if cost in COSTS_OF_DEVICE else both
-        median = (pairs[cost] / pairs[f"{cost}_of_second"]).median()
-        ratios[f"{cost}_ratio"] = None if pandas.isna(median) else rounded(median)
+        known = (pairs[cost] / pairs[f"{cost}_of_second"]).dropna()
+        ratios[f"{cost}_ratio"] = rounded(known.median()) if len(known) else None
+        if cost in COSTS_OF_DEVICE:
+            ratios[f"{cost}_cells"] = len(known)
     return ratios
 
 

@@ -93,9 +93,9 @@ def _overview(tables: Tables) -> str:
         number = f"{counted(len(finished), 'folder')} of predictions. "
     lines = [f"{number}Tolerance of NSD: {tolerances}."]
     lines += [
-        f"\n**{one} and {other} are of the family {family} and have no name of a case in common, by which patients are "
-        "told: if they are the same ones, the family's test counts them twice and is not to be trusted.**"
-        for family, one, other in unrelated_datasets(tables.cases)
+        f"\n**{one} and {other} are of the family {family} and have no name of a {kind} case in common, by which "
+        "patients are told: if they are the same ones, the family's test counts them twice and is not to be trusted.**"
+        for family, kind, one, other in unrelated_datasets(tables.cases)
     ]
     unfinished = cells[cells.state != FINISHED]
     if len(unfinished):
@@ -188,7 +188,7 @@ def _explanation(results: Results) -> str:
         parts.append(
             "- **time, parameters, memory**: first / second, the median over these trainings. Of time and memory only "
             "the folds and seeds count that both have trained on one machine, and the number in brackets is how many. "
-            "The device of such a machine has the name under the dataset's table, with the same report or another one."
+            "They are of the device on which most trainings ran, over all reports."
         )
     return "\n".join(parts)
 
@@ -240,7 +240,7 @@ def _cost_ratios(row: dict[str, Any]) -> list[str]:
     ratios = {cost: _number(row[f"{cost}_ratio"], ".2f", "x") for cost in COSTS}
     for cost in COSTS_OF_DEVICE:
         if ratios[cost] != NOTHING:
-            ratios[cost] += f" ({row['cost_cells']})"
+            ratios[cost] += f" ({row[f'{cost}_cells']})"
     return list(ratios.values())
 
 
@@ -387,7 +387,8 @@ def _learning(results: Results, figures: list[str]) -> list[str]:
         "last quarter of its epochs. Steps and minutes: when the curve first reaches it, the median over trainings, a "
         "training that does not reach it being later than all others. Beside them the ratio to "
         f"{first} over trainings: geometric mean and, from {TRAININGS_OF_INTERVAL} trainings on, 95 % t interval, not "
-        "corrected for the number of trainers and labels. Every fold and seed counts by itself. "
+        "corrected for the number of trainers and labels. Every fold and seed counts by itself. The ratio of minutes "
+        "is that of epochs, times the ratio of the time per epoch. '-': no time is known on the device under the table. "
         "'>': a training has not reached the target and counts with its whole budget, so that the ratio is higher. "
         f"A training counts if {first} has learned the label (pseudo-Dice of {100 * LEARNED:g} % or more). Figures: "
         "median and range over trainings; the grey line is the mean target."
@@ -419,8 +420,8 @@ def _learning(results: Results, figures: list[str]) -> list[str]:
             short_name(row["trainer"]),
             f"{row['trainings']}{'*' * has_fewer}",
             str(row["reached"]),
-            _until_target(row["steps"], ",.0f"),
-            _until_target(row["minutes"], ".3g"),
+            _until_target(row["steps"], 0),
+            _until_target(row["minutes"], 1),
             *_learning_ratios(row, first),
         ]
         for row, has_fewer in zip(steps, is_incomplete, strict=True)
@@ -439,8 +440,8 @@ def _learning(results: Results, figures: list[str]) -> list[str]:
     ]
 
 
-def _until_target(value: float | None, form: str) -> str:
-    return "not reached" if value == math.inf else _number(value, form)
+def _until_target(value: float | None, digits: int) -> str:
+    return "not reached" if value == math.inf else _number(value, f",.{digits}f")
 
 
 def _learning_ratios(row: dict[str, Any], first: str) -> list[str]:

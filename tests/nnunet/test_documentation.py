@@ -47,7 +47,7 @@ FILE_NAME = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 OWN_TRAINER = re.compile(r"nnUNetTrainer(?:XAttnRes|NoSkip|Planned)\w*")
 # With the value before it, if it has one: +1.21 [+0.32, +2.12]
 NUMBER = r"([+-]?\d+\.\d+)"
-INTERVAL = re.compile(rf"(?:{NUMBER}(?:\*\*|x)?(?:\s(?:points|the\ssteps))?\s)?\[{NUMBER},\s{NUMBER}\]")
+INTERVAL = re.compile(rf"(?:{NUMBER}(?:\*\*|x)?(?:\s+(?:points|the\s+steps))?\s+)?\[{NUMBER},\s+{NUMBER}\]")
 # In a string of the source code: a part that varies.
 VARIES = "\0"
 

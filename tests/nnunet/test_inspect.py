@@ -490,8 +490,10 @@ class TestMistakes:
 
     def test_the_folder_of_the_images_is_not_written_to(self, model, image, tmp_path, capsys):
         before = sorted(image.parent.iterdir())
-        assert inspect("-m", model, "-f", 0, "-i", image.parent, "-o", tmp_path / "." / image.parent.name) == 1
-        assert "is the folder of the images: choose another -o" in capsys.readouterr().err
+        for images in (image.parent, image):
+            output = image.parent / ".." / image.parent.name
+            assert inspect("-m", model, "-f", 0, "-i", images, "-o", output) == 1
+            assert "is the folder of the images: choose another -o" in capsys.readouterr().err
         assert sorted(image.parent.iterdir()) == before
 
     def test_plans_that_are_not_those_of_the_model(self, model, image, tmp_path, capsys):

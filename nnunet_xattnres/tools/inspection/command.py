@@ -67,8 +67,8 @@ def run_inspect(options: Options) -> None:
     """Write the attention weights of the model in every case and, if asked for, how far Dice falls without a source.
 
     Raises `XAttnResError` for a folder without an XAttnRes model, a target or source that the model does not have,
-    images and references that cannot be read or do not fit the model, an output that cannot be written or that would
-    replace files of others, and too little memory.
+    images and references that cannot be read or do not fit the model, an output that cannot be written, that is the
+    folder of the images or that would replace files of others, and too little memory.
     """
     for option, value in (("--sources", options.sources), ("--labels", options.labels)):
         if value is not None and not options.knock_out:
@@ -77,7 +77,7 @@ def run_inspect(options: Options) -> None:
     if device.type == "cpu":
         limit_memory(free_memory())
     model = Model(options.model, options.fold, options.checkpoint, options.targets, device, options.trust_checkpoint)
-    if options.output.resolve() in [path.resolve() for path in options.images]:
+    if options.output.resolve() in [(path.parent if path.is_file() else path).resolve() for path in options.images]:
         raise XAttnResError(f"-o {options.output} is the folder of the images: choose another -o")
     cases = find_cases(options.images, model.dataset_json["file_ending"])
     history = _history_of(model) if options.pdf else None
