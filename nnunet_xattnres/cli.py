@@ -128,22 +128,26 @@ def _add_plans(commands: Commands) -> None:
         "XAttnResBlockInput, as the trainer of that name adds it (default: %(default)s). The options below change it",
     )
     stage = plans.add_argument_group("stage level")
-    for flag, text in (
-        ("skip-connections", "keep nnU-Net's skip connections beside the attention"),
-        ("read-in-encoder", "encoder stages read from the history pool"),
-        ("read-in-decoder", "decoder stages read from the history pool"),
-    ):
-        stage.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+    _add_flags(
+        stage,
+        {
+            "skip-connections": "keep nnU-Net's skip connections beside the attention",
+            "read-in-encoder": "encoder stages read from the history pool",
+            "read-in-decoder": "decoder stages read from the history pool",
+        },
+    )
     stage.add_argument(
         "--fusion", choices=FUSIONS, help="the mixture replaces the stage's input, or is added to it through a gate"
     )
     block = plans.add_argument_group("block level")
-    for flag, text in (
-        ("isar-in-encoder", "blocks of encoder stages read from the earlier blocks of their stage"),
-        ("isar-in-decoder", "blocks of decoder stages read from the earlier blocks of their stage"),
-        ("bank-includes-input", "these blocks also read the input of their stage"),
-    ):
-        block.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+    _add_flags(
+        block,
+        {
+            "isar-in-encoder": "blocks of encoder stages read from the earlier blocks of their stage",
+            "isar-in-decoder": "blocks of decoder stages read from the earlier blocks of their stage",
+            "bank-includes-input": "these blocks also read the input of their stage",
+        },
+    )
     for option, text in (
         ("kv-ratio", "channels of the keys, as a multiple of the memory's, from 0.001 to 8"),
         ("temperature", "divides the scores among blocks, from 0.001 to 1000"),
@@ -156,6 +160,12 @@ def _add_plans(commands: Commands) -> None:
         help="name of the plans (default: nnUNetXAttnResPlans, by plans and preset)",
     )
     plans.set_defaults(run=_plans, after_interruption="nothing was written")
+
+
+def _add_flags(group: argparse._ArgumentGroup, texts: dict[str, str]) -> None:
+    """Add --FLAG and --no-FLAG for every flag, with its text in the help."""
+    for flag, text in texts.items():
+        group.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
 
 
 def _add_overhead(commands: Commands) -> None:

@@ -113,13 +113,18 @@ def steps_to_target(tables: Tables) -> list[dict[str, Any]]:
             epochs_of_first = np.array([_first_epoch(of_first[name], targets[name]) for name in own])
             iterations = np.array([_iterations(curve) / _iterations(of_first[name]) for name, curve in own.items()])
             ratios = np.minimum(epochs, budgets) / epochs_of_first
-            is_bound = bool(np.isinf(epochs).any())
             rows.append(
                 identity
                 | {"trainer": trainer, "trainings": len(own), "reached": int(np.isfinite(epochs).sum())}
                 | _amounts(tables, identity, trainer, epochs, of_label[of_label.trainer == trainer].iterations)
-                | _ratios(tables, identity, (trainer, first), ratios, np.nan_to_num(iterations, nan=1.0), is_bound)
-                | {"is_bound": is_bound}
+                | _ratios(
+                    tables,
+                    identity,
+                    (trainer, first),
+                    ratios,
+                    np.nan_to_num(iterations, nan=1.0),
+                    is_bound=bool(np.isinf(epochs).any()),
+                )
             )
     return rows
 
@@ -180,4 +185,5 @@ def _ratios(
         "low": rounded(np.exp(logs.mean() - half)),
         "high": rounded(np.exp(logs.mean() + half)),
         "minutes_ratio": None if of_time is None else rounded(stats.gmean(of_epochs) * of_time),
+        "is_bound": is_bound,
     }

@@ -86,7 +86,8 @@ def test_the_ratio_has_the_t_interval_of_logarithms():
     ours_by_seed = [in_epoch_4, in_epoch_3, in_epoch_3]
     curves = {(PLANNED, 0, seed): {"a": RISING} for seed in range(3)}
     curves |= {(OURS, 0, seed): {"a": curve} for seed, curve in enumerate(ours_by_seed)}
-    _, ours = steps_to_target(with_curves(curves))
+    planned, ours = steps_to_target(with_curves(curves))
+    assert (planned["ratio"], planned["low"], planned["high"]) == (1, 1, 1)
     logs = [math.log(4 / 8), math.log(3 / 8), math.log(3 / 8)]
     # t of two degrees of freedom is 4.30265.
     half = 4.30265 * statistics.stdev(logs) / math.sqrt(3)
@@ -148,11 +149,11 @@ def test_trainings_of_a_few_epochs_have_no_target_and_may_be_flat_or_not():
 
 
 def test_steps_of_trainings_with_different_iterations_per_epoch():
-    tables = with_curves({(trainer, 0, seed): {"a": RISING} for trainer in (PLANNED, OURS) for seed in (0, 1)})
+    tables = with_curves({(trainer, 0, seed): {"a": RISING} for trainer in (PLANNED, OURS) for seed in range(3)})
     tables.cells.loc[tables.cells.trainer == OURS, "iterations"] = 250
     planned, ours = steps_to_target(tables)
     assert (planned["steps"], ours["steps"]) == (400, 2000)
-    assert ours["ratio"] == 5
+    assert (ours["ratio"], ours["low"], ours["high"]) == (5, 5, 5)
     # The time of an epoch is known, and is 1.5 times as long.
     assert ours["minutes_ratio"] == 1.5
 
